@@ -1,0 +1,279 @@
+"""A group's ManagerServer over real sockets, with a real lighthouse."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+
+import grpc
+import pytest
+
+from torchft.coordination import LighthouseServer, ManagerClient, ManagerServer, QuorumResult
+from torchft.coordination.channel import open_channel
+from torchft.coordination.proto import torchft_pb2 as pb
+from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
+from torchft.testing.wait import wait_until
+
+Start = Callable[..., ManagerServer]
+WAIT = timedelta(seconds=10)
+SOON = timedelta(milliseconds=300)
+
+
+@pytest.fixture
+def lighthouse(request: pytest.FixtureRequest) -> Iterator[LighthouseServer]:
+    server = LighthouseServer("127.0.0.1:0", getattr(request, "param", 1), join_timeout_ms=100)
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as executor:
+        yield executor
+
+
+@pytest.fixture
+def start(lighthouse: LighthouseServer) -> Iterator[Callable[..., ManagerServer]]:
+    servers: list[ManagerServer] = []
+
+    def make(
+        replica_id: str, world_size: int = 1, lighthouse_addr: str | None = None, quorum_retries: int = 0
+    ) -> ManagerServer:
+        server = ManagerServer(
+            replica_id,
+            lighthouse_addr or lighthouse.address(),
+            "127.0.0.1",
+            "127.0.0.1:0",
+            f"store-{replica_id}:1",
+            world_size,
+            timedelta(milliseconds=50),
+            WAIT,
+            quorum_retries,
+        )
+        servers.append(server)
+        return server
+
+    yield make
+    for server in servers:
+        server.shutdown()
+
+
+def ask(
+    pool: ThreadPoolExecutor,
+    client: ManagerClient | ManagerServer,
+    rank: int = 0,
+    step: int = 0,
+    timeout: timedelta = WAIT,
+    commit_failures: int = 0,
+    init_sync: bool = True,
+) -> Future[QuorumResult]:
+    return pool.submit(
+        lambda: client._quorum(rank, step, f"metadata-{rank}", False, timeout, commit_failures, init_sync)
+    )
+
+
+def test_a_group_of_one_gets_a_quorum_and_commits_without_a_socket_of_its_own(
+    start: Start, lighthouse: LighthouseServer
+) -> None:
+    server = start("a")
+    result = server._quorum(0, 7, "", False, WAIT, 0)
+    assert (result.quorum_id, result.replica_rank, result.replica_world_size, result.max_step) == (1, 0, 1, 7)
+    assert result.replica_ids == ["a"]
+    assert result.store_address == "store-a:1"
+    assert not result.heal
+    assert server.should_commit(0, 7, True, WAIT)
+    assert not server.should_commit(0, 8, False, WAIT)
+
+
+@pytest.mark.parametrize("lighthouse", [2], indirect=True)
+def test_all_ranks_of_all_groups_get_their_own_view_of_one_quorum(start: Start, pool: ThreadPoolExecutor) -> None:
+    a, b = start("a", world_size=2), start("b", world_size=2)
+    clients = {(s, r): ManagerClient(s.address(), WAIT) for s in (a, b) for r in (0, 1)}
+    futures = {(s, r): ask(pool, c, r, step=3 if s is a else 5) for (s, r), c in clients.items()}
+    views = {key: f.result(10) for key, f in futures.items()}
+    assert {v.quorum_id for v in views.values()} == {views[a, 0].quorum_id}
+    for rank in (0, 1):
+        assert views[a, rank].heal
+        assert views[a, rank].recover_src_replica_rank == 1
+        assert views[a, rank].recover_src_manager_address == b.address()
+        assert views[b, rank].recover_dst_replica_ranks == [0]
+        assert views[a, rank].store_address == views[b, rank].store_address == "store-b:1"
+    assert clients[a, 0]._checkpoint_metadata(1, WAIT) == "metadata-1"
+
+
+def test_the_group_is_as_far_as_its_last_rank(start: Start, pool: ThreadPoolExecutor) -> None:
+    server = start("a", world_size=2)
+    one = ask(pool, ManagerClient(server.address(), WAIT), 1, step=4)
+    zero = ask(pool, server, 0, step=5)
+    assert zero.result(10).max_step == one.result(10).max_step == 4
+
+
+def test_a_failed_lighthouse_call_reaches_every_waiting_rank_with_address_and_cause(
+    start: Start, pool: ThreadPoolExecutor, lighthouse: LighthouseServer
+) -> None:
+    server = start("a", world_size=3)
+    futures = [ask(pool, ManagerClient(server.address(), WAIT), r, timeout=timedelta(seconds=1)) for r in (1, 2)]
+    lighthouse.shutdown()
+    futures.append(ask(pool, server, 0, timeout=timedelta(seconds=1)))
+    for future in futures:
+        with pytest.raises((TimeoutError, RuntimeError), match="lighthouse"):
+            future.result(10)
+
+
+def test_a_quorum_after_a_failed_one_works_when_the_lighthouse_is_back(
+    start: Start, lighthouse: LighthouseServer
+) -> None:
+    server = start("a")
+    assert server._quorum(0, 0, "", False, WAIT, 0).quorum_id == 1
+    port = lighthouse.port
+    lighthouse.shutdown()
+    with pytest.raises((TimeoutError, RuntimeError), match=f"127.0.0.1:{port}"):
+        server._quorum(0, 1, "", False, SOON, 0)
+    again = LighthouseServer(f"127.0.0.1:{port}", 1)
+    try:
+        assert server._quorum(0, 1, "", False, WAIT, 1).replica_world_size == 1
+    finally:
+        again.shutdown()
+
+
+def test_a_lighthouse_that_restarts_during_a_quorum_is_asked_again(start: Start, pool: ThreadPoolExecutor) -> None:
+    first = LighthouseServer("127.0.0.1:0", 2)
+    server = start("a", lighthouse_addr=first.address(), quorum_retries=5)
+    waiting = ask(pool, server)
+    wait_until(first._service._core.waiting)
+    first.shutdown()
+    second = LighthouseServer(f"127.0.0.1:{first.port}", 1)
+    try:
+        assert waiting.result(10).replica_ids == ["a"]
+    finally:
+        second.shutdown()
+
+
+def test_a_missing_rank_is_named_when_the_quorum_times_out(start: Start) -> None:
+    with pytest.raises(TimeoutError, match=r"ranks \[1\]"):
+        start("a", world_size=2)._quorum(0, 0, "", False, SOON, 0)
+    with pytest.raises(TimeoutError, match=r"ranks \[0\]"):
+        ManagerClient(start("b", world_size=2).address(), WAIT)._quorum(1, 0, "", False, SOON, 0)
+
+
+def test_after_a_round_that_one_rank_missed_the_next_one_works(start: Start, pool: ThreadPoolExecutor) -> None:
+    server = start("a", world_size=2)
+    client = ManagerClient(server.address(), WAIT)
+    with pytest.raises(TimeoutError):
+        server._quorum(0, 0, "", False, SOON, 0)
+    late = ask(pool, client, 1)
+    with pytest.raises(RuntimeError, match="rank 0 left the quorum"):
+        late.result(10)
+    both = [ask(pool, client, 1), ask(pool, server, 0)]
+    assert {f.result(10).quorum_id for f in both} == {1}
+
+
+def test_the_vote_is_yes_only_if_every_rank_votes_yes(start: Start, pool: ThreadPoolExecutor) -> None:
+    server = start("a", world_size=2)
+    client = ManagerClient(server.address(), WAIT)
+    for mine, theirs in [(True, True), (True, False), (False, True), (False, False)]:
+        other = pool.submit(lambda vote=theirs: client.should_commit(1, 5, vote, WAIT))
+        assert server.should_commit(0, 5, mine, WAIT) is (mine and theirs)
+        assert other.result(10) is (mine and theirs)
+
+
+def _vote_and_wait(address: str, ready: object) -> None:
+    client = ManagerClient(address, WAIT)
+    client.should_commit(1, 5, True, timedelta(seconds=60))
+
+
+def test_a_rank_killed_in_the_vote_fails_it_at_once_for_the_others(start: Start, pool: ThreadPoolExecutor) -> None:
+    server = start("a", world_size=3)
+    context = multiprocessing.get_context("spawn")
+    voter = context.Process(target=_vote_and_wait, args=(server.address(), None))
+    voter.start()
+    try:
+        wait_until(lambda: 1 in server._ballots, timeout=30)
+        mine = pool.submit(lambda: server.should_commit(0, 5, True, timedelta(seconds=60)))
+        assert voter.pid is not None
+        os.kill(voter.pid, signal.SIGKILL)
+        assert mine.result(10) is False
+        late = ManagerClient(server.address(), WAIT)
+        assert late.should_commit(2, 5, True, WAIT) is False
+    finally:
+        voter.kill()
+        voter.join(10)
+
+
+def test_a_vote_that_misses_a_rank_ends_at_its_deadline(start: Start) -> None:
+    server = start("a", world_size=2)
+    with pytest.raises(TimeoutError, match="has not voted"):
+        server.should_commit(0, 5, True, SOON)
+    with pytest.raises(TimeoutError, match="should_commit"):
+        ManagerClient(start("b", world_size=2).address(), WAIT).should_commit(1, 5, True, SOON)
+
+
+def test_metadata_of_a_rank_that_never_asked_is_a_clear_error(start: Start) -> None:
+    client = ManagerClient(start("a").address(), WAIT)
+    with pytest.raises(RuntimeError, match="rank 3 of a serves no checkpoint"):
+        client._checkpoint_metadata(3, WAIT)
+
+
+@pytest.mark.parametrize("rank", [-1, 2, 10**9])
+def test_a_rank_that_is_not_in_the_group_is_refused(start: Start, rank: int) -> None:
+    client = ManagerClient(start("a", world_size=2).address(), WAIT)
+    with pytest.raises(RuntimeError, match=f"rank {rank} is not in a group of 2"):
+        client._quorum(rank, 0, "", False, WAIT, 0)
+    with pytest.raises(RuntimeError, match=f"rank {rank} is not in a group of 2"):
+        client.should_commit(rank, 0, True, WAIT)
+
+
+def test_shutdown_fails_those_that_wait(start: Start, pool: ThreadPoolExecutor) -> None:
+    server = start("a", world_size=2)
+    mine = ask(pool, server, 0)
+    wait_until(lambda: server._gather.waiting)
+    server.shutdown()
+    with pytest.raises(RuntimeError, match="shut down"):
+        mine.result(10)
+
+
+def test_heartbeats_begin_with_the_first_quorum_and_end_with_shutdown(
+    start: Start, lighthouse: LighthouseServer
+) -> None:
+    server = start("a")
+    core = lighthouse._service._core
+    assert core.healthy() == ()
+    server._quorum(0, 0, "", False, WAIT, 0)
+    before = core._last_sign["a"]
+    wait_until(lambda: core._last_sign["a"] > before)
+    server.shutdown()
+    assert not any(t.name == "torchft-heartbeat" and t.is_alive() for t in threading.enumerate())
+
+
+def _serve_until_killed(lighthouse: str, address: object) -> None:
+    server = ManagerServer("k", lighthouse, "127.0.0.1", "127.0.0.1:0", "s:1", 1, WAIT, WAIT, 0)
+    address.put(server.address())  # type: ignore[attr-defined]
+    threading.Event().wait(60)
+
+
+def test_kill_ends_the_process(lighthouse: LighthouseServer) -> None:
+    context = multiprocessing.get_context("spawn")
+    address = context.Queue()
+    process = context.Process(target=_serve_until_killed, args=(lighthouse.address(), address))
+    process.start()
+    try:
+        with open_channel(address.get(timeout=30)) as channel, pytest.raises(grpc.RpcError):
+            pb_grpc.ManagerServiceStub(channel).Kill(pb.KillRequest(msg="test"), timeout=10, wait_for_ready=True)
+        process.join(10)
+        assert process.exitcode == 1
+    finally:
+        process.kill()
+        process.join(10)
+
+
+def test_no_lighthouse_at_start_is_a_clear_error(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port = s.getsockname()[1]
+    with pytest.raises(TimeoutError, match=f"127.0.0.1:{port}"):
+        ManagerServer("a", f"http://127.0.0.1:{port}", "127.0.0.1", "127.0.0.1:0", "s:1", 1, WAIT, SOON, 0)

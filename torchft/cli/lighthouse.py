@@ -1,0 +1,93 @@
+"""``torchft lighthouse`` and ``torchft_lighthouse``: a lighthouse in a process of its own."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from types import FrameType
+
+import click
+
+from torchft.coordination.lighthouse_server import LighthouseServer
+
+__all__ = ["lighthouse", "main"]
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option(
+    "--min_replicas", "--min-replicas", type=click.IntRange(1), required=True, help="No quorum has fewer members."
+)
+@click.option("--bind", default="[::]:29510", help="host:port to listen on; [::] is every interface.")
+@click.option(
+    "--join_timeout_ms",
+    "--join-timeout-ms",
+    type=click.IntRange(0),
+    default=60000,
+    help="How long a quorum that could form waits for healthy replicas that have not asked yet.",
+)
+@click.option(
+    "--quorum_tick_ms",
+    "--quorum-tick-ms",
+    type=click.IntRange(1),
+    default=100,
+    help="How often time-dependent rules are looked at.",
+)
+@click.option(
+    "--heartbeat_timeout_ms",
+    "--heartbeat-timeout-ms",
+    type=click.IntRange(1),
+    default=5000,
+    help="A replica silent for longer is no longer healthy.",
+)
+@click.option(
+    "--failure_tick_ms",
+    "--failure-tick-ms",
+    type=click.IntRange(1),
+    default=1000,
+    help="How often failures are looked for, at the latest.",
+)
+@click.option("--verbose", "-v", is_flag=True, help="Log every quorum, not only changes.")
+def lighthouse(
+    min_replicas: int,
+    bind: str,
+    join_timeout_ms: int,
+    quorum_tick_ms: int,
+    heartbeat_timeout_ms: int,
+    failure_tick_ms: int,
+    verbose: bool,
+) -> None:
+    """Runs the job's lighthouse: it decides which replica groups form the quorum.
+
+    One per job. Point the groups at it with TORCHFT_LIGHTHOUSE=http://HOST:29510. Ctrl-C or SIGTERM ends it.
+    """
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s [%(levelname)s] %(name)s - %(message)s",
+    )
+    try:
+        server = LighthouseServer(
+            bind, min_replicas, join_timeout_ms, quorum_tick_ms, heartbeat_timeout_ms, failure_tick_ms
+        )
+    except (RuntimeError, ValueError) as e:
+        raise click.ClickException(str(e)) from e
+    ended = threading.Event()
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        ended.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    click.echo(f"lighthouse at {server.address()} (export TORCHFT_LIGHTHOUSE={server.address()})", err=True)
+    ended.wait()
+    click.echo("lighthouse stops", err=True)
+    server.shutdown()
+
+
+def main() -> None:
+    """The ``torchft_lighthouse`` command of existing launch scripts."""
+    lighthouse(prog_name="torchft_lighthouse")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Every environment variable torchft reads, in one table.
+
+Nothing else in the package touches ``os.environ`` for a setting: a module asks for it by the constant defined
+here (``config.TIMEOUT_SEC.read()``), so that name, type, default and meaning stand in one place.
+``docs/configuration.md`` is generated from this table (``python -m torchft.config``), and ``make lint`` checks
+that it is current.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Generic, TypeVar
+
+__all__ = ["SETTINGS", "ConfigError", "Setting", "markdown"]
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """An environment variable holds something that cannot be used. The message names it and what it expects."""
+
+
+@dataclass(frozen=True)
+class Setting(Generic[T]):
+    """One environment variable."""
+
+    name: str
+    kind: str
+    """What a value looks like, for people: ``seconds``, ``host:port``, ``0 or 1``."""
+    default: T
+    meaning: str
+    parse: Callable[[str], T]
+
+    def read(self) -> T:
+        """The value now, or the default when the variable is unset or empty.
+
+        Raises:
+            ConfigError: the variable is set to something that is not a ``kind``.
+        """
+        text = os.environ.get(self.name, "").strip()
+        if not text:
+            return self.default
+        try:
+            return self.parse(text)
+        except ValueError as e:
+            raise ConfigError(f"{self.name}={text!r} is not usable: expected {self.kind} ({e})") from e
+
+    def is_set(self) -> bool:
+        return bool(os.environ.get(self.name, "").strip())
+
+
+def _seconds(text: str) -> timedelta:
+    value = float(text)
+    if not 0 < value < 10**9:
+        raise ValueError("a positive number of seconds is needed")
+    return timedelta(seconds=value)
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise ValueError("a port is between 0 and 65535")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError("a number of at least 0 is needed")
+    return value
+
+
+def _flag(text: str) -> bool:
+    lowered = text.lower()
+    if lowered in ("0", "false", "no", "off"):
+        return False
+    if lowered in ("1", "true", "yes", "on"):
+        return True
+    raise ValueError("0 or 1 is needed")
+
+
+_none_seconds: timedelta | None = None
+_none_int: int | None = None
+_none_str: str | None = None
+
+LIGHTHOUSE = Setting(
+    "TORCHFT_LIGHTHOUSE", "address", _none_str, "Address of the job's lighthouse, `http://host:29510`.", str
+)
+MANAGER_PORT = Setting(
+    "TORCHFT_MANAGER_PORT",
+    "port",
+    _none_int,
+    "Port of the group's ManagerServer, which its rank 0 starts. Any free port when unset.",
+    _port,
+)
+TIMEOUT_SEC = Setting(
+    "TORCHFT_TIMEOUT_SEC",
+    "seconds",
+    _none_seconds,
+    "Longest wait for a collective, a commit vote or a state transfer. Wins over `Manager(timeout=)`.",
+    _seconds,
+)
+QUORUM_TIMEOUT_SEC = Setting(
+    "TORCHFT_QUORUM_TIMEOUT_SEC",
+    "seconds",
+    _none_seconds,
+    "Longest wait for a quorum. Wins over `Manager(quorum_timeout=)`.",
+    _seconds,
+)
+CONNECT_TIMEOUT_SEC = Setting(
+    "TORCHFT_CONNECT_TIMEOUT_SEC",
+    "seconds",
+    _none_seconds,
+    "How long an address that does not answer yet is tried again. Wins over `Manager(connect_timeout=)`.",
+    _seconds,
+)
+QUORUM_RETRIES = Setting(
+    "TORCHFT_QUORUM_RETRIES",
+    "count",
+    _none_int,
+    "How often a failed lighthouse call of a quorum is repeated. Wins over `Manager(quorum_retries=)`.",
+    _count,
+)
+HOST = Setting(
+    "TORCHFT_HOST",
+    "host name or IP",
+    _none_str,
+    "The address of this machine that others are told. By default the interface that routes to the lighthouse.",
+    str,
+)
+PROACTIVE_RECOVERY = Setting(
+    "TORCHFT_PROACTIVE_RECOVERY",
+    "0 or 1",
+    True,
+    "Act on failures as soon as they are seen, instead of after a timeout.",
+    _flag,
+)
+
+
+# What torchrun and other launchers set for each process of a group.
+RANK = Setting("RANK", "rank", 0, "This process's rank inside its replica group. Set by torchrun.", _count)
+WORLD_SIZE = Setting("WORLD_SIZE", "count", 1, "Ranks in this replica group. Set by torchrun.", _count)
+MASTER_ADDR = Setting("MASTER_ADDR", "host", _none_str, "Host of the group's TCPStore. Set by torchrun.", str)
+MASTER_PORT = Setting("MASTER_PORT", "port", _none_int, "Port of the group's TCPStore. Set by torchrun.", _port)
+RESTART_COUNT = Setting(
+    "TORCHELASTIC_RESTART_COUNT", "count", 0, "Which life of the group this is. Set by torchrun.", _count
+)
+
+SETTINGS: tuple[Setting[object], ...] = tuple(s for s in list(globals().values()) if isinstance(s, Setting))
+
+
+def markdown() -> str:
+    """The table of ``docs/configuration.md``."""
+    lines = [
+        "# Environment variables",
+        "",
+        "Generated from `torchft/config.py` by `python -m torchft.config > docs/configuration.md`.",
+        "",
+        "| variable | value | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    for s in SETTINGS:
+        default = "" if s.default is None else ("1" if s.default is True else f"{s.default}")
+        lines.append(f"| `{s.name}` | {s.kind} | {default} | {s.meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def _main() -> None:
+    if len(sys.argv) == 3 and sys.argv[1] == "--check":
+        with open(sys.argv[2], encoding="utf-8") as f:
+            if f.read() != markdown():
+                sys.exit(f"{sys.argv[2]} is not current. Run: make proto")
+        return
+    print(markdown(), end="")
+
+
+if __name__ == "__main__":
+    _main()

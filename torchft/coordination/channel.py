@@ -1,0 +1,101 @@
+"""How our gRPC clients connect, and what their errors become.
+
+Deadlines travel as gRPC timeouts and come back as ``TimeoutError``; everything else comes back as
+``RuntimeError``. Both name the server, its address, the cause and what to try.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # before grpc: its own INFO lines are no user's business
+
+import grpc
+
+from torchft.runtime.deadline import Deadline
+from torchft.runtime.net import parse_address
+
+__all__ = ["SERVER_OPTIONS", "connect", "open_channel", "reason", "translate"]
+
+_MAX_MESSAGE = 64 * 1024 * 1024
+
+_CLIENT_OPTIONS: list[tuple[str, int | str]] = [
+    ("grpc.max_receive_message_length", _MAX_MESSAGE),
+    ("grpc.max_send_message_length", _MAX_MESSAGE),
+    # A server that comes back is found again within a second, not within gRPC's default of up to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.enable_retries", 0),
+    ("grpc.enable_http_proxy", 0),
+    # Two clients of one address in one process do not share a connection, so one's trouble is not the other's.
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+SERVER_OPTIONS: list[tuple[str, int]] = [
+    ("grpc.max_receive_message_length", _MAX_MESSAGE),
+    ("grpc.max_send_message_length", _MAX_MESSAGE),
+    ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a silent split of its clients
+    # Other clients ping as often as they like: never answered with ENHANCE_YOUR_CALM.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1),
+]
+
+
+def open_channel(address: str) -> grpc.Channel:
+    """A channel to ``http://host:port``. Nothing is connected yet.
+
+    Raises:
+        ValueError: the address is not one.
+    """
+    return grpc.insecure_channel(parse_address(address), options=_CLIENT_OPTIONS)
+
+
+def connect(address: str, deadline: Deadline, *, what: str, hint: str) -> grpc.Channel:
+    """A channel that is connected. A server that is not there yet is waited for until the deadline.
+
+    Args:
+        address: ``http://host:port``.
+        deadline: for the connection.
+        what: the server's role in messages, for instance ``lighthouse``.
+        hint: what a person can try when it does not answer.
+
+    Raises:
+        TimeoutError: it did not answer in time.
+        ValueError: the address is not one.
+    """
+    channel = open_channel(address)
+    try:
+        grpc.channel_ready_future(channel).result(timeout=deadline.remaining())
+    except grpc.FutureTimeoutError:
+        channel.close()
+        raise TimeoutError(
+            f"the {what} at {address} did not answer within {deadline.timeout:g} s of trying to connect. {hint}"
+        ) from None
+    except BaseException:
+        channel.close()
+        raise
+    return channel
+
+
+def reason(error: grpc.RpcError) -> str:
+    """The cause in words: the server's own message, or the transport's."""
+    code = error.code() if isinstance(error, grpc.Call) else None
+    details = error.details() if isinstance(error, grpc.Call) else str(error)
+    return f"{code.name if code else 'error'}: {details or 'no details'}"
+
+
+def translate(error: grpc.RpcError, *, what: str, address: str, call: str, timeout: float, hint: str) -> Exception:
+    """The exception to raise for a failed call."""
+    code = error.code() if isinstance(error, grpc.Call) else None
+    if code in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
+        return TimeoutError(
+            f"{call} at the {what} {address} did not end within {timeout:g} s ({reason(error)}). {hint}"
+        )
+    if code == grpc.StatusCode.UNAVAILABLE:
+        return RuntimeError(f"{call}: the {what} at {address} is not reachable ({reason(error)}). {hint}")
+    if code == grpc.StatusCode.INVALID_ARGUMENT:
+        return RuntimeError(f"{call}: the {what} at {address} refused the request ({reason(error)})")
+    return RuntimeError(f"{call} failed at the {what} {address} ({reason(error)})")

@@ -1,0 +1,132 @@
+"""A client of the lighthouse, for one replica or for an onlooker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import grpc
+
+from torchft.coordination import types
+from torchft.coordination.channel import connect, translate
+from torchft.coordination.proto import torchft_pb2 as pb
+from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
+from torchft.runtime.deadline import Deadline, seconds
+
+__all__ = ["LIGHTHOUSE_HINT", "LighthouseClient"]
+
+LIGHTHOUSE_HINT = (
+    "Is it running (torchft_lighthouse --min_replicas 1 --bind '[::]:29510'), and does TORCHFT_LIGHTHOUSE name "
+    "its host and port as seen from this machine?"
+)
+
+
+class LighthouseClient:
+    """Connected from construction on.
+
+    Args:
+        addr: ``http://host:port`` of the lighthouse.
+        connect_timeout: how long a lighthouse that is not there yet is waited for.
+
+    Raises:
+        TimeoutError: it did not answer within ``connect_timeout``.
+        ValueError: ``addr`` is not an address.
+    """
+
+    def __init__(self, addr: str, connect_timeout: timedelta) -> None:
+        self._addr = addr
+        self._channel = connect(addr, Deadline(connect_timeout), what="lighthouse", hint=LIGHTHOUSE_HINT)
+        self._stub = pb_grpc.LighthouseServiceStub(self._channel)
+
+    def quorum(
+        self,
+        replica_id: str,
+        timeout: timedelta,
+        address: str | None = None,
+        store_address: str | None = None,
+        step: int | None = None,
+        world_size: int | None = None,
+        shrink_only: bool | None = None,
+        data: dict[str, Any] | None = None,
+    ) -> types.Quorum:
+        """Asks for the next quorum and waits for it.
+
+        Args:
+            replica_id: of the asking replica.
+            timeout: how long to wait.
+            address: of its ManagerServer.
+            store_address: of its store.
+            step: the newest step it has committed, 0 by default.
+            world_size: its ranks, 1 by default.
+            shrink_only: take nobody new in.
+            data: JSON-serialisable, handed to all members.
+
+        Raises:
+            TimeoutError: no quorum formed in time.
+            ValueError: ``data`` is not JSON-serialisable.
+            RuntimeError: any other failure.
+        """
+        member = pb.QuorumMember(
+            replica_id=replica_id,
+            address=address or "",
+            store_address=store_address or "",
+            step=step or 0,
+            world_size=1 if world_size is None else world_size,
+            shrink_only=bool(shrink_only),
+            data=types.encode_data(data),
+        )
+        try:
+            response = self._stub.Quorum(
+                pb.LighthouseQuorumRequest(requester=member), timeout=seconds(timeout), wait_for_ready=True
+            )
+        except grpc.RpcError as e:
+            raise self._translate(e, "quorum", timeout) from e
+        return types.quorum_from_wire(response.quorum)
+
+    def heartbeat(self, replica_id: str, timeout: timedelta = timedelta(seconds=5)) -> None:
+        """One sign of life.
+
+        Raises:
+            TimeoutError, RuntimeError: it did not arrive.
+        """
+        try:
+            self._stub.Heartbeat(pb.LighthouseHeartbeatRequest(replica_id=replica_id), timeout=seconds(timeout))
+        except grpc.RpcError as e:
+            raise self._translate(e, "heartbeat", timeout) from e
+
+    def subscribe_failures(self, timeout: timedelta = timedelta(seconds=5)) -> Iterator[types.FailureNotification]:
+        """The failures that the lighthouse finds from now on, as they are found.
+
+        Args:
+            timeout: how long the subscription lasts. When it has passed, the iterator raises TimeoutError.
+
+        Raises:
+            TimeoutError: ``timeout`` passed.
+            RuntimeError: the lighthouse is gone.
+        """
+        call = self._stub.SubscribeFailures(pb.SubscribeFailuresRequest(), timeout=seconds(timeout))
+        return self._notices(call, timeout)
+
+    def _notices(self, call: Any, timeout: timedelta) -> Iterator[types.FailureNotification]:
+        try:
+            for notice in call:
+                yield types.FailureNotification(notice.replica_id, notice.error_message)
+        except grpc.RpcError as e:
+            raise self._translate(e, "subscribe_failures", timeout) from e
+        finally:
+            call.cancel()
+
+    def close(self) -> None:
+        """Closes the connection; calls under way fail."""
+        self._channel.close()
+
+    def _translate(self, error: grpc.RpcError, call: str, timeout: timedelta) -> Exception:
+        return translate(
+            error,
+            what="lighthouse",
+            address=self._addr,
+            call=call,
+            timeout=seconds(timeout),
+            hint=LIGHTHOUSE_HINT,
+        )

@@ -1,0 +1,94 @@
+"""A quorum seen by one rank of one group (docs/protocol.md, part 1: *Manager server*).
+
+The idea
+    Every rank computes the same facts from the same quorum, so nobody has to be told them: who is ahead, who
+    recovers, from whom, and where the process group meets.
+
+Rules, with the members sorted by replica id
+    - ``max_step`` over the members; the *up-to-date* are those at it. Nobody is up to date when it is below 0:
+      then no member holds usable state, and that is an error.
+    - The *primary* is ``up_to_date[group_rank mod n]``: its store hosts the rendezvous, and spreading it by group
+      rank spreads the load.
+    - *Recovering* are the members below ``max_step``; and, when ``init_sync`` and ``max_step`` is 0, all but the
+      primary, so that all begin from one initialisation.
+    - The i-th recovering member is served by ``sources[(i + group_rank) mod n]``, the sources being the
+      up-to-date that do not recover themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torchft.core.membership import Member, Quorum
+
+__all__ = ["AssignmentError", "View", "assign"]
+
+
+class AssignmentError(Exception):
+    """The quorum cannot be used by this rank. The message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What one rank of one group needs to know of a quorum."""
+
+    quorum_id: int
+    replica_rank: int
+    replica_world_size: int
+    replica_ids: tuple[str, ...]
+    store_address: str
+    max_step: int
+    max_replica_rank: int | None
+    """Index among the up-to-date; None when this group is not one of them."""
+    max_world_size: int
+    heal: bool
+    recover_src_replica_rank: int | None
+    recover_src_manager_address: str
+    recover_dst_replica_ranks: tuple[int, ...]
+    commit_failures: int
+    """The most failures in a row of any member."""
+
+
+def assign(quorum: Quorum, replica_id: str, group_rank: int, init_sync: bool) -> View:
+    """The view of ``replica_id``'s rank ``group_rank``.
+
+    Raises:
+        AssignmentError: the group is not in the quorum, or no member holds usable state.
+    """
+    members: list[Member] = sorted(quorum.participants, key=lambda m: m.replica_id)
+    ids = tuple(m.replica_id for m in members)
+    if replica_id not in ids:
+        raise AssignmentError(f"replica {replica_id!r} is not in quorum {quorum.quorum_id} of {list(ids)}")
+    me = ids.index(replica_id)
+
+    max_step = max(m.step for m in members)
+    if max_step < 0:
+        raise AssignmentError(
+            f"no member of quorum {quorum.quorum_id} holds a usable state: each lost its own in a heal that did "
+            f"not finish. Restart the job from its newest checkpoint. Members: {list(ids)}"
+        )
+    up_to_date = [i for i, m in enumerate(members) if m.step == max_step]
+    primary = up_to_date[group_rank % len(up_to_date)]
+
+    recovering = [i for i, m in enumerate(members) if m.step != max_step]
+    if init_sync and max_step == 0:
+        recovering = [i for i in range(len(members)) if i != primary]
+    sources = [i for i in up_to_date if i not in recovering]
+    source_of = {dst: sources[(i + group_rank) % len(sources)] for i, dst in enumerate(recovering)}
+
+    source = source_of.get(me)
+    return View(
+        quorum_id=quorum.quorum_id,
+        replica_rank=me,
+        replica_world_size=len(members),
+        replica_ids=ids,
+        store_address=members[primary].store_address,
+        max_step=max_step,
+        max_replica_rank=up_to_date.index(me) if me in up_to_date else None,
+        max_world_size=len(up_to_date),
+        heal=source is not None,
+        recover_src_replica_rank=source,
+        recover_src_manager_address="" if source is None else members[source].address,
+        recover_dst_replica_ranks=tuple(dst for dst, src in source_of.items() if src == me),
+        commit_failures=max(m.commit_failures for m in members),
+    )

@@ -1,0 +1,207 @@
+"""Who is alive, who waits, and when a quorum forms (docs/protocol.md, part 1: *Lighthouse*).
+
+The idea
+    Replicas show that they live by heartbeats; those that want to take the next step *ask* and then wait. The
+    machine answers all that wait with one quorum as soon as that is safe and either nobody is missing or the
+    missing have had their time.
+
+Rules, checked after each request and each tick, with H = the healthy who wait, sorted by replica id
+    1. If any of H asks to shrink only and there was a quorum, the candidates are H ∩ previous quorum, else H.
+    2. Fast quorum: all of the previous quorum are in H and the candidates are at least ``min_replicas``: form.
+    3. Otherwise form when the candidates are at least ``min_replicas``, H is more than half of the healthy (no
+       split brain), and all healthy wait or ``join_timeout`` has passed since the first of H began to wait.
+    4. ``quorum_id`` grows when the set of ids differs from the previous quorum's, or a member could not commit.
+
+Invariants
+    - A replica is healthy from its last sign of life until ``heartbeat_timeout`` after it, or until it is
+      reported dead.
+    - A quorum answers exactly its members; who was left out goes on waiting, with the time it has waited.
+    - ``quorum_id`` never goes back, and two quorums with the same id have the same members.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+__all__ = ["Member", "Membership", "Options", "Outcome", "Quorum"]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A replica group, as it describes itself when it asks for a quorum."""
+
+    replica_id: str
+    address: str = ""
+    """Of the group's ManagerServer, ``http://host:port``."""
+    store_address: str = ""
+    """Of the group's TCPStore, ``host:port``."""
+    step: int = 0
+    """The newest step it has committed; below 0: it holds no usable state."""
+    world_size: int = 1
+    """Ranks in the group."""
+    shrink_only: bool = False
+    """It asks that nobody new is taken in."""
+    data: str = ""
+    """JSON of the group's own."""
+    commit_failures: int = 0
+    """Steps in a row that it could not commit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quorum:
+    """The members of the next step, sorted by replica id."""
+
+    quorum_id: int
+    participants: tuple[Member, ...]
+
+    @property
+    def replica_ids(self) -> tuple[str, ...]:
+        return tuple(m.replica_id for m in self.participants)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Times in seconds."""
+
+    min_replicas: int
+    join_timeout: float = 0.1
+    heartbeat_timeout: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.min_replicas < 1:
+            raise ValueError(f"min_replicas is {self.min_replicas}: a quorum needs at least one replica")
+        if self.join_timeout < 0 or self.heartbeat_timeout <= 0:
+            raise ValueError("join_timeout must not be negative and heartbeat_timeout must be positive")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the shell has to do after an event."""
+
+    quorum: Quorum | None = None
+    """Answer each member of it."""
+    dead: tuple[tuple[str, str], ...] = ()
+    """Replicas that just turned from healthy to not, each with the cause."""
+    status: str | None = None
+    """The reason why there is (or is no) quorum, when it differs from the last one told."""
+
+
+@dataclass(slots=True)
+class _Waiter:
+    member: Member
+    since: float
+
+
+class Membership:
+    """The state machine of the module's docstring.
+
+    Args:
+        options: the limits.
+        quorum_id: the id of the last quorum formed by an earlier life, 0 for none; ids go on from there.
+    """
+
+    def __init__(self, options: Options, quorum_id: int = 0) -> None:
+        self.options = options
+        self.quorum_id = quorum_id
+        self.previous: Quorum | None = None
+        self._last_sign: dict[str, float] = {}
+        self._waiters: dict[str, _Waiter] = {}
+        self._status = ""
+
+    # ------------------------------------------------------------- events
+
+    def heartbeat(self, replica_id: str, now: float) -> Outcome:
+        """A sign of life. It can only ever make others wait, so nothing is decided here."""
+        self._last_sign[replica_id] = now
+        return Outcome()
+
+    def request(self, member: Member, now: float) -> Outcome:
+        """A replica asks for a quorum and waits. A second request of the same replica replaces the first."""
+        self._last_sign[member.replica_id] = now
+        self._waiters[member.replica_id] = _Waiter(member, now)
+        return self.tick(now)
+
+    def withdraw(self, replica_id: str, now: float) -> Outcome:
+        """A replica no longer waits: its call ended or ran into its deadline. It may well be alive."""
+        self._waiters.pop(replica_id, None)
+        return self.tick(now)
+
+    def failed(self, replica_id: str, cause: str, now: float) -> Outcome:
+        """A replica is known to be dead: it left, it was reported, or an operator says so."""
+        known = self._last_sign.pop(replica_id, None) is not None
+        self._waiters.pop(replica_id, None)
+        outcome = self.tick(now)
+        return replace(outcome, dead=((replica_id, cause), *outcome.dead)) if known else outcome
+
+    def tick(self, now: float) -> Outcome:
+        """Time has passed."""
+        dead = self._expire(now)
+        quorum, status = self._decide(now)
+        if status == self._status:
+            return Outcome(quorum, dead)
+        self._status = status
+        return Outcome(quorum, dead, status)
+
+    # ------------------------------------------------------------ queries
+
+    def healthy(self) -> tuple[str, ...]:
+        """Ids of the replicas that count as alive, as of the last event."""
+        return tuple(sorted(self._last_sign))
+
+    def waiting(self) -> tuple[Member, ...]:
+        """Those that wait for a quorum, sorted by replica id."""
+        return tuple(w.member for _, w in sorted(self._waiters.items()))
+
+    @property
+    def status(self) -> str:
+        """Why there is, or is not yet, a quorum, in words."""
+        return self._status
+
+    # ----------------------------------------------------------- deciding
+
+    def _expire(self, now: float) -> tuple[tuple[str, str], ...]:
+        limit = self.options.heartbeat_timeout
+        silent = [(rid, now - at) for rid, at in self._last_sign.items() if now - at > limit]
+        for rid, _ in silent:
+            del self._last_sign[rid]
+        return tuple((rid, f"no heartbeat for {for_s:.1f} s") for rid, for_s in sorted(silent))
+
+    def _decide(self, now: float) -> tuple[Quorum | None, str]:
+        options = self.options
+        ready = {rid: w for rid, w in sorted(self._waiters.items()) if rid in self._last_sign}
+        if not ready:
+            return None, "nobody asks for a quorum"
+        previous = set(self.previous.replica_ids) if self.previous else set()
+        shrink = self.previous is not None and any(w.member.shrink_only for w in ready.values())
+        candidates = [w.member for rid, w in ready.items() if not shrink or rid in previous]
+        note = " (shrinking: only members of the last quorum)" if shrink else ""
+
+        if len(candidates) < options.min_replicas:
+            return None, (f"{len(candidates)} of at least {options.min_replicas} replicas ask for a quorum{note}")
+        if previous and previous.issubset(ready):
+            return self._form(candidates), "all members of the last quorum ask again: fast quorum" + note
+
+        healthy = len(self._last_sign)
+        if 2 * len(ready) <= healthy:
+            return None, f"{len(ready)} of {healthy} healthy replicas ask: not more than half{note}"
+        missing = sorted(set(self._last_sign) - set(ready))
+        if missing:
+            waited = now - min(w.since for w in ready.values())
+            if waited < options.join_timeout:
+                return None, (
+                    f"{len(ready)} of {healthy} healthy replicas ask: waiting up to {options.join_timeout:g} s "
+                    f"for {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}{note}"
+                )
+            return self._form(candidates), f"join timeout: going on without {len(missing)} healthy replicas{note}"
+        return self._form(candidates), f"all {healthy} healthy replicas ask{note}"
+
+    def _form(self, members: list[Member]) -> Quorum:
+        ids = tuple(m.replica_id for m in members)
+        changed = self.previous is None or ids != self.previous.replica_ids
+        if changed or any(m.commit_failures > 0 for m in members):
+            self.quorum_id += 1
+        quorum = Quorum(self.quorum_id, tuple(members))
+        self.previous = quorum
+        for rid in ids:
+            del self._waiters[rid]
+        return quorum

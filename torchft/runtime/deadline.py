@@ -1,0 +1,43 @@
+"""The one deadline type.
+
+A caller says *how long* (a ``timedelta`` or seconds); what travels inside is *until when*, on the monotonic
+clock, so that a wait split into several waits never adds up to more than was asked for.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+__all__ = ["Deadline", "seconds"]
+
+
+def seconds(timeout: timedelta | float) -> float:
+    """A timeout in seconds, whichever way the caller wrote it."""
+    return timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+
+
+class Deadline:
+    """A point on the monotonic clock until which something may take."""
+
+    __slots__ = ("_timeout", "at")
+
+    def __init__(self, timeout: timedelta | float) -> None:
+        self._timeout = seconds(timeout)
+        self.at = time.monotonic() + self._timeout
+
+    @property
+    def timeout(self) -> float:
+        """What was asked for, seconds: for error messages."""
+        return self._timeout
+
+    def remaining(self) -> float:
+        """Seconds left, never below 0."""
+        return max(0.0, self.at - time.monotonic())
+
+    @property
+    def expired(self) -> bool:
+        return time.monotonic() >= self.at
+
+    def __repr__(self) -> str:
+        return f"Deadline({self._timeout:g}s, {self.remaining():.3f}s left)"

@@ -1,0 +1,104 @@
+"""Addresses: how one is written, and which one of ours others should be told."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import socket
+
+from torchft import config
+
+__all__ = ["advertised_host", "format_address", "parse_address", "split_bind"]
+
+logger = logging.getLogger(__name__)
+
+
+def parse_address(address: str) -> str:
+    """``http://host:port/`` or ``host:port`` as ``host:port``.
+
+    Raises:
+        ValueError: there is no host or no port in it.
+    """
+    text = address.strip()
+    for scheme in ("http://", "grpc://"):
+        text = text.removeprefix(scheme)
+    text = text.rstrip("/")
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not _is_number(port) or not 0 < int(port) < 65536 or "/" in text:
+        raise ValueError(f"{address!r} is not an address: expected http://host:port")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ValueError(f"{address!r} is not an address: an IPv6 host is written [::1]:port")
+    return text
+
+
+def format_address(host: str, port: int) -> str:
+    """``http://host:port``, with brackets around an IPv6 host."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def split_bind(bind: str) -> tuple[str, int]:
+    """``[::]:29510``, ``0.0.0.0:0`` or ``:29510`` as host and port; no host means all interfaces.
+
+    Raises:
+        ValueError: there is no port in it.
+    """
+    host, colon, port = bind.removeprefix("http://").rpartition(":")
+    if not colon or not _is_number(port) or int(port) > 65535:
+        raise ValueError(f"{bind!r} is not a bind address: expected host:port, for instance [::]:29510")
+    return host.strip("[]") or "::", int(port)
+
+
+def advertised_host(toward: str | None = None, given: str | None = None) -> str:
+    """The address of this machine that others are told.
+
+    In this order: ``TORCHFT_HOST``; ``given``, if it resolves; the local end of the route to ``toward``
+    (``host:port``); the host name, if it resolves; the loopback address, with a warning.
+    """
+    configured = config.HOST.read()
+    if configured:
+        return configured
+    if given and _resolves(given):
+        return given
+    if toward:
+        routed = _local_address_toward(toward)
+        if routed:
+            return routed
+    name = socket.gethostname()
+    if _resolves(name):
+        return name
+    logger.warning(
+        "this machine's host name %r does not resolve and no route is known: telling others 127.0.0.1, which "
+        "only works on one machine. Set TORCHFT_HOST to an address that the other machines reach.",
+        name,
+    )
+    return "127.0.0.1"
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def _resolves(host: str) -> bool:
+    try:
+        socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    return True
+
+
+def _local_address_toward(address: str) -> str | None:
+    host, _, port = parse_address(address).rpartition(":")
+    try:
+        candidates = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)
+    except OSError:
+        return None
+    for family, kind, proto, _, sockaddr in candidates:
+        try:
+            with socket.socket(family, kind, proto) as s:
+                s.connect(sockaddr)  # a datagram socket: this only asks the routing table
+                local = str(s.getsockname()[0])
+        except OSError:
+            continue
+        if not ipaddress.ip_address(local.partition("%")[0]).is_unspecified:
+            return local
+    return None
