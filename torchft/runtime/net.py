@@ -12,6 +12,9 @@ __all__ = ["advertised_host", "format_address", "parse_address", "split_bind"]
 
 logger = logging.getLogger(__name__)
 
+_ANYWHERE = "192.0.2.1:9"
+"""An address of the block for documentation (RFC 5737): the way there is the default route. Nothing is sent."""
+
 
 def parse_address(address: str) -> str:
     """``http://host:port/`` or ``host:port`` as ``host:port``.
@@ -52,17 +55,19 @@ def advertised_host(toward: str | None = None, given: str | None = None) -> str:
     """The address of this machine that others are told.
 
     In this order: ``TORCHFT_HOST``; ``given``, if it resolves; the local end of the route to ``toward``
-    (``host:port``); the host name, if it resolves; the loopback address, with a warning.
+    (``host:port``), or of the default route; the host name, if it resolves; the loopback address, with a warning.
+
+    An address comes before a name: a name that only this machine knows is no use to others, and one that has to be
+    looked up can cost every new connection seconds.
     """
     configured = config.HOST.read()
     if configured:
         return configured
     if given and _resolves(given):
         return given
-    if toward:
-        routed = _local_address_toward(toward)
-        if routed:
-            return routed
+    routed = _local_address_toward(toward or _ANYWHERE)
+    if routed:
+        return routed
     name = socket.gethostname()
     if _resolves(name):
         return name

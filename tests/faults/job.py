@@ -1,0 +1,125 @@
+"""A job of several trainer processes on this machine, for tests that kill them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torchft.coordination import LighthouseServer
+from torchft.runtime.deadline import Deadline
+
+TRAINER = Path(__file__).with_name("trainer.py")
+
+
+class Trainer:
+    """One trainer process and the events it has printed."""
+
+    def __init__(self, job: Job, name: str, *args: str) -> None:
+        self.name = name
+        self.events: list[dict[str, Any]] = []
+        self._changed = job.changed
+        self._log = (job.folder / f"{name}-{len(job.trainers)}.log").open("w+")
+        environment = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith("TORCHFT_") and k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        }
+        environment |= {"TORCHFT_LIGHTHOUSE": job.lighthouse.address(), "OMP_NUM_THREADS": "1", **job.environment}
+        self.process = subprocess.Popen(
+            [sys.executable, str(TRAINER), "--name", name, "--stop-file", str(job.stop_file), *args],
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self._changed:
+                self.events.append(json.loads(line))
+                self._changed.notify_all()
+        self.process.wait()
+        with self._changed:
+            self._changed.notify_all()
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        return [e for e in self.events if e["event"] == event]
+
+    @property
+    def step(self) -> int:
+        steps = self.of("step")
+        return int(steps[-1]["step"]) if steps else 0
+
+    @property
+    def log(self) -> str:
+        self._log.flush()
+        return Path(self._log.name).read_text()
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._reader.join(timeout=10)
+        self._log.close()
+
+
+class Job:
+    """A lighthouse and trainers. ``close`` ends every one of them."""
+
+    def __init__(self, folder: Path, **lighthouse: int) -> None:
+        self.folder = folder
+        self.stop_file = folder / "stop-at"
+        self.changed = threading.Condition()
+        self.environment: dict[str, str] = {}
+        self.lighthouse = LighthouseServer(
+            "127.0.0.1:0", **{"min_replicas": 1, "join_timeout_ms": 100, "heartbeat_timeout_ms": 1000, **lighthouse}
+        )
+        self.trainers: list[Trainer] = []
+
+    def start(self, name: str, *args: str) -> Trainer:
+        trainer = Trainer(self, name, *args)
+        self.trainers.append(trainer)
+        return trainer
+
+    def until(self, condition: Callable[[], object], what: str, timeout: float = 60.0) -> None:
+        """Waits for the trainers' events to make ``condition`` true.
+
+        Raises:
+            AssertionError: they did not in time; the message has the end of every trainer's log.
+        """
+        deadline = Deadline(timeout)
+        with self.changed:
+            while not condition():
+                if deadline.expired:
+                    logs = "\n".join(f"--- {t.name} at {t.step}\n{t.log[-3000:]}" for t in self.trainers)
+                    raise AssertionError(f"{what} did not happen within {timeout:g} s\n{logs}")
+                self.changed.wait(min(0.5, deadline.remaining()))
+
+    def finish(self, after: int = 10, timeout: float = 60.0) -> list[dict[str, Any]]:
+        """Lets the living trainers end at one step, ``after`` steps from now, and returns their last events."""
+        living = [t for t in self.trainers if t.process.poll() is None]
+        target = max(t.step for t in living) + after
+        partial = self.stop_file.with_suffix(".partial")
+        partial.write_text(str(target))
+        partial.rename(self.stop_file)
+        self.until(lambda: all(t.of("end") or t.process.poll() is not None for t in living), "the end", timeout)
+        ends = [t.of("end") for t in living]
+        assert all(ends), "\n".join(f"--- {t.name}\n{t.log[-3000:]}" for t in living)
+        return [e[0] for e in ends]
+
+    def close(self) -> None:
+        for trainer in self.trainers:
+            trainer.end()
+        self.lighthouse.shutdown()

@@ -1,0 +1,144 @@
+"""A trainer that tests kill: one rank of one replica group, a small multi-bucket model on made-up data.
+
+It prints a JSON line per event, kills itself with SIGKILL at a named phase of a named step if told to, and trains until
+the file ``--stop-file`` names a step and that step is committed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+
+from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
+from torchft.checkpointing import HTTPTransport
+from torchft.checkpointing.pg_transport import PGTransport
+
+PHASES = ["quorum", "configure", "forward", "backward", "vote", "commit", "send", "receive"]
+
+
+def emit(event: str, **fields: Any) -> None:
+    sys.stdout.write(json.dumps({"event": event, "time": time.time(), **fields}) + "\n")
+    sys.stdout.flush()
+
+
+def before(owner: Any, method: str, act: Callable[[], None]) -> None:
+    """Calls ``act`` before each call of ``owner.method``."""
+    real = getattr(owner, method)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        act()
+        return real(*args, **kwargs)
+
+    setattr(owner, method, call)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--stop-file", type=Path, required=True)
+    parser.add_argument("--transport", choices=["http", "pg"], default="http")
+    parser.add_argument("--sync", action="store_true")
+    parser.add_argument("--timeout", type=float, default=30.0)
+    parser.add_argument("--die", default="", help="PHASE@STEP")
+    parser.add_argument("--step-seconds", type=float, default=0.0, help="length of the forward pass")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    torch.set_num_threads(1)
+
+    torch.manual_seed(hash(args.name) % 1000)  # groups start from different weights: they must not stay different
+    net = nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(64, 64), nn.Tanh())), nn.Linear(64, 8))
+    inner = torch.optim.AdamW(net.parameters(), lr=1e-3)
+
+    def save() -> dict[str, Any]:
+        return {"model": net.state_dict(), "optim": inner.state_dict()}
+
+    def load(state: dict[str, Any]) -> None:
+        net.load_state_dict(state["model"])
+        inner.load_state_dict(state["optim"])
+
+    timeout = timedelta(seconds=args.timeout)
+    pg = ProcessGroupGloo(timeout=timeout)
+    transport: Any = HTTPTransport(timeout)
+    if args.transport == "pg":
+        transport = PGTransport(pg, timeout, torch.device("cpu"), state_dict=lambda: {"user": {"default": save()}})
+    manager = Manager(
+        pg=pg,
+        load_state_dict=load,
+        state_dict=save,
+        min_replica_size=1,
+        use_async_quorum=not args.sync,
+        timeout=timeout,
+        quorum_timeout=timeout,
+        replica_id=args.name,
+        checkpoint_transport=transport,
+    )
+    model = DistributedDataParallel(manager, net, bucket_cap_mb=0.02)
+    optimizer = Optimizer(manager, inner)
+
+    phase, _, at = args.die.partition("@")
+
+    def die() -> None:
+        if manager.current_step() >= int(at):
+            emit("dies", phase=phase, step=manager.current_step())
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if phase == "quorum":
+        before(manager, "start_quorum", die)
+    elif phase == "configure":
+        before(pg, "configure", die)
+    elif phase == "forward":
+        net.register_forward_pre_hook(lambda *_: die())
+    elif phase == "backward":  # some buckets are on their way, some are not
+        net[4].weight.register_hook(lambda g: die())
+    elif phase == "vote":
+        before(manager, "should_commit", die)
+    elif phase == "commit":
+        before(inner, "step", die)
+    elif phase == "send":
+        before(transport, "send_checkpoint", die)
+    elif phase == "receive":
+        before(transport, "recv_checkpoint", die)
+
+    emit("start", pid=os.getpid(), replica_id=manager.replica_id())
+    generator = torch.Generator().manual_seed(os.getpid())
+    while True:
+        step = manager.current_step()
+        if args.stop_file.exists() and step >= int(args.stop_file.read_text()):
+            break
+        batch = torch.randn(16, 64, generator=generator)
+        optimizer.zero_grad()
+        if args.step_seconds:
+            time.sleep(args.step_seconds)
+        model(batch).square().mean().backward()
+        optimizer.step()
+        emit(
+            "step",
+            step=manager.current_step(),
+            committed=manager.current_step() == step + 1,
+            healed=manager.current_step() > step + 1,
+            participants=manager.num_participants(),
+            error=None if manager.errored() is None else str(manager.errored()),
+        )
+    digest = xxhash.xxh3_128()
+    state = save()
+    for tensor in [*state["model"].values(), *(v for s in state["optim"]["state"].values() for v in s.values())]:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    emit("end", step=manager.current_step(), hash=digest.hexdigest(), batches=manager.batches_committed())
+    manager.shutdown()
+
+
+if __name__ == "__main__":
+    main()

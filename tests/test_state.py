@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from torchft.state import ReplicaState, StateError
+
+
+def registered(loaded: dict[str, Any]) -> ReplicaState:
+    state = ReplicaState()
+    state.register("default", lambda s: loaded.update(s), lambda: {"w": 1})
+    return state
+
+
+def test_a_received_state_is_applied_once_and_whole() -> None:
+    loaded: dict[str, Any] = {}
+    state = registered(loaded)
+    state.begin_receiving(in_place=True)
+    assert not state.usable
+    assert state.received({"user": {"default": {"w": 2}}, "torchft": {"step": 5}}) == {"step": 5}
+    assert state.pending
+    assert not state.usable
+    state.apply()
+    assert loaded == {"w": 2}
+    assert state.usable
+    assert not state.pending
+
+
+def test_a_transfer_that_does_not_write_in_place_leaves_the_old_state_usable() -> None:
+    state = registered({})
+    state.begin_receiving(in_place=False)
+    assert state.usable
+
+
+def test_a_load_function_that_fails_leaves_the_state_unusable() -> None:
+    def fail(_: object) -> None:
+        raise ValueError("cannot load")
+
+    state = ReplicaState()
+    state.register("default", fail, dict)
+    state.received({"user": {"default": {}}, "torchft": {}})
+    with pytest.raises(ValueError, match="cannot load"):
+        state.apply()
+    assert not state.usable
+
+
+@pytest.mark.parametrize("garbage", [None, [], {}, {"user": {}}, "state"])
+def test_what_is_no_state_is_refused(garbage: object) -> None:
+    with pytest.raises(StateError):
+        registered({}).received(garbage)

@@ -1,0 +1,87 @@
+"""Timeouts for ``torch.futures.Future`` and for blocks of code, all on the process's one background loop.
+
+Adding and removing a timeout costs microseconds and wakes no thread (:mod:`torchft.runtime.loop`), so each
+collective of each step can have its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from torch.futures import Future
+
+from torchft.runtime.deadline import seconds
+from torchft.runtime.loop import call_later
+
+__all__ = ["context_timeout", "future_timeout", "future_wait"]
+
+T = TypeVar("T")
+
+
+def future_timeout(fut: Future[T], timeout: timedelta) -> Future[T]:
+    """A future that does what ``fut`` does, or fails with ``TimeoutError`` when that takes longer than ``timeout``.
+
+    Args:
+        fut: is left alone: it may still complete later.
+        timeout: from now.
+    """
+    out: Future[Any] = Future()
+    claim = threading.Lock()  # whoever takes it completes `out`
+
+    def expired() -> None:
+        if claim.acquire(blocking=False):
+            out.set_exception(TimeoutError(f"the future did not complete within {seconds(timeout):g} s"))
+
+    timer = call_later(seconds(timeout), expired)
+
+    def done(completed: Future[Any]) -> None:
+        timer.cancel()
+        if not claim.acquire(blocking=False):
+            return
+        try:
+            value = completed.value()
+        except Exception as e:
+            out.set_exception(e)
+        else:
+            out.set_result(value)
+
+    fut.add_done_callback(done)
+    return out
+
+
+def future_wait(fut: Future[T], timeout: timedelta) -> T:
+    """Waits for the future's value.
+
+    Raises:
+        TimeoutError: it did not complete within ``timeout``.
+        Exception: what the future failed with.
+    """
+    done = threading.Event()
+
+    def wake(_: Future[Any]) -> None:
+        done.set()
+
+    fut.add_done_callback(wake)
+    if not done.wait(seconds(timeout)):
+        raise TimeoutError(f"the future did not complete within {seconds(timeout):g} s")
+    value: T = fut.wait()
+    return value
+
+
+@contextmanager
+def context_timeout(callback: Callable[[], None], timeout: timedelta) -> Iterator[None]:
+    """Calls ``callback`` if the block takes longer than ``timeout``: to abort what it waits for.
+
+    Args:
+        callback: called at most once, on another thread; it must not block.
+        timeout: from entering the block.
+    """
+    timer = call_later(seconds(timeout), callback)
+    try:
+        yield
+    finally:
+        timer.cancel()

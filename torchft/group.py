@@ -1,0 +1,163 @@
+"""How the ranks of one replica group find each other: the group's store, its ManagerServer, its name.
+
+The idea
+    Rank 0 starts the ManagerServer and publishes its address and the group's replica id in the group's TCPStore;
+    the other ranks read them there. Rank 0 then talks to its server in process, the others by gRPC.
+
+Rules
+    - The keys carry torchrun's restart count: its agent's store outlives the workers, and a restarted rank must
+      not find the address of a former life.
+    - A group of one rank that no launcher gave a store hosts its own, so that ``python train.py`` works.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import uuid
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from torchft import config
+from torchft.coordination import ManagerClient, ManagerServer, QuorumResult
+from torchft.runtime.net import advertised_host, parse_address
+
+__all__ = ["Group", "GroupClient", "join_group"]
+
+logger = logging.getLogger(__name__)
+
+
+class GroupClient(Protocol):
+    """What a rank asks of its group's server, whether it sits in this process or not."""
+
+    def _quorum(
+        self,
+        group_rank: int,
+        step: int,
+        checkpoint_metadata: str,
+        shrink_only: bool,
+        timeout: timedelta,
+        commit_failures: int,
+        init_sync: bool = True,
+    ) -> QuorumResult: ...
+
+    def should_commit(self, group_rank: int, step: int, should_commit: bool, timeout: timedelta) -> bool: ...
+
+
+@dataclass
+class Group:
+    """A rank's membership in its replica group."""
+
+    replica_id: str
+    rank: int
+    world_size: int
+    client: GroupClient
+    server: ManagerServer | None
+    """In rank 0's process."""
+    store: TCPStore
+
+    def close(self) -> None:
+        """Ends the server, or the connection to it."""
+        if self.server is not None:
+            self.server.shutdown()
+        elif isinstance(self.client, ManagerClient):
+            self.client.close()
+
+
+def join_group(
+    *,
+    rank: int | None,
+    world_size: int | None,
+    store_addr: str | None,
+    store_port: int | None,
+    lighthouse_addr: str | None,
+    replica_id: str | None,
+    port: int | None,
+    hostname: str,
+    heartbeat_interval: timedelta,
+    connect_timeout: timedelta,
+    quorum_retries: int,
+) -> Group:
+    """Makes this process a rank of its group. Arguments as of :class:`torchft.manager.Manager`.
+
+    Raises:
+        ValueError: something that is needed is neither an argument nor in the environment.
+        TimeoutError: the lighthouse, the store or rank 0 did not answer within ``connect_timeout``.
+    """
+    rank = config.RANK.read() if rank is None else rank
+    world_size = config.WORLD_SIZE.read() if world_size is None else world_size
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not in a group of {world_size} ranks (RANK, WORLD_SIZE)")
+    lighthouse_addr = lighthouse_addr or config.LIGHTHOUSE.read()
+    if rank == 0 and not lighthouse_addr:
+        raise ValueError(
+            "no lighthouse: set TORCHFT_LIGHTHOUSE=http://host:29510 or pass lighthouse_addr. One is started by "
+            "`torchft_lighthouse --min_replicas 1`."
+        )
+    store, address = _open_store(store_addr, store_port, rank, world_size, lighthouse_addr, connect_timeout)
+    prefix = f"torchft/group/{config.RESTART_COUNT.read()}"
+
+    if rank == 0:
+        assert lighthouse_addr
+        unique = f"{replica_id}:{uuid.uuid4()}" if replica_id else str(uuid.uuid4())
+        server = ManagerServer(
+            replica_id=unique,
+            lighthouse_addr=lighthouse_addr,
+            # The default is only this machine's name, which others need not resolve: the route decides then.
+            hostname="" if hostname == socket.gethostname() else hostname,
+            bind=f"[::]:{port if port is not None else config.MANAGER_PORT.read() or 0}",
+            store_addr=address,
+            world_size=world_size,
+            heartbeat_interval=heartbeat_interval,
+            connect_timeout=connect_timeout,
+            quorum_retries=quorum_retries,
+        )
+        if world_size > 1:
+            store.set(f"{prefix}/replica_id", unique)
+            store.set(f"{prefix}/manager_address", server.address())
+        return Group(unique, rank, world_size, server, server, store)
+
+    try:
+        store.wait([f"{prefix}/manager_address"], connect_timeout)
+    except Exception as e:
+        raise TimeoutError(
+            f"rank 0 of this group did not publish its manager's address in the store at {address} within "
+            f"{connect_timeout.total_seconds():g} s: did it start, and does it reach the lighthouse? ({e})"
+        ) from e
+    manager_address = store.get(f"{prefix}/manager_address").decode()
+    unique = store.get(f"{prefix}/replica_id").decode()
+    return Group(unique, rank, world_size, ManagerClient(manager_address, connect_timeout), None, store)
+
+
+def _open_store(
+    addr: str | None,
+    port: int | None,
+    rank: int,
+    world_size: int,
+    lighthouse_addr: str | None,
+    timeout: timedelta,
+) -> tuple[TCPStore, str]:
+    """The group's store, and its address as other groups are told it."""
+    addr = addr or config.MASTER_ADDR.read()
+    port = config.MASTER_PORT.read() if port is None else port
+    if addr is None or port is None:
+        if world_size > 1:
+            raise ValueError(
+                "a group of several ranks needs its store: start it with torchrun, or pass store_addr and "
+                "store_port (MASTER_ADDR, MASTER_PORT) of a TCPStore that you host"
+            )
+        host = advertised_host(parse_address(lighthouse_addr) if lighthouse_addr else None)
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        return store, f"{host}:{store.port}"
+    try:
+        store = TCPStore(addr, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    except Exception as e:
+        raise TimeoutError(
+            f"the group's store at {addr}:{port} (rank {rank} of {world_size}) did not answer within "
+            f"{timeout.total_seconds():g} s. torchrun hosts it; without torchrun host a TCPStore there, or leave "
+            f"MASTER_ADDR and MASTER_PORT unset in a group of one rank. ({e})"
+        ) from e
+    return store, f"{addr}:{port}"

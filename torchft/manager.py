@@ -1,0 +1,524 @@
+"""The training loop's face: quorum, fault-tolerant allreduce, healing, commit.
+
+The idea
+    A step begins with a quorum, averages gradients over its participants, and ends with a vote: only when nothing
+    failed does the optimizer step. Whatever fails in between is an error *of that step*: it is reported, the rest
+    of the step's collectives become no-ops, the vote is no, and the next step starts afresh.
+
+Rules
+    - One background thread runs quorum, reconfiguration and transfer; the training thread waits for it at the
+      first collective (asynchronous quorum) or at once (synchronous).
+    - Nothing here decides: who is in, who heals from whom and who participates are computed in ``torchft.core``.
+    - The first error of a step aborts the process group, so that groups which wait for this one learn it at once.
+    - While the live state may be half written, this replica asks with step -1: it is nobody's source.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import socket
+import threading
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from enum import Enum
+from typing import Any, TypeVar
+
+import torch
+from torch.distributed import ReduceOp, Work
+from torch.futures import Future
+
+from torchft import config
+from torchft.checkpointing import CheckpointTransport, HTTPTransport
+from torchft.coordination import QuorumResult
+from torchft.core.participation import Participation, participation
+from torchft.futures import future_timeout, future_wait
+from torchft.group import join_group
+from torchft.process_group import ProcessGroup
+from torchft.recovery import Recovery
+from torchft.reduction import reduce
+from torchft.runtime.deadline import Deadline, seconds
+from torchft.runtime.logs import RankLogger
+from torchft.runtime.worker import Worker
+from torchft.state import ReplicaState
+from torchft.step_error import StepError
+from torchft.work import CompletedWork, FutureWork
+
+__all__ = ["Manager", "WorldSizeMode"]
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+_NOBODY = Participation(None, 0)
+_NO_STATE = -1
+_MAX_QUORUM_PAUSE = 2.0
+
+
+class WorldSizeMode(Enum):
+    """How many groups take part in a step."""
+
+    DYNAMIC = 0
+    """All there are."""
+    FIXED_WITH_SPARES = 1
+    """Exactly ``min_replica_size``; further groups follow as spares: they contribute zeros and stay up to date."""
+
+
+class Manager:
+    """Fault tolerance for one rank of one replica group.
+
+    Args:
+        pg: carries the collectives between groups; reconfigured by the manager.
+        load_state_dict, state_dict: write and read what a healing group needs: model, optimizer, and so on.
+            Registered under the key ``"default"``; both may be None when others are registered.
+        min_replica_size: a step with fewer participants is not committed.
+        use_async_quorum: run quorum and healing beside the forward pass. A group that heals contributes zeros in
+            that step; with False it heals before its forward pass and contributes.
+        timeout: longest wait for a collective, a vote or a transfer.
+        quorum_timeout: longest wait for a quorum.
+        connect_timeout: how long an address that does not answer yet is tried.
+        rank, world_size: in the group; ``RANK`` and ``WORLD_SIZE`` by default.
+        world_size_mode: see :class:`WorldSizeMode`.
+        store_addr, store_port: of the group's TCPStore; ``MASTER_ADDR`` and ``MASTER_PORT`` by default. A group of
+            one rank with neither hosts its own.
+        lighthouse_addr: ``http://host:port``; ``TORCHFT_LIGHTHOUSE`` by default.
+        replica_id: the group's name in logs; a unique suffix is added for each life of it.
+        port: of the ManagerServer; ``TORCHFT_MANAGER_PORT``, else any, by default.
+        hostname: what other groups are told; chosen by the route to the lighthouse where it does not resolve.
+        heartbeat_interval: between signs of life.
+        checkpoint_transport: moves the state; an :class:`HTTPTransport` by default.
+        init_sync: at step 0 all groups take the primary's state. With False they must start from the same.
+        max_retries: :meth:`should_commit` raises after more failed steps in a row; None: never.
+        quorum_retries: how often a lighthouse call that broke is repeated within a quorum.
+        proactive_recovery: abort the process group at the first error instead of leaving others to their timeout;
+            ``TORCHFT_PROACTIVE_RECOVERY`` by default.
+
+    The environment wins over arguments for ``TORCHFT_TIMEOUT_SEC``, ``TORCHFT_QUORUM_TIMEOUT_SEC``,
+    ``TORCHFT_CONNECT_TIMEOUT_SEC`` and ``TORCHFT_QUORUM_RETRIES``.
+
+    Raises:
+        TimeoutError: lighthouse, store or rank 0 did not answer within ``connect_timeout``.
+        ValueError: an argument is missing or out of range.
+    """
+
+    def __init__(
+        self,
+        pg: ProcessGroup,
+        load_state_dict: Callable[[Any], object] | None,
+        state_dict: Callable[[], Any] | None,
+        min_replica_size: int,
+        use_async_quorum: bool = True,
+        timeout: timedelta = timedelta(seconds=60),
+        quorum_timeout: timedelta = timedelta(seconds=60),
+        connect_timeout: timedelta = timedelta(seconds=60),
+        rank: int | None = None,
+        world_size: int | None = None,
+        world_size_mode: WorldSizeMode = WorldSizeMode.DYNAMIC,
+        store_addr: str | None = None,
+        store_port: int | None = None,
+        lighthouse_addr: str | None = None,
+        replica_id: str | None = None,
+        port: int | None = None,
+        hostname: str = socket.gethostname(),
+        heartbeat_interval: timedelta = timedelta(milliseconds=100),
+        checkpoint_transport: CheckpointTransport[dict[str, Any]] | None = None,
+        init_sync: bool = True,
+        max_retries: int | None = None,
+        quorum_retries: int = 0,
+        *,
+        proactive_recovery: bool | None = None,
+    ) -> None:
+        if min_replica_size < 1:
+            raise ValueError(f"min_replica_size is {min_replica_size}: a step needs at least one participant")
+        self._timeout = config.TIMEOUT_SEC.read() or timeout
+        self._quorum_timeout = config.QUORUM_TIMEOUT_SEC.read() or quorum_timeout
+        self._connect_timeout = config.CONNECT_TIMEOUT_SEC.read() or connect_timeout
+        retries = config.QUORUM_RETRIES.read()
+        self._proactive = config.PROACTIVE_RECOVERY.read() if proactive_recovery is None else proactive_recovery
+        self._pg = pg
+        self._min_replica_size = min_replica_size
+        self._use_async_quorum = use_async_quorum
+        self._fixed = min_replica_size if world_size_mode is WorldSizeMode.FIXED_WITH_SPARES else None
+        self._init_sync = init_sync
+        self._max_retries = max_retries
+
+        self._state = ReplicaState()
+        if (load_state_dict is None) != (state_dict is None):
+            raise ValueError("load_state_dict and state_dict belong together: pass both, or None for both")
+        if load_state_dict is not None and state_dict is not None:
+            self._state.register("default", load_state_dict, state_dict)
+
+        self._step = 0
+        self._batches_committed = 0
+        self._commit_failures = 0
+        self._quorum_failures = 0
+        self._quorum_id: int | None = None
+        self._participation = _NOBODY
+        self._healing = False
+        self._error = StepError(self._on_first_error)
+        self._voted = True
+        self._works: list[Future[Any]] = []
+        self._stop = threading.Event()
+
+        self._group = join_group(
+            rank=rank,
+            world_size=world_size,
+            store_addr=store_addr,
+            store_port=store_port,
+            lighthouse_addr=lighthouse_addr,
+            replica_id=replica_id,
+            port=port,
+            hostname=hostname,
+            heartbeat_interval=heartbeat_interval,
+            connect_timeout=self._connect_timeout,
+            quorum_retries=quorum_retries if retries is None else retries,
+        )
+        self._log = RankLogger(logger, self._group.replica_id, self._group.rank, lambda: self._step)
+        self._transport: CheckpointTransport[dict[str, Any]] = checkpoint_transport or HTTPTransport(self._timeout)
+        self._recovery = Recovery(
+            self._transport, self._state, self._group.rank, self._timeout, self._connect_timeout, self._log
+        )
+        self._worker = Worker("torchft-quorum")
+        self._quorum: concurrent.futures.Future[None] | None = None
+
+    # ------------------------------------------------------------- the state
+
+    def register_state_dict_fn(self, key: str, load: Callable[[Any], object], save: Callable[[], Any]) -> None:
+        """Registers a further piece of the state that healing groups receive.
+
+        Args:
+            key: the same on all groups.
+            load: writes what ``save`` of another group returned. Called on the training thread.
+            save: reads it. Called on a background thread while the forward pass may run.
+
+        Raises:
+            ValueError: the key is taken.
+        """
+        self._state.register(key, load, save)
+
+    def set_state_dict_fns(self, load_state_dict: Callable[[Any], object], state_dict: Callable[[], Any]) -> None:
+        """Sets what the constructor's ``load_state_dict`` and ``state_dict`` set: an older name."""
+        self._state.replace("default", load_state_dict, state_dict)
+
+    def state_dict(self) -> dict[str, int]:
+        """``{"step", "batches_committed"}``: save it with a checkpoint of the model."""
+        return {"step": self._step, "batches_committed": self._batches_committed}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continues from what :meth:`state_dict` returned."""
+        self._step = int(state_dict["step"])
+        self._batches_committed = int(state_dict["batches_committed"])
+
+    def allow_state_dict_read(self) -> None:
+        """Ends what :meth:`disallow_state_dict_read` began."""
+        self._state.gate.open()
+
+    def disallow_state_dict_read(self) -> None:
+        """Until allowed again no healing peer's request reads the state; waits for a read under way.
+
+        Raises:
+            TimeoutError: that read took longer than ``timeout``.
+        """
+        self._state.gate.close(seconds(self._timeout))
+
+    # ------------------------------------------------------------ the quorum
+
+    def start_quorum(
+        self, allow_heal: bool = True, shrink_only: bool = False, timeout: timedelta | None = None
+    ) -> None:
+        """Begins a step. Never raises for a quorum that fails: that is an error of the step.
+
+        Args:
+            allow_heal: let a group that is behind take a peer's state. With False it sits the step out.
+            shrink_only: take no new group in.
+            timeout: for the quorum; the manager's ``quorum_timeout`` by default.
+        """
+        self._wait_for_worker()
+        if not self._voted and self._error.current is not None:
+            self._commit_failures += 1  # the loop left the last step without a vote
+        self._voted = False
+        self._error.begin()
+        self._healing = False
+        self._participation = _NOBODY
+        self._works.clear()
+        deadline = Deadline(timeout or self._quorum_timeout)
+        self._quorum = self._worker.submit(lambda: self._run_quorum(allow_heal, shrink_only, deadline))
+        if not self._use_async_quorum:
+            self._wait_for_worker()
+            if self._healing:
+                self._apply_pending_state_dict()
+                self._healing = False
+
+    def wait_quorum(self) -> None:
+        """Waits until the quorum of this step is there and the process group can be used.
+
+        Raises:
+            Exception: what the quorum, the reconfiguration or the transfer failed with.
+        """
+        if self._quorum is None:
+            raise RuntimeError("no quorum to wait for: call start_quorum() first (the optimizer's zero_grad does)")
+        self._wait_for_worker()
+        if self._error.current is not None and self._participation is _NOBODY:
+            raise self._error.current
+
+    def _wait_for_worker(self) -> None:
+        if self._quorum is not None:
+            self._quorum.result()  # each wait inside has a deadline of its own
+
+    def _run_quorum(self, allow_heal: bool, shrink_only: bool, deadline: Deadline) -> None:
+        """On the background thread. Whatever fails becomes the step's error."""
+        if self._quorum_failures:  # a quorum that fails at once must not make the loop spin
+            self._stop.wait(min(0.05 * 2.0**self._quorum_failures, _MAX_QUORUM_PAUSE, deadline.remaining()))
+        try:
+            usable = self._state.usable and not self._state.pending
+            quorum = self._group.client._quorum(
+                group_rank=self._group.rank,
+                step=self._step if usable else _NO_STATE,
+                checkpoint_metadata=self._transport.metadata(),
+                shrink_only=shrink_only,
+                timeout=timedelta(seconds=deadline.remaining()),
+                commit_failures=self._commit_failures,
+                init_sync=self._init_sync,
+            )
+        except Exception as e:
+            self._quorum_failures += 1
+            self.report_error(e)
+            return
+        self._quorum_failures = 0
+        try:
+            part = participation(
+                replica_rank=quorum.replica_rank,
+                replica_world_size=quorum.replica_world_size,
+                max_replica_rank=quorum.max_replica_rank,
+                max_world_size=quorum.max_world_size,
+                only_up_to_date=self._use_async_quorum or not allow_heal,
+                fixed_world_size=self._fixed,
+            )
+            if self._error.current is not None:
+                return  # reported meanwhile: this group has left the step, the others will not meet it
+            if quorum.quorum_id != self._quorum_id:
+                self._configure(quorum)
+            if allow_heal:
+                self._recovery.serve(quorum, self.state_dict())
+                if quorum.heal:
+                    self._healing = True
+                    self.load_state_dict(self._recovery.heal(quorum, self._step))
+            self._participation = part
+        except Exception as e:
+            self.report_error(e)
+
+    def _configure(self, quorum: QuorumResult) -> None:
+        address = f"{quorum.store_address}/torchft/{quorum.quorum_id}/{self._group.rank}"
+        self._log.info("reconfiguring for quorum_id=%d store_prefixed_addr=%r", quorum.quorum_id, address)
+        self._quorum_id = None
+        self._pg.configure(
+            address,
+            self._group.replica_id,
+            quorum.replica_rank,
+            quorum.replica_world_size,
+            quorum_id=quorum.quorum_id,
+            group_rank=self._group.rank,
+            group_world_size=self._group.world_size,
+        )
+        self._quorum_id = quorum.quorum_id
+
+    def _apply_pending_state_dict(self) -> None:
+        """On the training thread."""
+        if not self._state.pending:
+            return  # the transfer failed: the step has its error
+        self._log.info("applying pending state dict")
+        self._state.apply()
+        self._log.info("Loaded state dict.")
+
+    # --------------------------------------------------------- the reduction
+
+    def allreduce(
+        self,
+        tensor: torch.Tensor,
+        should_quantize: bool = False,
+        reduce_op: ReduceOp.RedOpType = ReduceOp.AVG,
+    ) -> Work:
+        """Reduces ``tensor`` over the participants, in place. Never raises for a failure of communication.
+
+        Waits for the quorum. A group that does not participate contributes zeros. After an error in this step
+        it does nothing; the work then completes with the tensor as it is, and the step will not be committed.
+
+        Args:
+            tensor: any shape, on the process group's device.
+            should_quantize: not available yet.
+            reduce_op: AVG is SUM divided by :meth:`num_participants`; floating point only.
+
+        Returns:
+            Work whose future's value is ``tensor``.
+
+        Raises:
+            ValueError: AVG of a tensor that is not floating point.
+        """
+        average = reduce_op == ReduceOp.AVG
+        if average and not tensor.is_floating_point():
+            raise ValueError(f"AVG needs a floating point tensor, not {tensor.dtype}; use ReduceOp.SUM")
+        if should_quantize:
+            raise NotImplementedError("should_quantize=True is not available in this version: leave it False")
+        self._wait_for_worker()
+        if self._error.current is not None:
+            return CompletedWork(tensor)
+        if not self.is_participating():
+            tensor.zero_()
+        out, collective = reduce(
+            self._pg,
+            tensor,
+            ReduceOp.SUM if average else reduce_op,
+            divisor=self.num_participants() if average else 1,
+            timeout=seconds(self._timeout),
+            on_error=self._error.reporter(),
+        )
+        self._works += (out, collective)
+        return FutureWork(out)
+
+    def wrap_future(self, fut: Future[T], default: T, timeout: timedelta | None = None) -> Future[T]:
+        """A future that completes with ``default`` where ``fut`` fails or takes longer than ``timeout``.
+
+        What went wrong becomes the step's error. The step's vote waits for the returned future.
+        """
+        bounded = future_timeout(fut, timeout or self._timeout)
+        out: Future[T] = Future()
+        on_error = self._error.reporter()
+
+        def done(completed: Future[T]) -> None:
+            try:
+                value = completed.value()
+            except Exception as e:
+                on_error(e)
+                value = default
+            out.set_result(value)
+
+        bounded.add_done_callback(done)
+        self._works.append(out)
+        return out
+
+    # ------------------------------------------------------------ the commit
+
+    def should_commit(self, timeout: timedelta | None = None) -> bool:
+        """Ends the step: whether the optimizer may step.
+
+        Waits for the step's collectives, applies a healed state, and votes among the group's ranks: true only if
+        no rank has an error and there are at least ``min_replica_size`` participants.
+
+        Args:
+            timeout: for the vote; the manager's ``timeout`` by default.
+
+        Raises:
+            RuntimeError: more than ``max_retries`` steps in a row failed. The message names the last cause.
+        """
+        if self._quorum is None:
+            raise RuntimeError("no step to commit: call start_quorum() first (the optimizer's zero_grad does)")
+        self._wait_for_worker()
+        self._wait_for_works()
+        if self._healing:
+            self._apply_pending_state_dict()
+        broken = self._pg.errored()
+        if broken is not None:
+            self.report_error(broken)
+        enough = self.num_participants() >= self._min_replica_size
+        mine = enough and self._error.current is None
+        if not enough and self._error.current is None:
+            self._log.warning(
+                "the step has %d participants, min_replica_size is %d: it will not be committed",
+                self.num_participants(),
+                self._min_replica_size,
+            )
+        try:
+            commit = self._group.client.should_commit(self._group.rank, self._step, mine, timeout or self._timeout)
+        except Exception as e:
+            self.report_error(e)
+            commit = False
+        self._transport.disallow_checkpoint()
+        self._voted = True
+        if commit:
+            self._step += 1
+            self._batches_committed += self.num_participants()
+            self._commit_failures = 0
+            self._log.debug("committed with %d participants", self.num_participants())
+            return True
+        self._commit_failures += 1
+        self._log.warning(
+            "the step is not committed (%d in a row): %s",
+            self._commit_failures,
+            self._error.current or ("too few participants" if not enough else "another rank of this group failed"),
+        )
+        if self._max_retries is not None and self._commit_failures > self._max_retries:
+            raise RuntimeError(
+                f"{self._commit_failures} steps in a row were not committed, max_retries is {self._max_retries}. "
+                f"Last cause: {self._error.current or 'see the log above'}"
+            ) from self._error.current
+        return False
+
+    def _wait_for_works(self) -> None:
+        """Until this step's collectives have ended, well or not: after it none of them writes to a tensor."""
+        deadline = Deadline(self._timeout)
+        for future in self._works:
+            if not future.done():
+                try:
+                    future_wait(future, timedelta(seconds=deadline.remaining()))
+                except Exception as e:
+                    self.report_error(e)  # aborts the process group, so that the others end soon
+        self._works.clear()
+
+    # ----------------------------------------------------------- errors, facts
+
+    def report_error(self, e: Exception) -> None:
+        """Makes ``e`` the error of this step: it will not be committed. From any thread; the first one counts."""
+        self._error.report(e)
+
+    def _on_first_error(self, e: Exception) -> None:
+        self._log.warning("error in this step: %s: %s", type(e).__name__, e)
+        if self._log.isEnabledFor(logging.DEBUG):
+            self._log.debug("%s", "".join(traceback.format_exception(e)))
+        if self._proactive:
+            # Others wait for what this group will not send any more: tell them now, not after their timeout.
+            self._quorum_id = None
+            self._pg.abort()
+
+    def errored(self) -> Exception | None:
+        """The error of this step, None while there is none."""
+        return self._error.current
+
+    def current_step(self) -> int:
+        """The step this group works on: as many steps are committed."""
+        return self._step
+
+    def batches_committed(self) -> int:
+        """Batches committed over all participants and steps."""
+        return self._batches_committed
+
+    def participating_rank(self) -> int | None:
+        """This group's index among the participants; None: it contributes zeros. Waits for the quorum."""
+        self._wait_for_worker()
+        return None if self._healing else self._participation.rank
+
+    def num_participants(self) -> int:
+        """Participants of this step, 0 when its quorum failed. Waits for the quorum."""
+        self._wait_for_worker()
+        return self._participation.world_size
+
+    def is_participating(self) -> bool:
+        """Whether this group's gradients count in this step. Waits for the quorum."""
+        return self.participating_rank() is not None
+
+    def replica_id(self) -> str:
+        """The group's unique id in this life, ``name:uuid``."""
+        return self._group.replica_id
+
+    def shutdown(self, wait: bool = True) -> None:
+        """Ends servers, transfers and threads. Idempotent.
+
+        Args:
+            wait: let a quorum under way end first, at most for its deadline.
+        """
+        self._stop.set()
+        if wait and self._quorum is not None:
+            concurrent.futures.wait([self._quorum], timeout=seconds(self._quorum_timeout))
+        self._group.close()
+        self._transport.shutdown(wait=wait)
+        self._worker.shutdown(timeout=5.0 if wait else 0.0)
+        self._pg.shutdown()

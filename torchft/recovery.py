@@ -1,0 +1,109 @@
+"""Giving this replica's state to those that heal, and taking it from a healthy one.
+
+Both run on the manager's background thread, with the process group of the new quorum in place, and log the story
+of a heal line by line (README, *what the log says*).
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from torchft.checkpointing import CheckpointTransport
+from torchft.coordination import ManagerClient, QuorumResult
+from torchft.runtime.deadline import seconds
+from torchft.runtime.logs import RankLogger
+from torchft.state import ReplicaState
+
+__all__ = ["Recovery"]
+
+
+class Recovery:
+    """One rank's side of live checkpoint recovery.
+
+    Args:
+        transport: moves the state.
+        state: what is given, and where what is taken goes.
+        group_rank: of this process: it deals with the same rank of other groups.
+        timeout: for one transfer.
+        connect_timeout: to reach the source's manager.
+        log: of the manager.
+    """
+
+    def __init__(
+        self,
+        transport: CheckpointTransport[dict[str, Any]],
+        state: ReplicaState,
+        group_rank: int,
+        timeout: timedelta,
+        connect_timeout: timedelta,
+        log: RankLogger,
+    ) -> None:
+        self.transport = transport
+        self._state = state
+        self._group_rank = group_rank
+        self._timeout = timeout
+        self._connect_timeout = connect_timeout
+        self._log = log
+
+    def serve(self, quorum: QuorumResult, torchft: dict[str, int]) -> None:
+        """Gives the state to the members that recover from this one, if there are any.
+
+        Args:
+            quorum: this rank's view.
+            torchft: the manager's own part of the state.
+
+        Raises:
+            Exception: the state could not be read or sent.
+        """
+        if not quorum.recover_dst_replica_ranks:
+            return
+        self._log.info("peers need recovery from us %s", quorum.recover_dst_replica_ranks)
+        self.transport.send_checkpoint(
+            dst_ranks=quorum.recover_dst_replica_ranks,
+            step=quorum.max_step,
+            state_dict=self._state.read(torchft, seconds(self._timeout)),
+            timeout=self._timeout,
+        )
+
+    def heal(self, quorum: QuorumResult, step: int) -> dict[str, int]:
+        """Takes the state from the member that the quorum names. It waits in ``state`` to be applied.
+
+        Args:
+            quorum: this rank's view, with a source.
+            step: where this replica is, for the log.
+
+        Returns:
+            The manager's own part of the state.
+
+        Raises:
+            Exception: the state could not be had, or is not one that fits.
+        """
+        source, address = quorum.recover_src_replica_rank, quorum.recover_src_manager_address
+        assert source is not None
+        self._log.info(
+            "healing is required step=%d, max_step=%d, recover_src_replica_rank=%d", step, quorum.max_step, source
+        )
+        self._log.info(
+            "healing required, fetching checkpoint metadata from recover_src_manager_address=%r max_step=%d",
+            address,
+            quorum.max_step,
+        )
+        client = ManagerClient(address, self._connect_timeout)
+        try:
+            metadata = client._checkpoint_metadata(self._group_rank, self._timeout)
+        finally:
+            client.close()
+        self._log.info(
+            "fetching checkpoint from recover_src_replica_rank=%d with checkpoint_metadata=%r", source, metadata
+        )
+        self._state.begin_receiving(in_place=getattr(self.transport, "receives_in_place", False))
+        received = self.transport.recv_checkpoint(
+            src_rank=source, metadata=metadata, step=quorum.max_step, timeout=self._timeout
+        )
+        torchft = self._state.received(received)
+        if torchft.get("step") != quorum.max_step:
+            raise RuntimeError(
+                f"the source sent its state of step {torchft.get('step')}, the quorum is at {quorum.max_step}"
+            )
+        return torchft
