@@ -19,11 +19,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed import GradBucket  # type: ignore[attr-defined]
+from torch.distributed import (
+    AllreduceOptions,
+    GradBucket,  # type: ignore[attr-defined]
+    Work,
+)
 from torch.futures import Future
 
 from torchft.manager import Manager
-from torchft.process_group import ProcessGroupDummy
+from torchft.process_group import ProcessGroupDummy, Reduction
 
 __all__ = ["DistributedDataParallel", "PureDistributedDataParallel"]
 
@@ -63,7 +67,7 @@ class _SingleGroup(ProcessGroupDummy):
     them alone would let the replicas come apart.
     """
 
-    def allreduce(self, tensors: list[torch.Tensor], opts: object = None) -> Any:
+    def allreduce(self, tensors: list[torch.Tensor], opts: AllreduceOptions | Reduction | None = None) -> Work:
         for tensor in tensors:
             if tensor.dtype == torch.int32:
                 tensor.fill_(1)

@@ -102,9 +102,11 @@ class Job:
         deadline = Deadline(timeout)
         with self.changed:
             while not condition():
-                if deadline.expired:
+                crashed = [t.name for t in self.trainers if t.process.poll() not in (None, 0, -signal.SIGKILL)]
+                if deadline.expired or crashed:
                     logs = "\n".join(f"--- {t.name} at {t.step}\n{t.log[-3000:]}" for t in self.trainers)
-                    raise AssertionError(f"{what} did not happen within {timeout:g} s\n{logs}")
+                    cause = f"{crashed} crashed" if crashed else f"within {timeout:g} s"
+                    raise AssertionError(f"{what} did not happen: {cause}\n{logs}")
                 self.changed.wait(min(0.5, deadline.remaining()))
 
     def finish(self, after: int = 10, timeout: float = 60.0) -> list[dict[str, Any]]:

@@ -9,13 +9,14 @@ Rules, checked after each request and each tick, with H = the healthy who wait, 
     1. If any of H asks to shrink only and there was a quorum, the candidates are H ∩ previous quorum, else H.
     2. Fast quorum: all of the previous quorum are in H and the candidates are at least ``min_replicas``: form.
     3. Otherwise form when the candidates are at least ``min_replicas``, H is more than half of the healthy (no
-       split brain), and all healthy wait or ``join_timeout`` has passed since the first of H began to wait.
+       split brain), and all healthy wait or this has been possible for ``join_timeout`` (decision 5: counted from
+       the moment when a quorum became possible, not from when the first of H began to wait).
     4. ``quorum_id`` grows when the set of ids differs from the previous quorum's, or a member could not commit.
 
 Invariants
     - A replica is healthy from its last sign of life until ``heartbeat_timeout`` after it, or until it is
       reported dead.
-    - A quorum answers exactly its members; who was left out goes on waiting, with the time it has waited.
+    - A quorum answers exactly its members; who was left out goes on waiting.
     - ``quorum_id`` never goes back, and two quorums with the same id have the same members.
 """
 
@@ -86,12 +87,6 @@ class Outcome:
     """The reason why there is (or is no) quorum, when it differs from the last one told."""
 
 
-@dataclass(slots=True)
-class _Waiter:
-    member: Member
-    since: float
-
-
 class Membership:
     """The state machine of the module's docstring.
 
@@ -105,7 +100,8 @@ class Membership:
         self.quorum_id = quorum_id
         self.previous: Quorum | None = None
         self._last_sign: dict[str, float] = {}
-        self._waiters: dict[str, _Waiter] = {}
+        self._waiters: dict[str, Member] = {}
+        self._possible_since: float | None = None
         self._status = ""
 
     # ------------------------------------------------------------- events
@@ -118,7 +114,7 @@ class Membership:
     def request(self, member: Member, now: float) -> Outcome:
         """A replica asks for a quorum and waits. A second request of the same replica replaces the first."""
         self._last_sign[member.replica_id] = now
-        self._waiters[member.replica_id] = _Waiter(member, now)
+        self._waiters[member.replica_id] = member
         return self.tick(now)
 
     def withdraw(self, replica_id: str, now: float) -> Outcome:
@@ -150,7 +146,7 @@ class Membership:
 
     def waiting(self) -> tuple[Member, ...]:
         """Those that wait for a quorum, sorted by replica id."""
-        return tuple(w.member for _, w in sorted(self._waiters.items()))
+        return tuple(m for _, m in sorted(self._waiters.items()))
 
     @property
     def status(self) -> str:
@@ -168,12 +164,13 @@ class Membership:
 
     def _decide(self, now: float) -> tuple[Quorum | None, str]:
         options = self.options
-        ready = {rid: w for rid, w in sorted(self._waiters.items()) if rid in self._last_sign}
+        ready = {rid: m for rid, m in sorted(self._waiters.items()) if rid in self._last_sign}
+        possible_since, self._possible_since = self._possible_since, None
         if not ready:
             return None, "nobody asks for a quorum"
         previous = set(self.previous.replica_ids) if self.previous else set()
-        shrink = self.previous is not None and any(w.member.shrink_only for w in ready.values())
-        candidates = [w.member for rid, w in ready.items() if not shrink or rid in previous]
+        shrink = self.previous is not None and any(m.shrink_only for m in ready.values())
+        candidates = [m for rid, m in ready.items() if not shrink or rid in previous]
         note = " (shrinking: only members of the last quorum)" if shrink else ""
 
         if len(candidates) < options.min_replicas:
@@ -186,8 +183,9 @@ class Membership:
             return None, f"{len(ready)} of {healthy} healthy replicas ask: not more than half{note}"
         missing = sorted(set(self._last_sign) - set(ready))
         if missing:
-            waited = now - min(w.since for w in ready.values())
-            if waited < options.join_timeout:
+            since = now if possible_since is None else possible_since
+            if now - since < options.join_timeout:
+                self._possible_since = since
                 return None, (
                     f"{len(ready)} of {healthy} healthy replicas ask: waiting up to {options.join_timeout:g} s "
                     f"for {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}{note}"

@@ -1,0 +1,43 @@
+"""A deadline runs from its making, however often it is asked."""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+
+from torchft.runtime.deadline import Deadline, seconds
+
+
+@pytest.mark.parametrize(
+    ("timeout", "expected"), [(timedelta(milliseconds=1500), 1.5), (2, 2.0), (0.25, 0.25), (timedelta(days=1), 86400.0)]
+)
+def test_timeout_may_be_a_timedelta_or_seconds(timeout: timedelta | float, expected: float) -> None:
+    assert seconds(timeout) == expected
+    assert Deadline(timeout).timeout == expected
+
+
+def test_remaining_goes_down_and_never_below_zero() -> None:
+    deadline = Deadline(3600)
+    first = deadline.remaining()
+    second = deadline.remaining()
+    assert 3600 >= first >= second > 3500
+    assert not deadline.expired
+    past = Deadline(timedelta(seconds=-1))
+    assert past.remaining() == 0.0
+    assert past.expired
+
+
+def test_expires_when_its_time_has_passed() -> None:
+    deadline = Deadline(0.02)
+    never = threading.Event()
+    while not deadline.expired:
+        never.wait(deadline.remaining())
+    assert time.monotonic() >= deadline.at
+    assert deadline.remaining() == 0.0
+
+
+def test_repr_says_what_was_asked_and_what_is_left() -> None:
+    assert repr(Deadline(-2)) == "Deadline(-2s, 0.000s left)"

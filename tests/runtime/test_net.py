@@ -1,0 +1,117 @@
+"""Addresses: how they may be written, and which one of ours others are told."""
+
+from __future__ import annotations
+
+import logging
+import socket
+
+import pytest
+
+from torchft.runtime import net
+from torchft.runtime.net import advertised_host, format_address, parse_address, split_bind
+
+
+@pytest.fixture(autouse=True)
+def _no_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHFT_HOST", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("http://head:29510", "head:29510"),
+        ("http://head:29510/", "head:29510"),
+        ("head:29510", "head:29510"),
+        (" grpc://10.0.0.7:1 ", "10.0.0.7:1"),
+        ("http://[::1]:65535", "[::1]:65535"),
+    ],
+)
+def test_address_is_parsed(text: str, address: str) -> None:
+    assert parse_address(text) == address
+
+
+NO_ADDRESSES = ["", "head", "head:", ":29510", "head:http", "head:0", "head:65536", "head:-1", "head:²", "::1:29510"]
+NO_ADDRESSES += ["https://head:29510", "http://head:29510/path", "http://"]
+
+
+@pytest.mark.parametrize("text", NO_ADDRESSES)
+def test_what_is_no_address_is_refused_by_name(text: str) -> None:
+    with pytest.raises(ValueError, match="is not an address") as caught:
+        parse_address(text)
+    assert repr(text) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "address"), [("head", 1, "http://head:1"), ("::1", 29510, "http://[::1]:29510")]
+)
+def test_formatted_address_parses_back(host: str, port: int, address: str) -> None:
+    assert format_address(host, port) == address
+    assert format_address("x", 1) != address
+    assert "http://" + parse_address(address) == address
+
+
+@pytest.mark.parametrize(
+    ("bind", "host", "port"),
+    [
+        ("[::]:29510", "::", 29510),
+        (":29510", "::", 29510),
+        ("0.0.0.0:0", "0.0.0.0", 0),
+        ("http://127.0.0.1:65535", "127.0.0.1", 65535),
+        ("[::1]:0", "::1", 0),
+    ],
+)
+def test_bind_is_split(bind: str, host: str, port: int) -> None:
+    assert split_bind(bind) == (host, port)
+
+
+@pytest.mark.parametrize("bind", ["", "0.0.0.0", "head:", "head:x", ":65536", ":-1", ":²"])
+def test_bind_without_a_port_is_refused_by_name(bind: str) -> None:
+    with pytest.raises(ValueError, match="is not a bind address") as caught:
+        split_bind(bind)
+    assert repr(bind) in str(caught.value)
+
+
+def test_configured_host_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHFT_HOST", "trainer-3")
+    assert advertised_host(toward="127.0.0.1:1", given="127.0.0.1") == "trainer-3"
+
+
+def test_given_host_is_used_if_it_resolves() -> None:
+    assert advertised_host(toward="127.0.0.1:1", given="localhost") == "localhost"
+
+
+def test_route_to_the_peer_is_used_if_the_given_host_does_not_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(net, "_resolves", lambda host: False)
+    assert advertised_host(toward="http://127.0.0.1:29510", given="nowhere.invalid") == "127.0.0.1"
+
+
+def test_route_needs_no_listener_and_sends_nothing() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert advertised_host(toward=f"127.0.0.1:{port}") == "127.0.0.1"
+
+
+def test_address_comes_before_the_host_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(net, "_local_address_toward", lambda address: "192.0.2.9")
+    monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
+    assert advertised_host() == "192.0.2.9"
+
+
+def test_host_name_is_used_when_there_is_no_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(net, "_local_address_toward", lambda address: None)
+    monkeypatch.setattr(net, "_resolves", lambda host: host == "trainer-3")
+    monkeypatch.setattr(socket, "gethostname", lambda: "trainer-3")
+    assert advertised_host() == "trainer-3"
+
+
+def test_loopback_is_the_last_resort_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(net, "_local_address_toward", lambda address: None)
+    monkeypatch.setattr(net, "_resolves", lambda host: False)
+    monkeypatch.setattr(socket, "gethostname", lambda: "lost")
+    with caplog.at_level(logging.WARNING, logger="torchft.runtime.net"):
+        assert advertised_host() == "127.0.0.1"
+    assert "'lost'" in caplog.text
+    assert "TORCHFT_HOST" in caplog.text

@@ -1,0 +1,174 @@
+"""Meeting the other members in a store, in a way that ``abort`` can end.
+
+torch's store client waits inside C++, where nothing but its timeout ends it. :class:`RendezvousStore` is what
+the backend gets instead: each wait asks whether the keys are there, at intervals that grow with the time waited
+so far, and listens for an abort in between.
+
+A question to a store whose process is stopped (not dead) has no timeout in torch at all. So whoever configures a
+group sets a watchdog that shuts down the connections to :func:`store_addresses` when the time is over.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from datetime import timedelta
+
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from torchft.process_group.base import ProcessGroupError
+from torchft.process_group.sockets import DeviceAddress
+from torchft.runtime.deadline import Deadline
+
+__all__ = ["RendezvousStore", "StoreClient", "split_store_address", "store_addresses"]
+
+_FIRST_INTERVAL = 0.0005
+_LAST_INTERVAL = 0.05
+
+
+def split_store_address(store_addr: str) -> tuple[str, int, str]:
+    """``host:port/prefix/of/keys`` as host, port and prefix. An IPv6 host stands in brackets.
+
+    Raises:
+        ValueError: there is no host or no port in it.
+    """
+    address, _, prefix = store_addr.partition("/")
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(f"{store_addr!r} is not a store address: expected host:port/prefix")
+    return host.strip("[]"), int(port), prefix
+
+
+def store_addresses(store_addr: str) -> list[DeviceAddress]:
+    """Where a connection to the store may lead to: every address of its host. Empty when that has none."""
+    host, port, _ = split_store_address(store_addr)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        return []
+    return [(str(sockaddr[0]).partition("%")[0], port) for *_, sockaddr in found]
+
+
+class StoreClient:
+    """A group's connection to the store of its last configuration, used again while the address stays the same.
+
+    That saves the connection, which takes longer than meeting the members: torch's server looks up the name of
+    each client.
+    """
+
+    def __init__(self) -> None:
+        self._address = ("", 0)
+        self._client: TCPStore | None = None
+
+    def store(self, store_addr: str, timeout: timedelta, aborted: threading.Event) -> RendezvousStore:
+        """The store at ``host:port/prefix``, all keys below the prefix.
+
+        A store that refuses the connection is not asked again: its process is gone, and the next quorum names
+        another.
+
+        Raises:
+            ProcessGroupError: the store cannot be reached within ``timeout``; the message names it.
+            ValueError: ``store_addr`` is not one.
+        """
+        host, port, prefix = split_store_address(store_addr)
+        deadline = Deadline(timeout)
+        try:
+            client = self._known(host, port) or self._connect(host, port, deadline)
+        except (OSError, RuntimeError) as e:
+            self.close()
+            raise ProcessGroupError(
+                f"cannot reach the store at {host}:{port} (of {store_addr!r}) within {deadline.timeout:.3g} s: {e}"
+            ) from e
+        return RendezvousStore(PrefixStore(prefix, client), store_addr, deadline, aborted)
+
+    def close(self) -> None:
+        """Forgets the connection; it ends when no backend refers to it any more."""
+        self._client = None
+
+    def _known(self, host: str, port: int) -> TCPStore | None:
+        if self._client is None or self._address != (host, port):
+            return None
+        try:
+            self._client.check(["torchft"])
+        except RuntimeError:
+            return None  # that server has ended; another one listens at its address now
+        return self._client
+
+    def _connect(self, host: str, port: int, deadline: Deadline) -> TCPStore:
+        socket.create_connection((host, port), timeout=max(0.001, deadline.remaining())).close()
+        self._client = TCPStore(
+            host,
+            port,
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=max(0.001, deadline.remaining())),
+        )
+        self._address = (host, port)
+        return self._client
+
+
+class RendezvousStore(Store):
+    """A store whose waits end with an abort.
+
+    Args:
+        store: does the work.
+        name: for messages.
+        deadline: of all waits together.
+        aborted: ends the waits when set.
+    """
+
+    def __init__(self, store: Store, name: str, deadline: Deadline, aborted: threading.Event) -> None:
+        super().__init__()
+        self._store = store
+        self._name = name
+        self._timeout = deadline.timeout
+        self._deadline: Deadline | None = deadline
+        self._aborted = aborted
+
+    def set(self, key: str, value: bytes | str) -> None:
+        self._store.set(key, value)  # type: ignore[arg-type]  # the stub forgets bytes
+
+    def get(self, key: str) -> bytes:
+        self.wait([key])
+        value: bytes = self._store.get(key)
+        return value
+
+    def add(self, key: str, amount: int) -> int:
+        return int(self._store.add(key, amount))
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        self.wait(keys)
+        return list(self._store.multi_get(keys))
+
+    def lift_deadline(self) -> None:
+        """All members are there: the deadline no longer holds for what the backend may ask later."""
+        self._deadline = None
+
+    def check(self, keys: list[str]) -> bool:
+        return bool(self._store.check(keys))
+
+    def delete_key(self, key: str) -> bool:
+        return bool(self._store.delete_key(key))
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        """Waits until all ``keys`` are there.
+
+        Raises:
+            ProcessGroupError: the deadline passed or the group was aborted.
+        """
+        limits = [d for d in (self._deadline, Deadline(timeout) if timeout is not None else None) if d is not None]
+        deadline = min(limits, key=lambda d: d.at) if limits else Deadline(self._timeout)
+        waited = 0.0
+        while not self._aborted.is_set():
+            if self._store.check(keys):
+                return
+            if deadline.expired:
+                missing = [key for key in keys if not self._store.check([key])]
+                raise ProcessGroupError(
+                    f"members of the process group did not come to {self._name} within "
+                    f"{self._timeout:g} s: the store has no {', '.join(missing)}"
+                )
+            interval = min(_LAST_INTERVAL, max(_FIRST_INTERVAL, waited / 4), max(0.0, deadline.remaining()))
+            self._aborted.wait(interval)
+            waited += interval
+        raise ProcessGroupError(f"aborted while it waited for other members at {self._name}")

@@ -1,0 +1,104 @@
+"""Finding and ending the connections of a gloo group, safely beside threads that open sockets of their own.
+
+The idea
+    Gloo has no abort: a collective that waits for a stopped member waits until its timeout. It ends at once when
+    its connections end, so an abort shuts those down. Gloo does not tell its descriptors, but each of its
+    connections has a *device* at one end: the listening address that every member publishes in the store. So a
+    connected socket of this process belongs to the group exactly when its local address is our device's (we
+    accepted it) or its remote address is another member's device (we opened it).
+
+Invariants
+    - The listening socket is never touched: shutting it down crashes gloo.
+    - A descriptor is duplicated first, then examined, then shut down. The duplicate stays the same socket
+      even when another thread closes the number and opens another file under it in between.
+
+When several members live in one process (tests), an abort of one also ends connections between the others that
+lead to the same device: they cannot be told apart.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import struct
+from collections.abc import Iterable
+
+__all__ = ["DeviceAddress", "device_address", "shut_down_connections"]
+
+logger = logging.getLogger(__name__)
+
+DeviceAddress = tuple[str, int]
+"""Host, an IPv4 one never in its IPv6 clothes, and port."""
+
+_DESCRIPTORS = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
+
+
+def device_address(published: bytes) -> DeviceAddress | None:
+    """The device's address in what a member published for gloo under ``<context>/<rank>``; None: not recognised.
+
+    Gloo writes a 64-bit length and the host name, then a 64-bit length and a ``sockaddr_storage``.
+    """
+    if len(published) < 8:
+        return None
+    (name_length,) = struct.unpack_from("=Q", published)
+    raw = published[8 + name_length + 8 :]
+    if len(raw) < 28:
+        return None
+    family = struct.unpack_from("=H", raw)[0]
+    (port,) = struct.unpack_from("!H", raw, 2)
+    if family == socket.AF_INET:
+        return socket.inet_ntop(socket.AF_INET, raw[4:8]), port
+    if family == socket.AF_INET6:
+        return _plain(socket.inet_ntop(socket.AF_INET6, raw[8:24])), port
+    return None
+
+
+def _plain(host: str) -> str:
+    host = host.partition("%")[0]
+    return host.removeprefix("::ffff:") if "." in host else host
+
+
+def shut_down_connections(own: Iterable[DeviceAddress], others: Iterable[DeviceAddress]) -> int:
+    """Shuts down this process's connections of a group; whoever waits on them gets an error at once.
+
+    Args:
+        own: addresses of the caller's devices.
+        others: addresses of the other members' devices.
+
+    Returns:
+        How many connections were shut down.
+    """
+    accepted, opened = set(own), set(others)
+    if not accepted and not opened:
+        return 0
+    count = 0
+    for name in os.listdir(_DESCRIPTORS):
+        duplicate = _duplicate(int(name))
+        if duplicate is None:
+            continue
+        with duplicate:
+            if duplicate.family not in (socket.AF_INET, socket.AF_INET6):
+                continue
+            try:
+                remote = duplicate.getpeername()
+                local = duplicate.getsockname()
+                if (_plain(local[0]), local[1]) in accepted or (_plain(remote[0]), remote[1]) in opened:
+                    duplicate.shutdown(socket.SHUT_RDWR)
+                    count += 1
+            except OSError:
+                continue  # not connected: a listening socket, or one that has ended already
+    return count
+
+
+def _duplicate(descriptor: int) -> socket.socket | None:
+    """A second descriptor of the socket; None: it is no socket, or was closed since it was listed."""
+    try:
+        second = os.dup(descriptor)
+    except OSError:
+        return None
+    try:
+        return socket.socket(fileno=second)
+    except OSError:
+        os.close(second)
+        return None
