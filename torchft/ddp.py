@@ -18,12 +18,9 @@ own data. Use GroupNorm or LayerNorm, or SyncBatchNorm, where replicas must stay
 from typing import Any
 
 import torch
+from torch import distributed as dist
 from torch import nn
-from torch.distributed import (
-    AllreduceOptions,
-    GradBucket,  # type: ignore[attr-defined]
-    Work,
-)
+from torch.distributed import AllreduceOptions, Work
 from torch.futures import Future
 
 from torchft.manager import Manager
@@ -54,7 +51,10 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         self.register_comm_hook(manager, _average_bucket)
 
 
-def _average_bucket(manager: Manager, bucket: GradBucket) -> Future[torch.Tensor]:
+def _average_bucket(
+    manager: Manager,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> Future[torch.Tensor]:
     future: Future[torch.Tensor] = manager.allreduce(bucket.buffer()).get_future()
     return future
 

@@ -89,9 +89,10 @@ class Recovery:
             address,
             quorum.max_step,
         )
-        client = ManagerClient(address, self._connect_timeout)
+        client = ManagerClient(address, self._connect_timeout, wait=False)
         try:
-            metadata = client._checkpoint_metadata(self._group_rank, self._timeout)
+            # A source that died since the quorum must not cost the whole timeout: the others wait for this replica.
+            metadata = client._checkpoint_metadata(self._group_rank, min(self._connect_timeout, self._timeout))
         finally:
             client.close()
         self._log.info(

@@ -277,3 +277,11 @@ def test_no_lighthouse_at_start_is_a_clear_error(start: Start) -> None:
         port = s.getsockname()[1]
     with pytest.raises(TimeoutError, match=f"127.0.0.1:{port}"):
         ManagerServer("a", f"http://127.0.0.1:{port}", "127.0.0.1", "127.0.0.1:0", "s:1", 1, WAIT, SOON, 0)
+
+
+def test_a_server_that_just_died_is_an_error_at_once_for_who_does_not_wait() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port = s.getsockname()[1]
+    client = ManagerClient(f"http://127.0.0.1:{port}", timedelta(seconds=60), wait=False)
+    with pytest.raises(RuntimeError, match=f"127.0.0.1:{port} is not reachable"):
+        client._checkpoint_metadata(0, timedelta(seconds=60))

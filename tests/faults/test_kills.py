@@ -35,11 +35,11 @@ def test_a_late_joiner_heals_from_the_live_state_bit_by_bit(job: Job, transport:
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_group_killed_at_any_phase_costs_the_other_a_step_and_heals_again(job: Job, phase: str) -> None:
-    a = job.start("a")
+    a = job.start("a", "--timeout", "8")
     job.until(lambda: a.step >= 3, "the first steps")
     # Sources are taken in the order of their names: a group that is to die as the source sorts before the other.
     name = "B" if phase == "send" else "b"
-    victim = job.start(name, "--die", f"{phase}@{0 if phase in ('receive', 'configure') else 8}")
+    victim = job.start(name, "--timeout", "8", "--die", f"{phase}@{0 if phase in ('receive', 'configure') else 8}")
     if phase == "send":
         job.until(lambda: together(a, victim), "training together")
         job.start("c")
@@ -55,7 +55,8 @@ def test_a_group_killed_at_any_phase_costs_the_other_a_step_and_heals_again(job:
 
 def test_three_groups_go_on_when_one_is_killed_in_the_middle_of_backward(job: Job) -> None:
     a, b = job.start("a"), job.start("b")
-    victim = job.start("c", "--die", "backward@20")
+    job.until(lambda: together(a, b), "training together")
+    victim = job.start("c", "--die", "backward@+10")
     job.until(lambda: victim.of("dies"), "the death")
     job.until(lambda: together(a, b), "the two going on")
     ends = job.finish()

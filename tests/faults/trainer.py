@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--transport", choices=["http", "pg"], default="http")
     parser.add_argument("--sync", action="store_true")
     parser.add_argument("--timeout", type=float, default=30.0)
-    parser.add_argument("--die", default="", help="PHASE@STEP")
+    parser.add_argument("--die", default="", help="PHASE@STEP, or PHASE@+N: after N steps of its own")
     parser.add_argument("--step-seconds", type=float, default=0.0, help="length of the forward pass")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
@@ -90,8 +90,10 @@ def main() -> None:
 
     phase, _, at = args.die.partition("@")
 
+    steps = 0
+
     def die() -> None:
-        if manager.current_step() >= int(at):
+        if (steps if at.startswith("+") else manager.current_step()) >= int(at):
             emit("dies", phase=phase, step=manager.current_step())
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -116,6 +118,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(os.getpid())
     while True:
         step = manager.current_step()
+        steps += 1
         if args.stop_file.exists() and step >= int(args.stop_file.read_text()):
             break
         batch = torch.randn(16, 64, generator=generator)

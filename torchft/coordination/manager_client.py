@@ -7,7 +7,7 @@ from datetime import timedelta
 import grpc
 
 from torchft.coordination import types
-from torchft.coordination.channel import connect, translate
+from torchft.coordination.channel import connect, open_channel, translate
 from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
 from torchft.runtime.deadline import Deadline, seconds
@@ -23,15 +23,20 @@ class ManagerClient:
     Args:
         addr: ``http://host:port`` of the ManagerServer.
         connect_timeout: how long a server that is not there yet is waited for.
+        wait: False for a server that was there a moment ago: nothing is waited for, and a call on one that is gone
+            fails at once.
 
     Raises:
         TimeoutError: it did not answer within ``connect_timeout``.
         ValueError: ``addr`` is not an address.
     """
 
-    def __init__(self, addr: str, connect_timeout: timedelta) -> None:
+    def __init__(self, addr: str, connect_timeout: timedelta, *, wait: bool = True) -> None:
         self._addr = addr
-        self._channel = connect(addr, Deadline(connect_timeout), what="manager server", hint=_HINT)
+        if wait:
+            self._channel = connect(addr, Deadline(connect_timeout), what="manager server", hint=_HINT)
+        else:
+            self._channel = open_channel(addr)
         self._stub = pb_grpc.ManagerServiceStub(self._channel)
 
     def _quorum(
