@@ -88,7 +88,7 @@ def main() -> None:
         # The quorum is known by now, so this is the same number in all groups of it. They end together, with
         # one round whose gradients nobody uses: a group that missed the last commit is healed in it.
         step = manager.current_step()
-        if step >= settings.steps:
+        if step >= settings.total_steps():
             if manager.should_commit():
                 break
             continue
@@ -102,7 +102,7 @@ def main() -> None:
         metrics.write("step", step=step + 1, participants=manager.num_participants(), loss=loss.item())
         if (step + 1) % 50 == 0:
             logger.info(
-                "step %d: loss %.4f, %d groups took part, %d batches since the start",
+                "step %d: loss %.4f, participants %d, batches since the start %d",
                 step + 1,
                 loss.item(),
                 manager.num_participants(),
@@ -112,8 +112,8 @@ def main() -> None:
 
     # --- Report ---
     share, state = accuracy(net, held_out, device), state_hash(state_dict())
-    logger.info("done: %d steps, held-out accuracy %.2f %%, state %s", settings.steps, 100 * share, state)
-    metrics.write("end", step=settings.steps, accuracy=share, state=state)
+    logger.info("done: %d steps, held-out accuracy %.2f %%, state %s", step, 100 * share, state)
+    metrics.write("end", step=step, accuracy=share, state=state)
     manager.shutdown()
 
 
