@@ -1,0 +1,99 @@
+"""Every transport passes the conformance suite, with the process group and sockets it is used with."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from torchft.checkpointing import HTTPTransport, PGTransport
+from torchft.process_group.gloo import ProcessGroupGloo
+from torchft.testing.transport_suite import Pair, TransportSuite
+
+TIMEOUT = timedelta(seconds=30)
+
+
+class _HTTPSuite(TransportSuite):
+    snapshot = "copy"
+
+    def open(self, into: Callable[[], Any] | None = None, allow_pickle: bool = False) -> Pair:
+        kind: Any = self.snapshot
+        source: HTTPTransport[Any] = HTTPTransport(
+            TIMEOUT, snapshot=kind, hostname="127.0.0.1", token="s3cret", allow_pickle=allow_pickle
+        )
+        receiver: HTTPTransport[Any] = HTTPTransport(
+            TIMEOUT, state_dict=into, hostname="127.0.0.1", token="s3cret", allow_pickle=allow_pickle
+        )
+
+        def corrupt() -> None:
+            offer = source._server._offer
+            assert offer is not None
+            offer.run.views(offer.run.total - 1, offer.run.total)[0][0] ^= 1
+
+        def close() -> None:
+            source.shutdown()
+            receiver.shutdown()
+
+        return Pair(source, receiver, source.shutdown, corrupt, close)
+
+
+class TestHTTPTransport(_HTTPSuite):
+    test_more_than_2_gib_in_one_tensor = pytest.mark.slow(_HTTPSuite.test_more_than_2_gib_in_one_tensor)
+
+
+class TestHTTPTransportWithoutSnapshot(_HTTPSuite):
+    snapshot = "lock"
+    test_more_than_2_gib_in_one_tensor = pytest.mark.slow(_HTTPSuite.test_more_than_2_gib_in_one_tensor)
+
+
+class _DamagingGroup:
+    """Sends what it is given, but flips a bit of large messages once told to."""
+
+    def __init__(self, group: ProcessGroupGloo) -> None:
+        self._group = group
+        self.damage = False
+
+    def send(self, tensors: list[torch.Tensor], dst_rank: int, tag: int) -> dist.Work:
+        if self.damage and tensors[0].numel() > 1000:
+            tensors = [tensors[0].clone()]
+            tensors[0][-1] ^= 1
+        return self._group.send(tensors, dst_rank, tag)
+
+    def recv(self, tensors: list[torch.Tensor], src_rank: int, tag: int) -> dist.Work:
+        return self._group.recv(tensors, src_rank, tag)
+
+
+class TestPGTransport(TransportSuite):
+    test_more_than_2_gib_in_one_tensor = pytest.mark.slow(TransportSuite.test_more_than_2_gib_in_one_tensor)
+
+    def open(self, into: Callable[[], Any] | None = None, allow_pickle: bool = False) -> Pair:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        groups = [ProcessGroupGloo(TIMEOUT) for _ in range(2)]
+        threads = [
+            threading.Thread(target=g.configure, args=(f"127.0.0.1:{store.port}/test", f"r{rank}", rank, 2))
+            for rank, g in enumerate(groups)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        sending = _DamagingGroup(groups[0])
+        cpu = torch.device("cpu")
+        source: PGTransport[Any] = PGTransport(sending, TIMEOUT, cpu, allow_pickle=allow_pickle)
+        receiver: PGTransport[Any] = PGTransport(groups[1], TIMEOUT, cpu, into, allow_pickle=allow_pickle)
+
+        def corrupt() -> None:
+            sending.damage = True
+
+        def close(keep: dist.TCPStore = store) -> None:
+            source.shutdown()
+            receiver.shutdown()
+            for group in groups:
+                group.shutdown()
+
+        return Pair(source, receiver, groups[0].abort, corrupt, close)

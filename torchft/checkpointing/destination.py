@@ -1,0 +1,212 @@
+"""Where a received state's bytes go: live tensors that fit, else fresh memory.
+
+Rules
+    - An extent is received *in place* if every tensor in it has a counterpart at the same path with the same dtype,
+      shape and strides, in CPU memory, laid out relative to each other as at the source, and one of them fills the
+      extent, so that no byte outside of these tensors is written.
+    - A counterpart of the same dtype and shape that cannot be written as bytes (other strides, other device, a
+      packed tensor) gets its values by ``copy_`` once everything is verified.
+    - No memory is written twice: where live tensors share memory (as far as their first and last byte tell) that the
+      source's do not share, only the first is written, and the others are handed out in fresh memory.
+    - Fresh memory is allocated once per extent, so tensors that shared memory share it again.
+    - A DTensor's counterpart is a DTensor of the same global shape and placements; its local tensor is what is filled.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from torchft.checkpointing.chunks import ByteRun
+from torchft.checkpointing.manifest import Manifest, TensorSpec
+from torchft.checkpointing.memory import huge_empty
+from torchft.checkpointing.mesh import MeshSpec
+from torchft.checkpointing.transport import CheckpointError
+from torchft.checkpointing.tree import tensors_by_path
+
+__all__ = ["Destination"]
+
+
+class Destination:
+    """Memory for one state that is about to arrive.
+
+    Args:
+        manifest: what will arrive.
+        into: a tree whose tensors are received into where they fit; None: all memory is fresh.
+        device: where fresh tensors are handed out.
+
+    Raises:
+        CheckpointError: there is not enough memory.
+    """
+
+    def __init__(self, manifest: Manifest, into: object | None = None, device: torch.device | None = None) -> None:
+        self._manifest = manifest
+        self._device = device or torch.device("cpu")
+        self._given = {} if into is None else dict(tensors_by_path(into))
+        self._meshes: dict[MeshSpec, DeviceMesh] = {}
+        for given in self._given.values():
+            if isinstance(given, DTensor):
+                self._meshes.setdefault(MeshSpec.of(given.device_mesh), given.device_mesh)
+        members: list[list[TensorSpec]] = [[] for _ in manifest.extents]
+        self._counterpart: dict[str, torch.Tensor] = {}
+        for spec in manifest.tensors:
+            if spec.extent >= 0:
+                members[spec.extent].append(spec)
+            counterpart = self._local_counterpart(spec)
+            if counterpart is not None:
+                self._counterpart[spec.path] = counterpart
+        self.bytes_in_place = 0
+        self._in_place: set[int] = set()
+        written = _Intervals()
+        pieces: list[torch.Tensor] = []
+        for extent, length in enumerate(manifest.extents):
+            piece = self._live(members[extent], length)
+            if piece is not None and written.add(piece.data_ptr(), length):
+                self._in_place.add(extent)
+                self.bytes_in_place += length
+            else:
+                piece = _fresh(length)
+            pieces.append(piece)
+        self._pieces = pieces
+        self._by_copy = {
+            spec.path
+            for spec in manifest.tensors
+            if spec.extent not in self._in_place
+            and (live := self._counterpart.get(spec.path)) is not None
+            and _takes_values(live)
+            and written.add(live.data_ptr(), _reach(live))
+        }
+        self.run = ByteRun(pieces)
+        """Where to write the data."""
+
+    def piece(self, extent: int) -> torch.Tensor:
+        """The memory of one extent, ``uint8``, on the host."""
+        return self._pieces[extent]
+
+    def finish(self, allow_pickle: bool = False) -> object:
+        """The state, once every byte of ``run`` is written and verified."""
+        return self._manifest.build([self._tensor(s) for s in self._manifest.tensors], allow_pickle)
+
+    def _local_counterpart(self, spec: TensorSpec) -> torch.Tensor | None:
+        given = self._given.get(spec.path)
+        if given is None or isinstance(given, DTensor) != (spec.dtensor is not None):
+            return None
+        local = given.detach()
+        if isinstance(local, DTensor):
+            assert spec.dtensor is not None
+            if tuple(local.shape) != spec.dtensor.shape or tuple(local.placements) != spec.dtensor.placements:
+                return None
+            local = local.to_local()
+        fits = local.dtype == spec.dtype and tuple(local.shape) == spec.shape
+        usable = local.layout == torch.strided and local.device.type != "meta"
+        return local if fits and usable and not local.is_conj() and not local.is_neg() else None
+
+    def _live(self, members: list[TensorSpec], length: int) -> torch.Tensor | None:
+        """The bytes of the live tensors of one extent, if they can be written as bytes."""
+        base: int | None = None
+        filler: torch.Tensor | None = None
+        for spec in members:
+            live = self._counterpart.get(spec.path)
+            if live is None or live.device.type != "cpu" or spec.packed or live.stride() != spec.stride:
+                return None
+            start = live.data_ptr() - spec.offset
+            if base is not None and start != base:
+                return None
+            base = start
+            if spec.nbytes == length and _is_dense(live):
+                filler = live
+        if filler is None:
+            return None
+        view = torch.empty(0, dtype=torch.uint8)
+        offset = filler.storage_offset() * filler.itemsize
+        return view.set_(filler.untyped_storage(), offset, (length,), (1,))
+
+    def _tensor(self, spec: TensorSpec) -> torch.Tensor:
+        if spec.extent in self._in_place:
+            return self._given[spec.path]
+        if spec.extent < 0:
+            arrived = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype)
+        else:
+            arrived = torch.empty(0, dtype=spec.dtype)
+            storage = self._pieces[spec.extent].untyped_storage()
+            if spec.packed:
+                arrived.set_(storage, 0, spec.shape)  # type: ignore[call-overload]
+                arrived = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype).copy_(arrived)
+            else:
+                arrived.set_(storage, spec.offset // spec.dtype.itemsize, spec.shape, spec.stride)
+        if spec.path in self._by_copy:
+            self._counterpart[spec.path].copy_(arrived)
+            return self._given[spec.path]
+        if spec.dtensor is None:
+            return arrived.to(self._device)
+        known = self._meshes.get(spec.dtensor.mesh)
+        mesh = known or self._meshes.setdefault(spec.dtensor.mesh, spec.dtensor.mesh.build())
+        with torch.no_grad():
+            return DTensor.from_local(
+                arrived.to(mesh.device_type),
+                mesh,
+                spec.dtensor.placements,
+                run_check=False,
+                shape=torch.Size(spec.dtensor.shape),
+                stride=spec.dtensor.stride,
+            )
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether each byte from the first to the last of its elements belongs to exactly one element."""
+    step = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != step:
+                return False
+            step *= size
+    return True
+
+
+def _takes_values(tensor: torch.Tensor) -> bool:
+    """Whether ``copy_`` may write it: no two of its elements share memory."""
+    step = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < step:
+                return False
+            step = stride * size
+    return True
+
+
+def _reach(tensor: torch.Tensor) -> int:
+    """Bytes from the first to the last of its elements, both included."""
+    if not tensor.numel():
+        return 0
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.itemsize
+
+
+def _fresh(length: int) -> torch.Tensor:
+    try:
+        return huge_empty(length)
+    except RuntimeError as e:
+        raise CheckpointError(f"there is no memory for {length} bytes of the received state: {e}") from e
+
+
+class _Intervals:
+    """Address ranges that do not overlap."""
+
+    def __init__(self, taken: Iterable[tuple[int, int]] = ()) -> None:
+        self._taken = sorted(taken)
+
+    def add(self, start: int, length: int) -> bool:
+        """Takes a range, unless part of it is taken."""
+        if not length:
+            return True
+        i = bisect.bisect_right(self._taken, (start, 1 << 62))
+        if i and self._taken[i - 1][1] > start:
+            return False
+        if i < len(self._taken) and self._taken[i][0] < start + length:
+            return False
+        self._taken.insert(i, (start, start + length))
+        return True

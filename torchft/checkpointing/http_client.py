@@ -1,0 +1,199 @@
+"""The receiver's side of the HTTP transport: asks a source for a manifest and for ranges of its data.
+
+Rules
+    - Addresses are tried in the order given; the first that answers is used.
+    - What the source answers beyond the data becomes an error that says what it said.
+    - What is fetched is not verified here: hashes may come after the data.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+
+from torchft.checkpointing.chunks import ByteRun, Cut, Seal, read_hashes, read_manifest
+from torchft.checkpointing.http_wire import (
+    HeadReader,
+    WireError,
+    content_range,
+    recv_into_views,
+    set_timeout,
+)
+from torchft.checkpointing.manifest import MAX_MANIFEST_BYTES, Manifest
+from torchft.checkpointing.transport import (
+    CheckpointError,
+    CheckpointTimeout,
+    ManifestError,
+    SourceLost,
+    StepNotServed,
+)
+from torchft.runtime.deadline import Deadline
+from torchft.runtime.net import parse_address
+
+__all__ = ["SourceConnection"]
+
+_CONNECT = 5.0
+_MAX_DOCUMENT = MAX_MANIFEST_BYTES + (1 << 20)
+_MAX_TEXT = 4096
+
+
+class SourceConnection:
+    """One keep-alive connection to a source, open until :meth:`close`.
+
+    Args:
+        addresses: ``http://host:port``, all of the same source.
+        token: sent if not None.
+        deadline: until when all of it must be done.
+
+    Raises:
+        SourceLost: none of the addresses answers.
+    """
+
+    def __init__(self, addresses: Sequence[str], token: str | None, deadline: Deadline) -> None:
+        self._deadline = deadline
+        self._token = token
+        self._sock, self.address = _connect(addresses, deadline)
+        self._reader = HeadReader(self._sock)
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def manifest(self, step: int, allow_pickle: bool = False) -> tuple[Manifest, Cut]:
+        """Waits until the source offers ``step``, and reads its manifest.
+
+        Raises:
+            StepNotServed, SourceLost, ManifestError, IntegrityError, CheckpointTimeout
+        """
+        served, manifest, cut = read_manifest(self._document(step, "manifest"), allow_pickle)
+        self._check_step(served, step)
+        return manifest, cut
+
+    def hashes(self, step: int) -> Seal:
+        """Waits until the source has hashed the state, and reads the hashes.
+
+        Raises:
+            StepNotServed, SourceLost, ManifestError, IntegrityError, CheckpointTimeout
+        """
+        served, seal = read_hashes(self._document(step, "hashes"))
+        self._check_step(served, step)
+        return seal
+
+    def fetch(
+        self, step: int, cut: Cut, run: ByteRun, first: int, last: int, landed: Callable[[int], None], root: str | None
+    ) -> None:
+        """Receives chunks ``first`` to ``last`` (not included) into ``run``.
+
+        Args:
+            step: whose data.
+            cut: how it is cut.
+            run: where to.
+            first: index of a chunk.
+            last: end.
+            landed: told each chunk's index when all its bytes are written.
+            root: if known, the data must be of this root.
+
+        Raises:
+            StepNotServed, SourceLost, CheckpointTimeout
+        """
+        start, stop = cut.span(first)[0], cut.span(last - 1)[1]
+        fields = {"Range": f"bytes={start}-{stop - 1}", **self._patience()}
+        if root is not None:
+            fields["If-Match"] = f'"{root}"'
+        status, headers, length = self._ask(f"/checkpoint/{step}/data", fields)
+        if status != 206:
+            raise self._refusal(status, length, step)
+        if content_range(headers.get("content-range", "")) != (start, stop) or length != stop - start:
+            raise CheckpointError(f"the source {self.address} answered with another range than it was asked for")
+        for index in range(first, last):
+            self._receive(run.views(*cut.span(index)))
+            landed(index)
+
+    def _document(self, step: int, name: str) -> bytearray:
+        status, _, length = self._ask(f"/checkpoint/{step}/{name}", self._patience())
+        if status != 200:
+            raise self._refusal(status, length, step)
+        if length > _MAX_DOCUMENT:
+            raise ManifestError(f"the source {self.address} announces {length} bytes of {name}")
+        document = bytearray(length)
+        self._receive([memoryview(document)])
+        return document
+
+    def _check_step(self, served: int, step: int) -> None:
+        if served != step:
+            raise StepNotServed(f"step {step} was asked for, but {self.address} answered with step {served}")
+
+    def _patience(self) -> dict[str, str]:
+        """How long the source may hold a request: until shortly before the deadline, to hear its reason."""
+        margin = min(1.0, 0.1 * self._deadline.timeout)
+        return {"Prefer": f"wait={max(0.0, self._deadline.remaining() - margin):.3f}"}
+
+    def _ask(self, target: str, fields: dict[str, str]) -> tuple[int, dict[str, str], int]:
+        lines = [f"GET {target} HTTP/1.1", f"Host: {self.address.removeprefix('http://')}"]
+        lines += [f"{k}: {v}" for k, v in fields.items()]
+        if self._token is not None:
+            lines.append(f"Authorization: Bearer {self._token}")
+        try:
+            set_timeout(self._sock, self._deadline)
+            self._sock.sendall(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
+            head = self._reader.head(self._deadline)
+        except TimeoutError as e:
+            raise self._late() from e
+        except OSError as e:
+            raise self._lost(e) from e
+        if head is None:
+            raise self._lost(WireError("it closed the connection"))
+        line, headers = head
+        parts = line.split(" ", 2)
+        length = headers.get("content-length", "")
+        if len(parts) < 2 or not parts[0].startswith("HTTP/1.") or not parts[1].isdigit() or not length.isdigit():
+            raise CheckpointError(f"{self.address} does not speak HTTP/1.1 as torchft does: {line[:60]!r}")
+        return int(parts[1]), headers, int(length)
+
+    def _receive(self, views: Sequence[memoryview]) -> None:
+        try:
+            recv_into_views(self._sock, self._reader, views, self._deadline)
+        except TimeoutError as e:
+            raise self._late() from e
+        except OSError as e:
+            raise self._lost(e) from e
+
+    def _refusal(self, status: int, length: int, step: int) -> CheckpointError:
+        text = bytearray(min(length, _MAX_TEXT))
+        self._receive([memoryview(text)])
+        said = text.decode("utf-8", "replace").strip()
+        if status in (404, 409, 412):
+            return StepNotServed(f"the source {self.address} does not serve what was asked for: {said}")
+        if status == 503 and self._deadline.remaining() < 1.0:
+            return CheckpointTimeout(f"the source {self.address} was not ready with step {step} in time: {said}")
+        return CheckpointError(f"the source {self.address} answered {status}: {said}")
+
+    def _late(self) -> CheckpointTimeout:
+        return CheckpointTimeout(
+            f"the source {self.address} did not deliver within {self._deadline.timeout:g}s: it is slow or hangs; "
+            "a longer timeout allows for a larger state"
+        )
+
+    def _lost(self, cause: OSError) -> SourceLost:
+        return SourceLost(f"the source {self.address} was lost: {cause}")
+
+
+def _connect(addresses: Sequence[str], deadline: Deadline) -> tuple[socket.socket, str]:
+    failures: list[str] = []
+    for address in addresses:
+        host, _, port = parse_address(address).rpartition(":")
+        limit = min(_CONNECT, deadline.remaining())
+        if limit <= 0:
+            failures.append(f"{address}: no time left")
+            continue
+        try:
+            sock = socket.create_connection((host.strip("[]"), int(port)), limit)
+        except OSError as e:
+            failures.append(f"{address}: {e}")
+            continue
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock, address
+    kind = CheckpointTimeout if deadline.expired else SourceLost
+    raise kind(
+        f"the source cannot be reached ({'; '.join(failures)}): is it alive, and is its address one that "
+        "this machine reaches? TORCHFT_HOST at the source sets it"
+    )

@@ -1,0 +1,146 @@
+"""The wire form of a state that is sent over a process group.
+
+Four kinds of messages, each one ``send`` of a ``uint8`` tensor, from the source to one receiver:
+
+    1. the *prologue*, ``PROLOGUE_BYTES``: magic, version, step, bytes of the manifest, bytes of data, chunk size;
+    2. the manifest's body;
+    3. the data in *buckets* (:func:`buckets`, computed alike on both sides);
+    4. the *trailer*: the root, then the xxh3-128 of each chunk.
+
+Invariants
+    - The sizes of all messages follow from the prologue and the manifest, and are bounded before memory is allocated.
+    - A sender of something else is noticed at the prologue.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import xxhash
+
+from torchft.checkpointing.chunks import CHUNK_SIZE, DIGEST_BYTES
+from torchft.checkpointing.manifest import MAX_MANIFEST_BYTES
+from torchft.checkpointing.transport import ManifestError
+
+__all__ = ["BUCKET", "PROLOGUE_BYTES", "Bucket", "ChunkHasher", "Prologue", "buckets"]
+
+_MAGIC = b"TORCHFT\x01"
+_VERSION = 1
+_FORMAT = struct.Struct("<8sIqQQQ")
+PROLOGUE_BYTES = 64
+BUCKET = 16 << 20
+"""Most bytes of one message. Small enough to be hashed while it is in the cache, large enough that a message's own
+cost does not matter."""
+_DIRECT = 1 << 20
+_MAX_TOTAL = 1 << 50
+
+
+@dataclass(frozen=True, slots=True)
+class Prologue:
+    """What comes."""
+
+    step: int
+    body: int
+    """Bytes of the manifest."""
+    total: int
+    """Bytes of data."""
+
+    def pack(self) -> bytes:
+        packed = _FORMAT.pack(_MAGIC, _VERSION, self.step, self.body, self.total, CHUNK_SIZE)
+        return packed.ljust(PROLOGUE_BYTES, b"\0")
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Prologue:
+        """Reads and checks a prologue.
+
+        Raises:
+            ManifestError: it is not one, or announces what this side does not accept.
+        """
+        magic, version, step, body, total, chunk_size = _FORMAT.unpack_from(data)
+        if magic != _MAGIC:
+            raise ManifestError(
+                f"what arrives is not a torchft checkpoint (it begins {data[:8].hex()}): the source uses another "
+                "transport or another package. Give all replica groups the same"
+            )
+        if version != _VERSION or chunk_size != CHUNK_SIZE:
+            raise ManifestError(
+                f"the source sends version {version} of the format with chunks of {chunk_size} bytes, this side "
+                f"reads version {_VERSION} with {CHUNK_SIZE}: run the same torchft on both sides"
+            )
+        if step < 0 or not 0 < body <= MAX_MANIFEST_BYTES or total > _MAX_TOTAL:
+            raise ManifestError(f"the source announces a manifest of {body} bytes and {total} bytes of data")
+        return cls(step, body, total)
+
+    @property
+    def trailer(self) -> int:
+        """Bytes of the trailer."""
+        return DIGEST_BYTES * (1 + -(-self.total // CHUNK_SIZE))
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """One message of data."""
+
+    start: int
+    stop: int
+    extent: int
+    """The extent that it is a part of, sent from and received into its memory; -1: several, gathered in a buffer."""
+    offset: int
+    """Bytes into that extent."""
+
+
+def buckets(extents: Sequence[int]) -> Iterator[Bucket]:
+    """Cuts the data: large extents into parts of themselves, runs of small ones gathered."""
+    gathered = 0
+    position = 0
+    for extent, length in enumerate(extents):
+        if length < _DIRECT and gathered + length <= BUCKET:
+            gathered += length
+            position += length
+            continue
+        if gathered:
+            yield Bucket(position - gathered, position, -1, 0)
+            gathered = 0
+        if length < _DIRECT:
+            gathered = length
+        else:
+            for at in range(0, length, BUCKET):
+                stop = min(length, at + BUCKET)
+                yield Bucket(position + at, position + stop, extent, at)
+        position += length
+    if gathered:
+        yield Bucket(position - gathered, position, -1, 0)
+
+
+class ChunkHasher:
+    """Hashes data that comes in any portions, in order, chunk by chunk."""
+
+    def __init__(self) -> None:
+        self._state = xxhash.xxh3_128()
+        self._room = CHUNK_SIZE
+        self._digests: list[bytes] = []
+
+    def update(self, views: Sequence[memoryview]) -> None:
+        for whole in views:
+            view = whole
+            while len(view):
+                part = view[: self._room]
+                self._state.update(part)
+                self._room -= len(part)
+                view = view[len(part) :]
+                if not self._room:
+                    self._close()
+
+    def _close(self) -> None:
+        self._digests.append(self._state.digest())
+        self._state = xxhash.xxh3_128()
+        self._room = CHUNK_SIZE
+
+    def finish(self) -> bytes:
+        """The digests of all chunks, one after another."""
+        if self._room != CHUNK_SIZE:
+            self._close()
+        return b"".join(itertools.chain(self._digests))

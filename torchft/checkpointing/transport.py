@@ -1,0 +1,114 @@
+"""What every way of moving a live state from one replica group to another promises.
+
+The idea
+    A source *offers* the state of one step; a receiver of the same group rank asks for exactly that step and gets a
+    tree equal to what was offered, verified, or an error. Nothing in between: a half-received state is never
+    returned.
+
+Rules
+    - ``send_checkpoint`` takes the state as it is at the call. When it returns, the caller may go on computing; it may
+      write the parameters only after ``disallow_checkpoint`` has returned.
+    - ``metadata`` is what the receiver is told about the source; a transport refuses metadata it does not understand.
+    - Every wait ends: with what was asked for, with :class:`CheckpointError`, or with a ``TimeoutError``.
+    - No pickle. ``allow_pickle=True`` on both sides is the explicit way out for objects that the format refuses.
+    - A transport that was given ``state_dict`` writes into those tensors as bytes arrive, before all of them are
+      verified. If such a receive fails the tensors hold neither the old nor the new state, and the replica must
+      not use them: ``receives_in_place`` says so to the Manager.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from datetime import timedelta
+from typing import Generic, TypeVar
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointTimeout",
+    "CheckpointTransport",
+    "IntegrityError",
+    "ManifestError",
+    "SourceLost",
+    "StepNotServed",
+    "UnsafeStateError",
+]
+
+T = TypeVar("T")
+
+
+class CheckpointError(RuntimeError):
+    """A state could not be moved. The message says what happened, with whom, and what to do."""
+
+
+class UnsafeStateError(CheckpointError):
+    """The state holds something that cannot be sent without pickle. The message names its path."""
+
+
+class ManifestError(CheckpointError):
+    """What the other side describes is not a checkpoint of a format this side can read safely."""
+
+
+class IntegrityError(CheckpointError):
+    """Bytes arrived that are not the bytes that were announced."""
+
+
+class SourceLost(CheckpointError):
+    """The source went away, or cannot be reached."""
+
+
+class StepNotServed(CheckpointError):
+    """The source lives, but offers another step than the one that was asked for."""
+
+
+class CheckpointTimeout(CheckpointError, TimeoutError):
+    """The time allowed was over first."""
+
+
+class CheckpointTransport(ABC, Generic[T]):
+    """Moves a state of type ``T`` between replica groups. See the rules at the top of this module."""
+
+    receives_in_place: bool = False
+    """Whether ``recv_checkpoint`` writes into live tensors before everything is verified."""
+
+    @abstractmethod
+    def metadata(self) -> str:
+        """What a receiver needs to know to reach this source; handed to its ``recv_checkpoint``."""
+
+    @abstractmethod
+    def send_checkpoint(self, dst_ranks: list[int], step: int, state_dict: T, timeout: timedelta) -> None:
+        """Offers or sends the state of ``step``.
+
+        Args:
+            dst_ranks: replica ranks, in the current quorum, of those who will receive.
+            step: the step the state belongs to.
+            state_dict: the state, as it is now.
+            timeout: longest that this call may take.
+
+        Raises:
+            UnsafeStateError: the state holds something that the format refuses.
+            TimeoutError: ``timeout`` passed.
+            CheckpointError: it could not be sent.
+        """
+
+    def disallow_checkpoint(self) -> None:
+        """Returns when nobody reads the caller's tensors any more: they may be written again."""
+
+    @abstractmethod
+    def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> T:
+        """Receives the state of ``step``, verified.
+
+        Args:
+            src_rank: replica rank of the source in the current quorum.
+            metadata: what the source's ``metadata()`` returned.
+            step: the step that must be received; another one is refused.
+            timeout: longest that this call may take.
+
+        Raises:
+            StepNotServed: the source offers another step.
+            SourceLost: the source died or cannot be reached.
+            IntegrityError, ManifestError: what arrived is not what was announced, or not safe.
+            TimeoutError: ``timeout`` passed.
+        """
+
+    def shutdown(self, wait: bool = True) -> None:
+        """Stops serving and frees what is held. With ``wait``, threads have ended when this returns. Idempotent."""
