@@ -1,0 +1,29 @@
+"""A lighthouse in a process of its own, which runs until it is told to stop."""
+
+import argparse
+
+from report import hello, say
+
+from torchft.coordination import LighthouseServer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("min_replicas", type=int)
+    parser.add_argument("join_timeout_ms", type=int)
+    parser.add_argument("heartbeat_timeout_ms", type=int)
+    args = parser.parse_args()
+    stop = hello()
+    server = LighthouseServer(
+        bind="[::]:0",
+        min_replicas=args.min_replicas,
+        join_timeout_ms=args.join_timeout_ms,
+        heartbeat_timeout_ms=args.heartbeat_timeout_ms,
+    )
+    say("address", address=server.address())
+    stop.wait()
+    server.shutdown()
+
+
+if __name__ == "__main__":
+    main()

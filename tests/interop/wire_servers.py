@@ -1,0 +1,43 @@
+"""Lighthouses and manager servers in one process, for `wire_clients.py` of either implementation to talk to.
+
+One lighthouse, which wants two replicas, is asked directly. Another, which wants three, serves the managers of three
+groups: `x` and `y` of one rank, `pair` of two. (With fewer, who is in the first quorum would be a race.)
+"""
+
+import logging
+from datetime import timedelta
+
+from report import hello, say
+
+from torchft.coordination import LighthouseServer, ManagerServer
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    stop = hello()
+    asked = LighthouseServer(bind="[::]:0", min_replicas=2, join_timeout_ms=1000, heartbeat_timeout_ms=2000)
+    lighthouse = LighthouseServer(bind="[::]:0", min_replicas=3)
+
+    def manager(replica_id: str, world_size: int) -> ManagerServer:
+        return ManagerServer(
+            replica_id=replica_id,
+            lighthouse_addr=lighthouse.address(),
+            hostname="localhost",
+            bind="[::]:0",
+            store_addr=f"store-of-{replica_id}:1",
+            world_size=world_size,
+            heartbeat_interval=timedelta(milliseconds=100),
+            connect_timeout=timedelta(seconds=10),
+            quorum_retries=0,
+        )
+
+    managers = {name: manager(name, world_size) for name, world_size in (("x", 1), ("y", 1), ("pair", 2))}
+    say("address", lighthouse=asked.address(), managers={name: m.address() for name, m in managers.items()})
+    stop.wait()
+    for server in (*managers.values(), lighthouse, asked):
+        server.shutdown()
+    say("end")
+
+
+if __name__ == "__main__":
+    main()
