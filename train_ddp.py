@@ -1,12 +1,13 @@
 """Data parallel training that goes on while replica groups die, hang, leave and join.
 
-Each replica group is one process here and holds a whole copy of the model. Start a lighthouse, then as many
-groups as you like, each in a shell of its own and at any time:
+Each replica group is one process here and holds a whole copy of the model. Start a lighthouse:
 
-    torchft_lighthouse --min_replicas 1 --join_timeout_ms 1000 --bind [::]:29510 REPLICA_GROUP_ID=0
-    NUM_REPLICA_GROUPS=2 TORCHFT_LIGHTHOUSE=http://localhost:29510 torchrun --master_port=29600 train_ddp.py
-    REPLICA_GROUP_ID=1 NUM_REPLICA_GROUPS=2 TORCHFT_LIGHTHOUSE=http://localhost:29510 torchrun
-    --master_port=29601 train_ddp.py
+    torchft_lighthouse --min_replicas 1 --join_timeout_ms 1000
+
+then as many groups as you like, at any time, each in a shell of its own and with its own number and port:
+
+    export REPLICA_GROUP_ID=0 NUM_REPLICA_GROUPS=2 TORCHFT_LIGHTHOUSE=http://localhost:29510
+    torchrun --master_port=29600 --nnodes=1 --nproc_per_node=1 -- train_ddp.py
 
 Kill one, the other goes on with the next step; start it again, it takes the weights from the other and joins.
 The settings (``QUICK_RUN``, ``STATE_MB``, ``DATASET``, …) are described in examples/digits.py.

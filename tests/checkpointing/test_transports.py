@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from torchft.checkpointing import HTTPTransport, PGTransport
 from torchft.process_group.gloo import ProcessGroupGloo
+from torchft.runtime.deadline import Deadline
 from torchft.testing.transport_suite import Pair, TransportSuite
 
 TIMEOUT = timedelta(seconds=30)
@@ -33,6 +34,7 @@ class _HTTPSuite(TransportSuite):
         def corrupt() -> None:
             offer = source._server._offer
             assert offer is not None
+            assert offer.await_seal(Deadline(20)) is not None
             offer.run.views(offer.run.total - 1, offer.run.total)[0][0] ^= 1
 
         def close() -> None:
@@ -51,21 +53,32 @@ class TestHTTPTransportWithoutSnapshot(_HTTPSuite):
     test_more_than_2_gib_in_one_tensor = pytest.mark.slow(_HTTPSuite.test_more_than_2_gib_in_one_tensor)
 
 
+class _DamagedWork:
+    """A receive whose last bit is wrong."""
+
+    def __init__(self, work: dist.Work, message: torch.Tensor) -> None:
+        self._work = work
+        self._message = message
+
+    def wait(self, timeout: timedelta) -> bool:
+        done = self._work.wait(timeout)
+        self._message[-1] ^= 1
+        return done
+
+
 class _DamagingGroup:
-    """Sends what it is given, but flips a bit of large messages once told to."""
+    """Receives as the group does, but flips a bit of large messages once told to."""
 
     def __init__(self, group: ProcessGroupGloo) -> None:
         self._group = group
         self.damage = False
 
     def send(self, tensors: list[torch.Tensor], dst_rank: int, tag: int) -> dist.Work:
-        if self.damage and tensors[0].numel() > 1000:
-            tensors = [tensors[0].clone()]
-            tensors[0][-1] ^= 1
         return self._group.send(tensors, dst_rank, tag)
 
-    def recv(self, tensors: list[torch.Tensor], src_rank: int, tag: int) -> dist.Work:
-        return self._group.recv(tensors, src_rank, tag)
+    def recv(self, tensors: list[torch.Tensor], src_rank: int, tag: int) -> Any:
+        work = self._group.recv(tensors, src_rank, tag)
+        return _DamagedWork(work, tensors[0]) if self.damage and tensors[0].numel() > 1000 else work
 
 
 class TestPGTransport(TransportSuite):
@@ -82,13 +95,13 @@ class TestPGTransport(TransportSuite):
             thread.start()
         for thread in threads:
             thread.join(60)
-        sending = _DamagingGroup(groups[0])
+        receiving = _DamagingGroup(groups[1])
         cpu = torch.device("cpu")
-        source: PGTransport[Any] = PGTransport(sending, TIMEOUT, cpu, allow_pickle=allow_pickle)
-        receiver: PGTransport[Any] = PGTransport(groups[1], TIMEOUT, cpu, into, allow_pickle=allow_pickle)
+        source: PGTransport[Any] = PGTransport(groups[0], TIMEOUT, cpu, allow_pickle=allow_pickle)
+        receiver: PGTransport[Any] = PGTransport(receiving, TIMEOUT, cpu, into, allow_pickle=allow_pickle)
 
         def corrupt() -> None:
-            sending.damage = True
+            receiving.damage = True
 
         def close(keep: dist.TCPStore = store) -> None:
             source.shutdown()

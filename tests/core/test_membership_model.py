@@ -6,6 +6,7 @@ Times are whole milliseconds, so that no comparison depends on rounding.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 from hypothesis import given, settings
@@ -153,3 +154,19 @@ def test_reason_is_told_exactly_when_it_changes(script: list[Event]) -> None:
         assert outcome.status is None or outcome.status != told
         told = outcome.status or told
         assert machine.status == told
+
+
+@settings(max_examples=200)
+@given(min_replicas=st.integers(1, 3), script=st.lists(events, min_size=5, max_size=60))
+def test_before_it_is_due_time_alone_changes_nothing(min_replicas: int, script: list[Event]) -> None:
+    machine = Membership(Options(min_replicas, JOIN_TIMEOUT, HEARTBEAT_TIMEOUT))
+    now = 0
+    for event in script:
+        now += event[2]
+        carry_out(machine, event, now)
+        machine.tick(now)  # what a heartbeat changed shows now
+        due = machine.due()
+        later = deepcopy(machine)
+        quiet = later.tick(now + 1000 if due is None else max(now, due - 1))
+        assert (quiet.quorum, quiet.dead) == (None, ())
+        assert (later.healthy(), later.waiting()) == (machine.healthy(), machine.waiting())

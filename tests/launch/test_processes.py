@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,6 +83,23 @@ def test_sigterm_ends_the_block_as_ctrl_c_does(tmp_path: Path) -> None:
         time.sleep(5)
     assert child.tree() == []
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_while_a_child_is_started_leaves_no_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+
+    class Interrupted(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            started.append(self.pid)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt), terminate_as_interrupt(), Children(grace=0.2) as children:
+        children.start("sleeper", [sys.executable, "-c", SLEEPER], {}, tmp_path / "log")
+    assert len(started) == 1
+    with pytest.raises(ProcessLookupError):  # it has ended and was reaped
+        os.kill(started[0], 0)
 
 
 def test_output_and_exit_code_are_kept(tmp_path: Path) -> None:

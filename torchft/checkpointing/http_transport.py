@@ -2,8 +2,8 @@
 
 The idea
     ``send_checkpoint`` takes a snapshot and returns; bytes are served as soon as they are copied, and hashing and
-    serving go on in the background while the source trains. The receiver reads the manifest, then the data straight into
-    tensors, then the hashes; bad chunks are asked for again, and a lost connection resumes where it was.
+    serving go on in the background while the source trains. The receiver reads the manifest, then the data straight
+    into tensors, then the hashes; bad chunks are asked for again, and a lost connection resumes where it was.
 
 Snapshot
     ``"copy"``: the state is copied into memory that is kept for the next time; ``disallow_checkpoint`` has nothing to

@@ -148,6 +148,13 @@ class Membership:
         """Those that wait for a quorum, sorted by replica id."""
         return tuple(m for _, m in sorted(self._waiters.items()))
 
+    def due(self) -> float | None:
+        """When time alone may change something, if nothing else happens before; None: it cannot."""
+        times = [at + self.options.heartbeat_timeout for at in self._last_sign.values()]
+        if self._possible_since is not None:
+            times.append(self._possible_since + self.options.join_timeout)
+        return min(times, default=None)
+
     @property
     def status(self) -> str:
         """Why there is, or is not yet, a quorum, in words."""

@@ -152,8 +152,9 @@ class Children:
 
     def start(self, name: str, argv: Sequence[str], env: Mapping[str, str], log: Path) -> Child:
         """As :class:`Child`."""
-        child = Child(name, argv, env, log)
-        self._children.append(child)
+        with _deferred():  # an interrupt in the middle would leave a child that nobody owns
+            child = Child(name, argv, env, log)
+            self._children.append(child)
         return child
 
     def __iter__(self) -> Iterator[Child]:
@@ -196,6 +197,30 @@ def terminate_as_interrupt() -> Iterator[None]:
         _restore(former)
 
 
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def _deferred() -> Iterator[None]:
+    """A signal to end that comes inside has its effect at the end of the block.
+
+    By Python handlers and not by a signal mask: a child would inherit the mask and be deaf to SIGTERM.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    former = {
+        number: signal.signal(number, lambda caught_number, _: caught.append(caught_number)) for number in _ENDING
+    }
+    try:
+        yield
+    finally:
+        _restore(former)
+    for number in caught[:1]:
+        signal.raise_signal(number)
+
+
 def _restore(former: Mapping[signal.Signals, Any]) -> None:
     for number, handler in former.items():
         signal.signal(number, handler or signal.SIG_DFL)
@@ -207,8 +232,7 @@ def _uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    former = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    former = {number: signal.signal(number, signal.SIG_IGN) for number in _ENDING}
     try:
         yield
     finally:
