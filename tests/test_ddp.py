@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tests.groups import TIMEOUT, Groups, Replica, running
+from torchft.checkpointing.pg_transport import PGTransport
 from torchft.ddp import DistributedDataParallel, PureDistributedDataParallel
 from torchft.optim import OptimizerWrapper
 from torchft.process_group import FakeProcessGroupWrapper, ProcessGroupGloo
@@ -52,6 +53,7 @@ class Trainee:
         net: nn.Module,
         wrap: Callable[..., nn.Module] = DistributedDataParallel,
         pg: Any = None,
+        checkpoint_transport: Any = None,
         **kwargs: Any,
     ) -> None:
         self.net = net
@@ -61,6 +63,7 @@ class Trainee:
             pg=pg or ProcessGroupGloo(timeout=TIMEOUT),
             state_dict=lambda: {"model": net.state_dict(), "optim": self.inner.state_dict()},
             load_state_dict=self._load,
+            checkpoint_transport=checkpoint_transport,
         )
         self.manager = self.replica.manager
         self.model = wrap(self.manager, net, **kwargs)
@@ -161,3 +164,38 @@ def test_options_that_would_break_joining_are_refused(groups: Groups) -> None:
         DistributedDataParallel(manager, mlp(0), static_graph=True)
     with pytest.raises(ValueError, match="process_group"):
         DistributedDataParallel(manager, mlp(0), process_group=object())
+
+
+@pytest.mark.parametrize("transport", ["default", "pg in place"])
+def test_a_model_whose_forward_pass_writes_buffers_heals_while_it_computes(groups: Groups, transport: str) -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 256), nn.BatchNorm1d(256), nn.Linear(256, 256), nn.BatchNorm1d(256))
+
+    def make(name: str) -> Trainee:
+        pg = ProcessGroupGloo(timeout=TIMEOUT)
+        mine: list[Trainee] = []
+
+        def live() -> dict[str, Any]:
+            return {"user": {"default": {"model": mine[0].net.state_dict(), "optim": mine[0].inner.state_dict()}}}
+
+        moved = PGTransport(pg, TIMEOUT, torch.device("cpu"), state_dict=live) if transport != "default" else None
+        mine.append(Trainee(groups, name, net(), pg=pg, checkpoint_transport=moved))
+        return mine[0]
+
+    a = make("a")
+    for _ in range(3):
+        a.step(torch.randn(8, 8))
+    b = make("b")
+    for _ in range(3):  # it heals in its first step, while both forward passes write their statistics
+
+        def train(t: Trainee, until: int = a.manager.current_step() + 4) -> None:
+            while t.manager.current_step() < until:
+                t.optimizer.zero_grad()
+                for _ in range(20):
+                    out = t.model(torch.randn(8, 8))
+                out.square().mean().backward()
+                t.optimizer.step()
+
+        groups.together(lambda f=train: f(a), lambda f=train: f(b))
+        assert a.weights() == b.weights()
+    assert b.manager.errored() is None

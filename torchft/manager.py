@@ -174,12 +174,24 @@ class Manager:
             quorum_retries=quorum_retries if retries is None else retries,
         )
         self._log = RankLogger(logger, self._group.replica_id, self._group.rank, lambda: self._step)
-        self._transport: CheckpointTransport[dict[str, Any]] = checkpoint_transport or HTTPTransport(self._timeout)
+        self._transport = checkpoint_transport or self._default_transport()
         self._recovery = Recovery(
             self._transport, self._state, self._group.rank, self._timeout, self._connect_timeout, self._log
         )
         self._worker = Worker("torchft-quorum")
         self._quorum: concurrent.futures.Future[None] | None = None
+
+    def _default_transport(self) -> CheckpointTransport[dict[str, Any]]:
+        """HTTP from the live state of the source straight into the live state here.
+
+        Nothing is copied for a snapshot: the source's next commit waits for the receiver in any case, whose
+        gradients (zeros) its allreduce needs, and parameters are written only after that.
+        """
+        return HTTPTransport(
+            self._timeout,
+            snapshot="lock",
+            state_dict=lambda: self._state.read(self.state_dict(), seconds(self._timeout)),
+        )
 
     # ------------------------------------------------------------- the state
 

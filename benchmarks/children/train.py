@@ -16,7 +16,6 @@ from torch import nn
 from torch.distributed import TCPStore
 
 from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
-from torchft.checkpointing import HTTPTransport
 from torchft.checkpointing.pg_transport import PGTransport
 
 MIB = 1 << 20
@@ -48,7 +47,7 @@ def main() -> None:
     parser.add_argument("--ddp", action="store_true")
     parser.add_argument("--step-ms", type=float, default=20.0)
     parser.add_argument("--state-mb", type=int, default=0)
-    parser.add_argument("--transport", choices=("default", "http", "pg"), default="default")
+    parser.add_argument("--transport", choices=("http", "pg"), default="http")
     args = parser.parse_args()
     torch.set_num_threads(1)
     stop = hello()
@@ -57,10 +56,8 @@ def main() -> None:
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     pg = ProcessGroupGloo()
     timeout = timedelta(seconds=60)
-    transport = None
-    if args.transport == "http":
-        transport = HTTPTransport(timeout=timeout, num_chunks=0)
-    elif args.transport == "pg":
+    transport = None  # the manager's default: HTTP
+    if args.transport == "pg":
 
         def receive_into() -> dict[str, object]:
             return {"user": {"default": state.save()}, "torchft": manager.state_dict()}

@@ -23,7 +23,7 @@ from torchft.checkpointing.chunks import (
 )
 from torchft.checkpointing.destination import Destination
 from torchft.checkpointing.manifest import Manifest, describe
-from torchft.checkpointing.snapshot import seal_run
+from torchft.checkpointing.snapshot import host_run, seal_run
 from torchft.checkpointing.tree import MAX_DEPTH
 from torchft.testing.transport_suite import assert_same
 
@@ -277,3 +277,21 @@ def test_reading_arbitrary_bytes_only_ever_refuses(body: bytes) -> None:
         read_manifest(body)
     with pytest.raises((ManifestError, IntegrityError)):
         read_hashes(body)
+
+
+def test_small_storages_are_copied_and_large_ones_are_read_and_written_where_they_are() -> None:
+    live = {"small": torch.zeros(100), "large": torch.zeros(1000)}
+    manifest, sources = describe({"small": torch.ones(100), "large": torch.ones(1000)})
+    run = host_run(sources, copy_below=1000)
+    for source in sources:
+        source.fill_(0xFF)  # the small one has been copied, the large one is what it is now
+    destination = Destination(manifest, live, in_place_from=1000)
+    assert destination.bytes_in_place == 4000
+    for to, of in zip(destination.run.views(0, run.total), run.views(0, run.total), strict=True):
+        to[:] = of
+    state = destination.finish()
+    assert isinstance(state, dict)
+    assert state["large"] is live["large"]
+    assert bool(live["large"].isnan().all())
+    assert torch.equal(state["small"], torch.ones(100))
+    assert torch.equal(live["small"], torch.zeros(100))

@@ -25,10 +25,10 @@ class _HTTPSuite(TransportSuite):
     def open(self, into: Callable[[], Any] | None = None, allow_pickle: bool = False) -> Pair:
         kind: Any = self.snapshot
         source: HTTPTransport[Any] = HTTPTransport(
-            TIMEOUT, snapshot=kind, hostname="127.0.0.1", token="s3cret", allow_pickle=allow_pickle
+            TIMEOUT, snapshot=kind, hostname="127.0.0.1", token="s3cret", allow_pickle=allow_pickle, copy_below=0
         )
         receiver: HTTPTransport[Any] = HTTPTransport(
-            TIMEOUT, state_dict=into, hostname="127.0.0.1", token="s3cret", allow_pickle=allow_pickle
+            TIMEOUT, state_dict=into, hostname="127.0.0.1", token="s3cret", allow_pickle=allow_pickle, copy_below=0
         )
 
         def corrupt() -> None:
@@ -97,8 +97,8 @@ class TestPGTransport(TransportSuite):
             thread.join(60)
         receiving = _DamagingGroup(groups[1])
         cpu = torch.device("cpu")
-        source: PGTransport[Any] = PGTransport(groups[0], TIMEOUT, cpu, allow_pickle=allow_pickle)
-        receiver: PGTransport[Any] = PGTransport(receiving, TIMEOUT, cpu, into, allow_pickle=allow_pickle)
+        source: PGTransport[Any] = PGTransport(groups[0], TIMEOUT, cpu, allow_pickle=allow_pickle, copy_below=0)
+        receiver: PGTransport[Any] = PGTransport(receiving, TIMEOUT, cpu, into, allow_pickle=allow_pickle, copy_below=0)
 
         def corrupt() -> None:
             receiving.damage = True

@@ -9,6 +9,7 @@ Rules
     - No memory is written twice: where live tensors share memory (as far as their first and last byte tell) that the
       source's do not share, only the first is written, and the others are handed out in fresh memory.
     - Fresh memory is allocated once per extent, so tensors that shared memory share it again.
+    - Extents of fewer than ``in_place_from`` bytes get fresh memory (transport.py, ``COPY_BELOW``).
     - A DTensor's counterpart is a DTensor of the same global shape and placements; its local tensor is what is filled.
 """
 
@@ -38,12 +39,19 @@ class Destination:
         manifest: what will arrive.
         into: a tree whose tensors are received into where they fit; None: all memory is fresh.
         device: where fresh tensors are handed out.
+        in_place_from: bytes of the smallest extent that is received in place.
 
     Raises:
         CheckpointError: there is not enough memory.
     """
 
-    def __init__(self, manifest: Manifest, into: object | None = None, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        into: object | None = None,
+        device: torch.device | None = None,
+        in_place_from: int = 0,
+    ) -> None:
         self._manifest = manifest
         self._device = device or torch.device("cpu")
         self._given = {} if into is None else dict(tensors_by_path(into))
@@ -57,7 +65,8 @@ class Destination:
             if spec.extent >= 0:
                 members[spec.extent].append(spec)
             counterpart = self._local_counterpart(spec)
-            if counterpart is not None:
+            large = spec.extent < 0 or manifest.extents[spec.extent] >= in_place_from
+            if counterpart is not None and large:
                 self._counterpart[spec.path] = counterpart
         self.bytes_in_place = 0
         self._in_place: set[int] = set()

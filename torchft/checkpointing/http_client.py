@@ -11,6 +11,8 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Sequence
 
+import xxhash
+
 from torchft.checkpointing.chunks import ByteRun, Cut, Seal, read_hashes, read_manifest
 from torchft.checkpointing.http_wire import (
     HeadReader,
@@ -30,8 +32,10 @@ from torchft.checkpointing.transport import (
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.net import parse_address
 
-__all__ = ["SourceConnection"]
+__all__ = ["HASHED_BESIDE", "SourceConnection"]
 
+HASHED_BESIDE = 2
+"""With more chunks than this, hashing is left to whoever is told that they landed."""
 _CONNECT = 5.0
 _MAX_DOCUMENT = MAX_MANIFEST_BYTES + (1 << 20)
 _MAX_TEXT = 4096
@@ -79,7 +83,14 @@ class SourceConnection:
         return seal
 
     def fetch(
-        self, step: int, cut: Cut, run: ByteRun, first: int, last: int, landed: Callable[[int], None], root: str | None
+        self,
+        step: int,
+        cut: Cut,
+        run: ByteRun,
+        first: int,
+        last: int,
+        landed: Callable[[int, bytes | None], None],
+        root: str | None,
     ) -> None:
         """Receives chunks ``first`` to ``last`` (not included) into ``run``.
 
@@ -89,7 +100,8 @@ class SourceConnection:
             run: where to.
             first: index of a chunk.
             last: end.
-            landed: told each chunk's index when all its bytes are written.
+            landed: told each chunk's index when all its bytes are written, and its hash: None if there are so many
+                chunks that hashing beside the receiving pays.
             root: if known, the data must be of this root.
 
         Raises:
@@ -105,8 +117,14 @@ class SourceConnection:
         if content_range(headers.get("content-range", "")) != (start, stop) or length != stop - start:
             raise CheckpointError(f"the source {self.address} answered with another range than it was asked for")
         for index in range(first, last):
-            self._receive(run.views(*cut.span(index)))
-            landed(index)
+            views = run.views(*cut.span(index))
+            if cut.count > HASHED_BESIDE:
+                self._receive(views)
+                landed(index, None)
+            else:
+                state = xxhash.xxh3_128()
+                self._receive(views, state.update)
+                landed(index, state.digest())
 
     def _document(self, step: int, name: str) -> bytearray:
         status, _, length = self._ask(f"/checkpoint/{step}/{name}", self._patience())
@@ -149,9 +167,9 @@ class SourceConnection:
             raise CheckpointError(f"{self.address} does not speak HTTP/1.1 as torchft does: {line[:60]!r}")
         return int(parts[1]), headers, int(length)
 
-    def _receive(self, views: Sequence[memoryview]) -> None:
+    def _receive(self, views: Sequence[memoryview], arrived: Callable[[memoryview], None] | None = None) -> None:
         try:
-            recv_into_views(self._sock, self._reader, views, self._deadline)
+            recv_into_views(self._sock, self._reader, views, self._deadline, arrived)
         except TimeoutError as e:
             raise self._late() from e
         except OSError as e:
@@ -190,6 +208,7 @@ def _connect(addresses: Sequence[str], deadline: Deadline) -> tuple[socket.socke
         except OSError as e:
             failures.append(f"{address}: {e}")
             continue
+        sock.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock, address
     kind = CheckpointTimeout if deadline.expired else SourceLost

@@ -1,8 +1,8 @@
 """One state, fetched over HTTP from one source and verified.
 
-The data is asked for at once and hashed chunk by chunk, in a thread beside the one that receives. When all of it is
-there the source's hashes are read. Chunks that do not have the announced hash are asked for again; a connection that is
-lost is made anew, and goes on with the chunks that are missing. Both end after ``ATTEMPTS`` failures.
+The data is asked for at once and hashed chunk by chunk; if there are many, in a thread beside the one that receives.
+When all of it is there the source's hashes are read. Chunks that do not have the announced hash are asked for again; a
+connection that is lost is made anew and goes on with the chunks that are missing. Both end after ``ATTEMPTS`` failures.
 """
 
 from __future__ import annotations
@@ -79,8 +79,12 @@ class Download:
         digests: dict[int, Future[bytes]] = {}
         seal: Seal | None = None
 
-        def landed(index: int) -> None:
-            digests[index] = self._hasher.submit(digest, run.views(*self._cut.span(index)))
+        def landed(index: int, computed: bytes | None) -> None:
+            if computed is None:
+                digests[index] = self._hasher.submit(digest, run.views(*self._cut.span(index)))
+            else:
+                digests[index] = Future()
+                digests[index].set_result(computed)
 
         while True:
             try:

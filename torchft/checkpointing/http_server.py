@@ -28,7 +28,7 @@ import socket
 import threading
 
 from torchft.checkpointing.chunks import CHUNK_SIZE, ByteRun
-from torchft.checkpointing.http_wire import HeadReader, parse_range, send_views
+from torchft.checkpointing.http_wire import HeadReader, parse_range, send_views, set_timeout
 from torchft.checkpointing.manifest import Manifest
 from torchft.checkpointing.offer import Offer, Withdrawn
 from torchft.runtime.deadline import Deadline
@@ -268,7 +268,7 @@ class _Connection:
         if head is None:
             return False
         line, headers = head
-        self._sock.settimeout(self._server.stall)
+        set_timeout(self._sock, Deadline(self._server.stall))
         try:
             method, target, version = line.split(" ")
         except ValueError:
@@ -324,8 +324,7 @@ class _Connection:
             fields["Content-Range"] = f"bytes {start}-{stop - 1}/{total}"
         self._sock.sendall(_head(status, fields, stop - start))
         while start < stop and method == "GET":
-            end = min(stop, start + CHUNK_SIZE)
-            offer.await_bytes(end, self._server.stall)
+            end = min(stop, start + CHUNK_SIZE, offer.await_bytes(start + 1, self._server.stall))
             send_views(self._sock, offer.run.views(start, end))
             start = end
 

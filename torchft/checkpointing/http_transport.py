@@ -32,6 +32,7 @@ from torchft.checkpointing.http_server import SnapshotServer
 from torchft.checkpointing.manifest import describe
 from torchft.checkpointing.snapshot import Arena, host_run
 from torchft.checkpointing.transport import (
+    COPY_BELOW,
     CheckpointError,
     CheckpointTimeout,
     CheckpointTransport,
@@ -63,6 +64,7 @@ class HTTPTransport(CheckpointTransport[T]):
         allow_pickle: also send and load what the format refuses, with ``torch.save`` and
             ``torch.load(weights_only=True)``.
         port: to listen on; 0: any.
+        copy_below: bytes; smaller storages are copied on both sides, see ``COPY_BELOW``.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class HTTPTransport(CheckpointTransport[T]):
         token: str | None = None,
         allow_pickle: bool = False,
         port: int = 0,
+        copy_below: int = COPY_BELOW,
     ) -> None:
         if snapshot not in ("copy", "lock"):
             raise ValueError(f"snapshot={snapshot!r}: expected 'copy' or 'lock'")
@@ -89,6 +92,7 @@ class HTTPTransport(CheckpointTransport[T]):
         self.receives_in_place = state_dict is not None
         self._arena = Arena()
         self._sending = threading.Lock()
+        self._copy_below = copy_below
         self._closed = False
         self._server = SnapshotServer(token, stall=timeout.total_seconds(), port=port)
         self._addresses = _own_addresses(hostname, self._server.port)
@@ -106,7 +110,7 @@ class HTTPTransport(CheckpointTransport[T]):
             manifest, sources = describe(state_dict, self._allow_pickle)
             if not self._server.withdraw(Deadline(min(_DROP, deadline.remaining()))):
                 raise CheckpointTimeout("the readers of the last snapshot could not be dropped in time")
-            run = self._arena.reserve(sources) if self._snapshot == "copy" else host_run(sources)
+            run = self._arena.reserve(sources) if self._snapshot == "copy" else host_run(sources, self._copy_below)
             offer = self._server.offer(step, manifest, run)
             if self._snapshot == "lock":
                 offer.advance(run.total)
@@ -145,7 +149,7 @@ class HTTPTransport(CheckpointTransport[T]):
         with Download(addresses, self._token, step, deadline) as download:
             manifest = download.begin(self._allow_pickle)
             into = None if self._state_dict is None else self._state_dict()
-            destination = Destination(manifest, into)
+            destination = Destination(manifest, into, in_place_from=self._copy_below)
             seal = download.run(destination.run, f"replica rank {src_rank}")
         state = destination.finish(self._allow_pickle)
         took = time.perf_counter() - started

@@ -3,7 +3,7 @@
 Rules
     - A head is at most ``MAX_HEAD`` bytes and ``MAX_HEADERS`` lines; header names are lower case once read.
     - Bodies always have a ``Content-Length``; nothing is chunked or compressed.
-    - Every blocking call is bounded by a :class:`Deadline` or by a stall limit in seconds.
+    - Sockets are blocking; every call on one is bounded by the last :func:`set_timeout`.
     - Data is sent from and received into lists of ``memoryview`` (``sendmsg``, ``recvmsg_into``): no copy in Python.
 """
 
@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Sequence
 
 from torchft.runtime.deadline import Deadline
 
-__all__ = ["HeadReader", "WireError", "content_range", "parse_range", "recv_into_views", "send_views"]
+__all__ = ["HeadReader", "WireError", "content_range", "parse_range", "recv_into_views", "send_views", "set_timeout"]
 
 MAX_HEAD = 16 << 10
 MAX_HEADERS = 64
+_TIMEVAL = struct.Struct("@ll")
 _IOV = 256
 _RECV = 1048576
 _SEND = 4 << 20
@@ -46,7 +48,10 @@ class HeadReader:
             if len(self._buffer) > MAX_HEAD:
                 raise WireError("the head is too long")
             set_timeout(self._sock, deadline)
-            data = self._sock.recv(MAX_HEAD)
+            try:
+                data = self._sock.recv(MAX_HEAD)
+            except BlockingIOError as e:
+                raise TimeoutError(f"no message came within {deadline.timeout:g}s") from e
             if not data:
                 if self._buffer:
                     raise WireError("the connection was closed in the middle of a head")
@@ -78,15 +83,25 @@ class HeadReader:
 
 
 def set_timeout(sock: socket.socket, deadline: Deadline) -> None:
-    """Lets the next call on the socket block until the deadline."""
+    """Lets the next call on the socket block until the deadline.
+
+    The kernel keeps the time: with Python's own timeouts each call would first poll, and would return as soon as a
+    little has come.
+    """
     left = deadline.remaining()
     if left <= 0:
         raise TimeoutError(f"no answer within {deadline.timeout:g}s")
-    sock.settimeout(left)
+    limit = _TIMEVAL.pack(int(left), max(1, int(left % 1 * 1e6)))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
 
 def send_views(sock: socket.socket, views: Sequence[memoryview]) -> None:
-    """Sends all bytes. The socket's timeout bounds each wait for the other end to take some."""
+    """Sends all bytes.
+
+    Raises:
+        TimeoutError: the other end took nothing for as long as the last :func:`set_timeout` allows.
+    """
     pending = [v for v in views if len(v)]
     i = 0
     while i < len(pending):
@@ -96,7 +111,10 @@ def send_views(sock: socket.socket, views: Sequence[memoryview]) -> None:
             size += len(batch[-1])
             if size >= _SEND:
                 break
-        sent = sock.sendmsg(batch)
+        try:
+            sent = sock.sendmsg(batch)
+        except BlockingIOError as e:
+            raise TimeoutError("the other end takes nothing") from e
         while i < len(pending) and sent >= len(pending[i]):
             sent -= len(pending[i])
             i += 1
@@ -104,7 +122,13 @@ def send_views(sock: socket.socket, views: Sequence[memoryview]) -> None:
             pending[i] = pending[i][sent:]
 
 
-def recv_into_views(sock: socket.socket, reader: HeadReader, views: Sequence[memoryview], deadline: Deadline) -> None:
+def recv_into_views(
+    sock: socket.socket,
+    reader: HeadReader,
+    views: Sequence[memoryview],
+    deadline: Deadline,
+    arrived: Callable[[memoryview], None] | None = None,
+) -> None:
     """Fills all views with the bytes that follow a head.
 
     Args:
@@ -112,6 +136,7 @@ def recv_into_views(sock: socket.socket, reader: HeadReader, views: Sequence[mem
         reader: the reader of the head; it may hold the first bytes.
         views: where to.
         deadline: until when.
+        arrived: told each run of bytes right after it was written, while it is in the cache.
 
     Raises:
         WireError: the connection was closed early.
@@ -124,6 +149,8 @@ def recv_into_views(sock: socket.socket, reader: HeadReader, views: Sequence[mem
         while got:
             view = pending[i]
             part = min(got, len(view))
+            if arrived is not None:
+                arrived(view[:part])
             got -= part
             if part == len(view):
                 i += 1
@@ -132,10 +159,13 @@ def recv_into_views(sock: socket.socket, reader: HeadReader, views: Sequence[mem
         if i == len(pending):
             return
         set_timeout(sock, deadline)
-        if len(pending[i]) >= _RECV or i + 1 == len(pending):
-            got = sock.recv_into(pending[i], min(_RECV, len(pending[i])))
-        else:
-            got = sock.recvmsg_into(pending[i : i + _IOV])[0]
+        try:
+            if len(pending[i]) >= _RECV or i + 1 == len(pending):
+                got = sock.recv_into(pending[i], min(_RECV, len(pending[i])), socket.MSG_WAITALL)
+            else:
+                got = sock.recvmsg_into(pending[i : i + _IOV], 0, socket.MSG_WAITALL)[0]
+        except BlockingIOError as e:
+            raise TimeoutError(f"not all data came within {deadline.timeout:g}s") from e
         if not got:
             raise WireError("the connection was closed in the middle of the data")
 

@@ -16,7 +16,7 @@ import torch
 __all__ = ["huge_empty"]
 
 _HUGE = 2 << 20
-_LEAST = 2 * _HUGE
+_LEAST = 32 << 20
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 

@@ -57,8 +57,8 @@ class Offer:
             self._ready = ready
             self._changed.notify_all()
 
-    def await_bytes(self, stop: int, limit: float | None = None) -> None:
-        """Returns when the data is there up to ``stop``.
+    def await_bytes(self, stop: int, limit: float | None = None) -> int:
+        """Returns when the data is there up to ``stop``: up to where it is.
 
         Raises:
             Withdrawn: it will not be.
@@ -69,6 +69,7 @@ class Offer:
                 raise TimeoutError(f"byte {stop} of the snapshot was not copied within {limit:g}s")
             if self.withdrawn:
                 raise Withdrawn(f"the snapshot of step {self.step} was withdrawn")
+            return self._ready
 
     def await_seal(self, deadline: Deadline) -> Seal | None:
         """The hashes, or None if they were not there before the deadline.

@@ -31,7 +31,7 @@ _MAGIC = b"TORCHFT\x01"
 _VERSION = 1
 _FORMAT = struct.Struct("<8sIqQQQ")
 PROLOGUE_BYTES = 64
-BUCKET = 16 << 20
+BUCKET = 32 << 20
 """Most bytes of one message. Small enough to be hashed while it is in the cache, large enough that a message's own
 cost does not matter."""
 _DIRECT = 1 << 20

@@ -30,6 +30,7 @@ from torchft.checkpointing.manifest import Manifest, describe
 from torchft.checkpointing.pg_stream import BUCKET, PROLOGUE_BYTES, Bucket, ChunkHasher, Prologue, buckets
 from torchft.checkpointing.snapshot import host_run
 from torchft.checkpointing.transport import (
+    COPY_BELOW,
     CheckpointError,
     CheckpointTimeout,
     CheckpointTransport,
@@ -64,6 +65,7 @@ class PGTransport(CheckpointTransport[T]):
         device: what the process group communicates, and where fresh tensors are handed out.
         state_dict: returns the tree whose tensors are received into where path, dtype and shape match.
         allow_pickle: also send and load what the format refuses.
+        copy_below: bytes; smaller storages are copied on both sides, see ``COPY_BELOW``.
     """
 
     def __init__(
@@ -74,8 +76,10 @@ class PGTransport(CheckpointTransport[T]):
         state_dict: Callable[[], object] | None = None,
         *,
         allow_pickle: bool = False,
+        copy_below: int = COPY_BELOW,
     ) -> None:
         self._pg = pg
+        self._copy_below = copy_below
         self._timeout = timeout
         self._device = torch.device(device)
         self._state_dict = state_dict
@@ -91,7 +95,7 @@ class PGTransport(CheckpointTransport[T]):
         deadline = Deadline(timeout or self._timeout)
         clock = _Clock()
         manifest, sources = describe(state_dict, self._allow_pickle)
-        run = host_run(sources)
+        run = host_run(sources, self._copy_below)
         logger.info("preparing state_dict took %.3fs (step %d, %d bytes)", clock.lap(), step, manifest.total)
         link = _Link(self._pg, self._device, dst_ranks, deadline, self._buffers)
         prologue = Prologue(step, len(manifest.body), manifest.total)
@@ -134,7 +138,7 @@ class PGTransport(CheckpointTransport[T]):
                 f"replica rank {src_rank} describes {manifest.total} bytes but announces {prologue.total}"
             )
         into = None if self._state_dict is None else self._state_dict()
-        destination = Destination(manifest, into, self._device)
+        destination = Destination(manifest, into, self._device, self._copy_below)
         hasher = ChunkHasher()
         self._receive(link, manifest, destination, hasher)
         trailer = link.recv_bytes(prologue.trailer)

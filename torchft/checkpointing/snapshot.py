@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from torchft.checkpointing.chunks import CHUNK_SIZE, ByteRun, Cut, Seal, digest
+from torchft.checkpointing.chunks import ByteRun, Cut, Seal, digest
 from torchft.checkpointing.manifest import Manifest
 from torchft.checkpointing.memory import huge_empty
 from torchft.checkpointing.transport import CheckpointTimeout
@@ -28,7 +28,7 @@ from torchft.runtime.deadline import Deadline
 
 __all__ = ["Arena", "host_run", "seal_run"]
 
-_PIECE = CHUNK_SIZE
+_PIECE = 2 << 20
 _ROOM = 32 << 20
 _THREADS = max(2, min(8, (os.cpu_count() or 2) // 2))
 
@@ -152,12 +152,18 @@ def _copy_from_device(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         stream.synchronize()
 
 
-def host_run(sources: Sequence[torch.Tensor]) -> ByteRun:
-    """The sources themselves, to be read without a copy; those on a device are copied to the host."""
-    return ByteRun([s if s.device.type == "cpu" else s.cpu() for s in sources])
+def host_run(sources: Sequence[torch.Tensor], copy_below: int = 0) -> ByteRun:
+    """The sources themselves, to be read without a copy; those on a device, or with fewer bytes, are copied."""
+
+    def readable(source: torch.Tensor) -> torch.Tensor:
+        if source.device.type != "cpu":
+            return source.cpu()
+        return source.clone() if source.numel() < copy_below else source
+
+    return ByteRun([readable(s) for s in sources])
 
 
-def seal_run(manifest: Manifest, run: ByteRun, await_bytes: Callable[[int], None]) -> Seal:
+def seal_run(manifest: Manifest, run: ByteRun, await_bytes: Callable[[int], object]) -> Seal:
     """Hashes the data as it becomes ready.
 
     Args:

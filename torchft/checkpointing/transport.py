@@ -23,6 +23,7 @@ from datetime import timedelta
 from typing import Generic, TypeVar
 
 __all__ = [
+    "COPY_BELOW",
     "CheckpointError",
     "CheckpointTimeout",
     "CheckpointTransport",
@@ -32,6 +33,11 @@ __all__ = [
     "StepNotServed",
     "UnsafeStateError",
 ]
+
+COPY_BELOW = 64 << 10
+"""Storages of fewer bytes are copied at the source, and never received in place, whatever else is. The forward pass
+runs beside a transfer and may write buffers (BatchNorm's statistics), which are that small: bytes that change between
+being sent and being hashed would count as corrupted. Parameters are written only after ``disallow_checkpoint``."""
 
 T = TypeVar("T")
 
