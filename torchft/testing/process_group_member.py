@@ -153,7 +153,7 @@ class _Loop:
         return None if error is None else str(error)
 
 
-def main(factory: str, timeout: str) -> None:
+def _main(factory: str, timeout: str) -> None:
     module, _, name = factory.partition(":")
     torch.set_num_threads(1)
     group: ProcessGroup = getattr(importlib.import_module(module), name)(timeout=timedelta(seconds=float(timeout)))
@@ -171,4 +171,4 @@ def main(factory: str, timeout: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    _main(*sys.argv[1:])
