@@ -19,7 +19,6 @@ import concurrent.futures
 import logging
 import socket
 import threading
-import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from enum import Enum
@@ -33,11 +32,10 @@ from torchft import config
 from torchft.checkpointing import CheckpointTransport, HTTPTransport
 from torchft.coordination import QuorumResult
 from torchft.core.participation import Participation, participation
-from torchft.futures import future_timeout, future_wait
 from torchft.group import join_group
 from torchft.process_group import ProcessGroup
 from torchft.recovery import Recovery
-from torchft.reduction import reduce
+from torchft.reduction import StepFutures
 from torchft.runtime.deadline import Deadline, seconds
 from torchft.runtime.logs import RankLogger
 from torchft.runtime.worker import Worker
@@ -157,7 +155,7 @@ class Manager:
         self._healing = False
         self._error = StepError(self._on_first_error)
         self._voted = True
-        self._works: list[Future[Any]] = []
+        self._works = StepFutures(self._error)
         self._stop = threading.Event()
 
         self._group = join_group(
@@ -376,15 +374,10 @@ class Manager:
             return CompletedWork(tensor)
         if not self.is_participating():
             tensor.zero_()
-        out, collective = reduce(
-            self._pg,
-            tensor,
-            ReduceOp.SUM if average else reduce_op,
-            divisor=self.num_participants() if average else 1,
-            timeout=seconds(self._timeout),
-            on_error=self._error.reporter(),
+        divisor = self.num_participants() if average else 1
+        out = self._works.reduce(
+            self._pg, tensor, ReduceOp.SUM if average else reduce_op, divisor, seconds(self._timeout)
         )
-        self._works += (out, collective)
         return FutureWork(out)
 
     def wrap_future(self, fut: Future[T], default: T, timeout: timedelta | None = None) -> Future[T]:
@@ -392,21 +385,7 @@ class Manager:
 
         What went wrong becomes the step's error. The step's vote waits for the returned future.
         """
-        bounded = future_timeout(fut, timeout or self._timeout)
-        out: Future[T] = Future()
-        on_error = self._error.reporter()
-
-        def done(completed: Future[T]) -> None:
-            try:
-                value = completed.value()
-            except Exception as e:
-                on_error(e)
-                value = default
-            out.set_result(value)
-
-        bounded.add_done_callback(done)
-        self._works.append(out)
-        return out
+        return self._works.wrap(fut, default, timeout or self._timeout)
 
     # ------------------------------------------------------------ the commit
 
@@ -425,20 +404,14 @@ class Manager:
         if self._quorum is None:
             raise RuntimeError("no step to commit: call start_quorum() first (the optimizer's zero_grad does)")
         self._wait_for_worker()
-        self._wait_for_works()
+        self._works.wait(self._timeout)
         if self._healing:
             self._apply_pending_state_dict()
-        broken = self._pg.errored()
-        if broken is not None:
+        if (broken := self._pg.errored()) is not None:
             self.report_error(broken)
-        enough = self.num_participants() >= self._min_replica_size
-        mine = enough and self._error.current is None
-        if not enough and self._error.current is None:
-            self._log.warning(
-                "the step has %d participants, min_replica_size is %d: it will not be committed",
-                self.num_participants(),
-                self._min_replica_size,
-            )
+        participants = self.num_participants()
+        few = participants < self._min_replica_size
+        mine = self._error.current is None and not few
         try:
             commit = self._group.client.should_commit(self._group.rank, self._step, mine, timeout or self._timeout)
         except Exception as e:
@@ -448,33 +421,21 @@ class Manager:
         self._voted = True
         if commit:
             self._step += 1
-            self._batches_committed += self.num_participants()
+            self._batches_committed += participants
             self._commit_failures = 0
-            self._log.debug("committed with %d participants", self.num_participants())
+            self._log.debug("committed with %d participants", participants)
             return True
         self._commit_failures += 1
-        self._log.warning(
-            "the step is not committed (%d in a row): %s",
-            self._commit_failures,
-            self._error.current or ("too few participants" if not enough else "another rank of this group failed"),
-        )
+        cause: object = self._error.current or "another rank of this group failed"
+        if few and self._error.current is None:
+            cause = f"{participants} participants, min_replica_size is {self._min_replica_size}"
+        self._log.warning("the step is not committed (%d in a row): %s", self._commit_failures, cause)
         if self._max_retries is not None and self._commit_failures > self._max_retries:
             raise RuntimeError(
                 f"{self._commit_failures} steps in a row were not committed, max_retries is {self._max_retries}. "
-                f"Last cause: {self._error.current or 'see the log above'}"
+                f"Last cause: {cause}"
             ) from self._error.current
         return False
-
-    def _wait_for_works(self) -> None:
-        """Until this step's collectives have ended, well or not: after it none of them writes to a tensor."""
-        deadline = Deadline(self._timeout)
-        for future in self._works:
-            if not future.done():
-                try:
-                    future_wait(future, timedelta(seconds=deadline.remaining()))
-                except Exception as e:
-                    self.report_error(e)  # aborts the process group, so that the others end soon
-        self._works.clear()
 
     # ----------------------------------------------------------- errors, facts
 
@@ -484,8 +445,7 @@ class Manager:
 
     def _on_first_error(self, e: Exception) -> None:
         self._log.warning("error in this step: %s: %s", type(e).__name__, e)
-        if self._log.isEnabledFor(logging.DEBUG):
-            self._log.debug("%s", "".join(traceback.format_exception(e)))
+        self._log.debug("where it came from", exc_info=e)
         if self._proactive:
             # Others wait for what this group will not send any more: tell them now, not after their timeout.
             self._quorum_id = None

@@ -12,7 +12,7 @@ from typing import Any
 from torchft.checkpointing import CheckpointTransport
 from torchft.coordination import ManagerClient, QuorumResult
 from torchft.runtime.deadline import seconds
-from torchft.runtime.logs import RankLogger
+from torchft.runtime.logs import RankLogger, speaking
 from torchft.state import ReplicaState
 
 __all__ = ["Recovery"]
@@ -59,12 +59,14 @@ class Recovery:
         if not quorum.recover_dst_replica_ranks:
             return
         self._log.info("peers need recovery from us %s", quorum.recover_dst_replica_ranks)
-        self.transport.send_checkpoint(
-            dst_ranks=quorum.recover_dst_replica_ranks,
-            step=quorum.max_step,
-            state_dict=self._state.read(torchft, seconds(self._timeout)),
-            timeout=self._timeout,
-        )
+        state = self._state.read(torchft, seconds(self._timeout))
+        with speaking(self._log):
+            self.transport.send_checkpoint(
+                dst_ranks=quorum.recover_dst_replica_ranks,
+                step=quorum.max_step,
+                state_dict=state,
+                timeout=self._timeout,
+            )
 
     def heal(self, quorum: QuorumResult, step: int) -> dict[str, int]:
         """Takes the state from the member that the quorum names. It waits in ``state`` to be applied.
@@ -99,9 +101,10 @@ class Recovery:
             "fetching checkpoint from recover_src_replica_rank=%d with checkpoint_metadata=%r", source, metadata
         )
         self._state.begin_receiving(in_place=getattr(self.transport, "receives_in_place", False))
-        received = self.transport.recv_checkpoint(
-            src_rank=source, metadata=metadata, step=quorum.max_step, timeout=self._timeout
-        )
+        with speaking(self._log):
+            received = self.transport.recv_checkpoint(
+                src_rank=source, metadata=metadata, step=quorum.max_step, timeout=self._timeout
+            )
         torchft = self._state.received(received)
         if torchft.get("step") != quorum.max_step:
             raise RuntimeError(

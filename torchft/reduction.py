@@ -1,4 +1,4 @@
-"""One collective of a step as a future that always completes.
+"""The collectives of a step as futures that always complete.
 
 The sum comes from the process group, the division is done here when it arrives, and a failure or a timeout is
 handed to the step instead of to whoever waits: torch DDP's reducer never sees a failed bucket, so it comes out of a
@@ -9,17 +9,78 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed import AllreduceOptions, ReduceOp
 from torch.futures import Future
 
+from torchft.futures import future_timeout, future_wait
 from torchft.process_group import ProcessGroup
+from torchft.runtime.deadline import Deadline
 from torchft.runtime.loop import call_later
+from torchft.step_error import StepError
 from torchft.work import completed as completed_future
 
-__all__ = ["reduce"]
+__all__ = ["StepFutures", "reduce"]
+
+T = TypeVar("T")
+
+
+class StepFutures:
+    """What the step under way has begun and must have ended before it is committed.
+
+    Args:
+        error: gets what fails.
+    """
+
+    def __init__(self, error: StepError) -> None:
+        self._error = error
+        self._futures: list[Future[Any]] = []
+
+    def clear(self) -> None:
+        """Forgets them all: the next step begins."""
+        self._futures.clear()
+
+    def reduce(
+        self, pg: ProcessGroup, tensor: torch.Tensor, op: ReduceOp.RedOpType, divisor: int, timeout: float
+    ) -> Future[torch.Tensor]:
+        """As :func:`reduce`, with the step's error for what fails."""
+        out, collective = reduce(pg, tensor, op, divisor=divisor, timeout=timeout, on_error=self._error.reporter())
+        self._futures += (out, collective)
+        return out
+
+    def wrap(self, fut: Future[T], default: T, timeout: timedelta) -> Future[T]:
+        """A future that completes with ``default`` where ``fut`` fails or takes longer than ``timeout``."""
+        out: Future[T] = Future()
+        on_error = self._error.reporter()
+
+        def done(completed: Future[T]) -> None:
+            try:
+                value = completed.value()
+            except Exception as e:
+                on_error(e)
+                value = default
+            out.set_result(value)
+
+        future_timeout(fut, timeout).add_done_callback(done)
+        self._futures.append(out)
+        return out
+
+    def wait(self, timeout: timedelta) -> None:
+        """Until all of them have ended, well or not: after it none of them writes to a tensor.
+
+        What fails or is late becomes the step's error; that aborts the process group, so that the others end soon.
+        """
+        deadline = Deadline(timeout)
+        for future in self._futures:
+            if not future.done():
+                try:
+                    future_wait(future, timedelta(seconds=deadline.remaining()))
+                except Exception as e:
+                    self._error.report(e)
+        self._futures.clear()
 
 
 def reduce(

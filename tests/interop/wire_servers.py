@@ -15,7 +15,7 @@ from torchft.coordination import LighthouseServer, ManagerServer
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     stop = hello()
-    asked = LighthouseServer(bind="[::]:0", min_replicas=2, join_timeout_ms=1000, heartbeat_timeout_ms=2000)
+    asked = LighthouseServer(bind="[::]:0", min_replicas=2, join_timeout_ms=1000, heartbeat_timeout_ms=5000)
     lighthouse = LighthouseServer(bind="[::]:0", min_replicas=3)
 
     def manager(replica_id: str, world_size: int) -> ManagerServer:

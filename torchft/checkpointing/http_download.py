@@ -7,7 +7,6 @@ connection that is lost is made anew and goes on with the chunks that are missin
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -16,10 +15,11 @@ from torchft.checkpointing.http_client import SourceConnection
 from torchft.checkpointing.manifest import Manifest
 from torchft.checkpointing.transport import IntegrityError, SourceLost
 from torchft.runtime.deadline import Deadline
+from torchft.runtime.logs import SpeakerLogger
 
 __all__ = ["Download"]
 
-logger = logging.getLogger("torchft.checkpointing.http_transport")
+logger = SpeakerLogger("torchft.checkpointing.http_transport")
 
 ATTEMPTS = 3
 

@@ -17,7 +17,6 @@ Invariants
 
 from __future__ import annotations
 
-import logging
 import socket
 import threading
 import time
@@ -38,12 +37,13 @@ from torchft.checkpointing.transport import (
     CheckpointTransport,
 )
 from torchft.runtime.deadline import Deadline
+from torchft.runtime.logs import SpeakerLogger
 from torchft.runtime.net import advertised_host, format_address, parse_address
 
 __all__ = ["HTTPTransport"]
 
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
+logger = SpeakerLogger(__name__)
 
 _PROTOCOL = "torchft-http/1"
 _DROP = 10.0

@@ -14,7 +14,6 @@ Rules
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -40,11 +39,12 @@ from torchft.checkpointing.transport import (
     StepNotServed,
 )
 from torchft.runtime.deadline import Deadline
+from torchft.runtime.logs import SpeakerLogger
 
 __all__ = ["PGTransport"]
 
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
+logger = SpeakerLogger(__name__)
 
 _TAG = 1
 _AHEAD = 3

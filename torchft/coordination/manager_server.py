@@ -217,7 +217,9 @@ class ManagerServer:
             for ask in asks.values():
                 _fail(ask.answer, e)
             return
+        level, self._loud = self._level(), False
         for ask in asks.values():
+            self._log.log(level, "Finished quorum for group_rank %d", ask.rank)
             if not ask.answer.done():
                 ask.answer.set_result(quorum)
 
@@ -267,7 +269,7 @@ class ManagerServer:
             ) from e
         new = response.quorum.quorum_id != self._quorum_id
         self._quorum_id = response.quorum.quorum_id
-        self._loud = False
+        self._loud = self._loud or new
         if new or self._log.isEnabledFor(logging.DEBUG):
             self._log.log(
                 logging.INFO if new else logging.DEBUG,
