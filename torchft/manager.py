@@ -6,8 +6,8 @@ The idea
     of the step's collectives become no-ops, the vote is no, and the next step starts afresh.
 
 Rules
-    - One background thread runs quorum, reconfiguration and transfer; the training thread waits for it at the
-      first collective (asynchronous quorum) or at once (synchronous).
+    - Quorum, reconfiguration and transfer run on one background thread, for which the training thread waits at the
+      first collective (asynchronous quorum), or on the training thread (synchronous).
     - Nothing here decides: who is in, who heals from whom and who participates are computed in ``torchft.core``.
     - The first error of a step aborts the process group, so that groups which wait for this one learn it at once.
     - While the live state may be half written, this replica asks with step -1: it is nobody's source.
@@ -49,6 +49,8 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _NOBODY = Participation(None, 0)
+_DONE: concurrent.futures.Future[None] = concurrent.futures.Future()
+_DONE.set_result(None)
 _NO_STATE = -1
 _MAX_QUORUM_PAUSE = 2.0
 
@@ -252,12 +254,14 @@ class Manager:
         self._participation = _NOBODY
         self._works.clear()
         deadline = Deadline(timeout or self._quorum_timeout)
-        self._quorum = self._worker.submit(lambda: self._run_quorum(allow_heal, shrink_only, deadline))
-        if not self._use_async_quorum:
-            self._wait_for_worker()
-            if self._healing:
-                self._apply_pending_state_dict()
-                self._healing = False
+        if self._use_async_quorum:
+            self._quorum = self._worker.submit(lambda: self._run_quorum(allow_heal, shrink_only, deadline))
+            return
+        self._quorum = _DONE  # in this thread: handing it to another one and back takes as long as half a quorum
+        self._run_quorum(allow_heal, shrink_only, deadline)
+        if self._healing:
+            self._apply_pending_state_dict()
+            self._healing = False
 
     def wait_quorum(self) -> None:
         """Waits until the quorum of this step is there and the process group can be used.
@@ -276,7 +280,7 @@ class Manager:
             self._quorum.result()  # each wait inside has a deadline of its own
 
     def _run_quorum(self, allow_heal: bool, shrink_only: bool, deadline: Deadline) -> None:
-        """On the background thread. Whatever fails becomes the step's error."""
+        """On the background thread where the quorum is asynchronous. Whatever fails becomes the step's error."""
         if self._quorum_failures:  # a quorum that fails at once must not make the loop spin
             self._stop.wait(min(0.05 * 2.0**self._quorum_failures, _MAX_QUORUM_PAUSE, deadline.remaining()))
         try:
