@@ -12,7 +12,6 @@ Rules
 
 from __future__ import annotations
 
-import logging
 import socket
 import uuid
 from dataclasses import dataclass
@@ -26,8 +25,6 @@ from torchft.coordination import ManagerClient, ManagerServer, QuorumResult
 from torchft.runtime.net import advertised_host, parse_address
 
 __all__ = ["Group", "GroupClient", "join_group"]
-
-logger = logging.getLogger(__name__)
 
 
 class GroupClient(Protocol):

@@ -18,7 +18,6 @@ lead to the same device: they cannot be told apart.
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import struct
@@ -26,7 +25,6 @@ from collections.abc import Iterable
 
 __all__ = ["DeviceAddress", "device_address", "shut_down_connections"]
 
-logger = logging.getLogger(__name__)
 
 DeviceAddress = tuple[str, int]
 """Host, an IPv4 one never in its IPv6 clothes, and port."""
