@@ -1,155 +1,46 @@
 """A torch backend that is made anew by each ``configure``.
 
 The idea
-    A :class:`Session` is one configuration: a torch process group, what is pending on it, and why it ended. The
-    group of this module holds at most one session. ``configure`` ends it, makes the next, and puts it in place
-    only if nobody aborted or configured meanwhile.
+    A :class:`~torchft.process_group.session.Session` is one configuration. The group of this module holds at most
+    one. ``configure`` ends it, makes the next, and puts it in place only if nobody aborted or configured meanwhile.
 
 Rules
-    1. A session that has failed or was aborted never recovers.
-    2. The first error is kept: what follows from it is not told.
-    3. Errors of pending works are found when somebody looks: at the next collective and in ``errored()``. A work's
-       own ``wait()`` raises at once. So a collective costs no callback, and no backend thread waits for Python.
-    4. A group of one has no backend and asks no store.
-    5. Ending a session (``_cut``) returns at once. Releasing it waits for its backend's threads, which the end has
-       made short, and is done by the next ``configure`` or by ``shutdown``.
+    1. Errors of pending works are found when somebody looks: at the next collective and in ``errored()``.
+    2. A group of one has no backend and asks no store.
+    3. A session is made on a thread of its own (:mod:`torchft.process_group.build`). ``configure`` waits for that,
+       but not after an abort, nor long after the timeout: then the thread is left to end by itself.
+    4. A session is released by the next ``configure`` or by ``shutdown``.
 """
 
 from __future__ import annotations
 
-import atexit
-import logging
 import threading
-import weakref
-from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import Work
 
 from torchft.process_group.base import DEFAULT_TIMEOUT, ProcessGroupError
+from torchft.process_group.build import Build
 from torchft.process_group.dummy import COLLECTIVES, run_alone
-from torchft.process_group.rendezvous import RendezvousStore, StoreClient, split_store_address, store_addresses
-from torchft.process_group.sockets import DeviceAddress, shut_down_connections
+from torchft.process_group.lost_works import LosableCollective, LosablePointToPoint
+from torchft.process_group.rendezvous import (
+    StoreClient,
+    split_store_address,
+    store_addresses,
+)
+from torchft.process_group.session import STORE_GRACE, Session, nothing
 from torchft.process_group.works import PointToPointWork
 from torchft.process_group.wrapper import ProcessGroupWrapper
 from torchft.runtime.deadline import Deadline
-from torchft.runtime.loop import Timer, call_later
 
-__all__ = ["BackendProcessGroup", "Session", "torch_group"]
+__all__ = ["BackendProcessGroup", "torch_group"]
 
-logger = logging.getLogger(__name__)
-
-_RELEASE_TIMEOUT = timedelta(seconds=5)
-_STORE_GRACE = 1.0  # seconds beyond which an answer of the store is not late but missing
-
-
-class Session:
-    """One configuration of a group."""
-
-    def __init__(self, name: str, alone: bool) -> None:
-        self.name = name
-        """For messages: who meets whom, where."""
-        self.alone = alone
-        """It is a group of one."""
-        self.aborted = threading.Event()
-        self.error: Exception | None = None
-        self.group: dist.ProcessGroup | None = None
-        """None: a group of one, not met yet, or released."""
-        self.issue: dict[str, Callable[..., Work]] = {}
-        """The group's collectives by name: the backend's own where it has one, which saves torch's dispatcher."""
-        self.store: RendezvousStore | None = None
-        """Kept because the backend refers to it."""
-        self.cut: Callable[[], None] = _nothing
-        """Ends what is pending, at once; set by the backend's ``_open``."""
-        self._pending: deque[Work] = deque()
-        self._meeting = False
-        self._watchdogs: list[Timer] = []
-        self._store_addresses: list[DeviceAddress] = []
-        self._lock = threading.Lock()
-        _living.add(self)
-
-    def __del__(self) -> None:
-        self.cut()  # a backend that is dropped waits for its threads: they must not wait for other members
-
-    def fail(self, error: Exception) -> None:
-        """Keeps the first error."""
-        with self._lock:
-            if self.error is None:
-                self.error = error
-
-    def track(self, work: Work) -> None:
-        """Remembers a work until it is known how it ended, and forgets those of which that is known."""
-        pending = self._pending
-        with self._lock:
-            done = []
-            while pending and pending[0].is_completed():
-                done.append(pending.popleft())
-            pending.append(work)
-        for ended in done:
-            self._settle(ended)
-
-    def look(self) -> Exception | None:
-        """The error so far, counting the pending works that have completed."""
-        if self.error is None and self._pending:
-            with self._lock:
-                done = [w for w in self._pending if w.is_completed()]
-                if done:
-                    self._pending = deque(w for w in self._pending if w not in done)
-            for ended in done:
-                self._settle(ended)
-        return self.error
-
-    def _settle(self, ended: Work) -> None:
-        try:
-            ended.wait()  # it has completed: this only raises what it failed with
-        except Exception as e:
-            self.fail(e)
-
-    def abort(self, reason: str) -> None:
-        self.fail(ProcessGroupError(reason))
-        self.aborted.set()
-        self.cut()
-        if self._meeting:
-            self._watchdogs.append(call_later(_STORE_GRACE, self._cut_store))
-
-    def watch_store(self, addresses: list[DeviceAddress], timeout: float) -> None:
-        """From now until :meth:`met`: ends questions to the store that take much longer than ``timeout``, or go on
-        after an abort. A store that takes that long is stopped, so that other users of it lose nothing.
-        """
-        self._store_addresses = addresses
-        self._meeting = True
-        self._watchdogs.append(call_later(timeout + _STORE_GRACE, self._cut_store))
-
-    def met(self) -> None:
-        """Nothing is asked of the store any more."""
-        self._meeting = False
-        watchdogs, self._watchdogs = self._watchdogs, []
-        for timer in watchdogs:
-            timer.cancel()
-
-    def _cut_store(self) -> None:
-        if self._meeting:
-            logger.warning("%s: the store does not answer: closing the connections to it", self.name)
-            shut_down_connections((), self._store_addresses)
-
-    def release(self) -> None:
-        """Lets go of the backend, after :meth:`abort`. Waits for works that were pending; they fail at once."""
-        deadline = Deadline(_RELEASE_TIMEOUT)
-        with self._lock:
-            pending, self._pending = list(self._pending), deque()
-        for work in pending:
-            try:
-                work.wait(timedelta(seconds=max(0.001, deadline.remaining())))
-            except Exception as e:
-                logger.debug("a collective of %s ended with its group: %s", self.name, e)
-        self.group = None
-        self.issue = {}
-        self.cut = _nothing
-        self.store = None
+_BUILD_GRACE = 0.02  # seconds in which a build usually ends once it is cut
+_LATE = 2 * STORE_GRACE  # seconds beyond the timeout after which a build is not waited for
 
 
 def _collectives(group: dist.ProcessGroup) -> dict[str, Callable[..., Work]]:
@@ -165,26 +56,15 @@ def torch_group(backend: Any, kind: Any, device: str, rank: int, world_size: int
     return group
 
 
-def _end_all() -> None:
-    for session in list(_living):
-        session.abort("the process ends")
-        session.cut = _nothing  # nothing to do while the interpreter is taken apart
-
-
-_living: weakref.WeakSet[Session] = weakref.WeakSet()
-atexit.register(_end_all)
-
-
-def _nothing() -> None:
-    """What a session without connections has to cut."""
-
-
 class BackendProcessGroup(ProcessGroupWrapper):
     """The state machine of the module's docstring. A subclass names its backend in :meth:`_open`.
 
     Args:
         timeout: the longest wait of a configuration and of each collective.
     """
+
+    _loses_works: ClassVar[bool] = False
+    """A work of the backend may not end when the session is cut. Of works that the host waits for only."""
 
     def __init__(self, timeout: timedelta = DEFAULT_TIMEOUT) -> None:
         super().__init__()
@@ -200,12 +80,16 @@ class BackendProcessGroup(ProcessGroupWrapper):
     def _open(
         self, session: Session, rank: int, world_size: int, timeout: timedelta, global_ranks: list[int] | None
     ) -> dist.ProcessGroup:
-        """Meets the other members under ``session.store`` and sets ``session.cut``.
+        """Meets the other members under ``session.store`` and sets ``session.cut``. Runs on a thread of its own.
 
         Raises:
             Exception: they did not come within ``timeout``.
         """
         raise self._unsupported("_open")
+
+    def _enter_thread(self) -> Callable[[], None]:
+        """Asked by the thread that configures; the answer is called by the one on which ``_open`` runs."""
+        return nothing
 
     # ---------------------------------------------------------------------------------------------- life
 
@@ -232,29 +116,78 @@ class BackendProcessGroup(ProcessGroupWrapper):
         try:
             self._release_ended()
             if world_size > 1 and not session.aborted.is_set():
-                session.watch_store(store_addresses(store_addr), deadline.remaining())
-                session.store = self._store_client.store(
-                    store_addr, timedelta(seconds=deadline.remaining()), session.aborted
-                )
-                remaining = timedelta(seconds=max(0.001, deadline.remaining()))
-                session.group = self._open(session, rank, world_size, remaining, global_ranks)
-                session.group.set_timeout(self._timeout)
-                session.issue = _collectives(session.group)
-                session.store.lift_deadline()
-        except Exception as e:
-            self._give_up(session, e)
+                self._build(session, store_addr, rank, world_size, deadline, global_ranks)
+        except BaseException as e:
+            self._give_up(session, e if isinstance(e, Exception) else ProcessGroupError(f"interrupted: {e!r}"))
             raise
         finally:
-            session.met()
             self._configuring.release()
         with self._state:
             installed = self._attempt is session and not session.aborted.is_set()
             if installed:
                 self._session, self._rank, self._world_size = session, rank, world_size
         if not installed:
-            error = ProcessGroupError(f"aborted while it was configured: {session.name}")
+            error = self._unfinished(session, deadline)
             self._give_up(session, error)
             raise error
+
+    def _build(
+        self,
+        session: Session,
+        store_addr: str,
+        rank: int,
+        world_size: int,
+        deadline: Deadline,
+        global_ranks: list[int] | None,
+    ) -> None:
+        """Makes the session's group on another thread; walks away from it when it does not end."""
+        client = self._store_client
+        enter = self._enter_thread()
+
+        def make() -> None:
+            try:
+                enter()
+                session.watch_store(store_addresses(store_addr), deadline.remaining())
+                if session.aborted.is_set():
+                    raise self._unfinished(session, deadline)
+                with session.questions:
+                    store = client.store(store_addr, deadline, session.aborted)
+                store.questions = session.questions
+                session.store = store
+                remaining = timedelta(seconds=max(0.001, deadline.remaining()))
+                group = self._open(session, rank, world_size, remaining, global_ranks)
+                group.set_timeout(self._timeout)
+                session.issue = _collectives(group)
+                session.group = group
+                store.lift_deadline()
+            finally:
+                session.met()
+
+        def drop() -> None:
+            session.cut()
+            session.release()
+            client.close()
+
+        build = Build(make, session.woken.set, session.name)
+        try:
+            session.woken.wait(deadline.remaining() + _LATE)
+            ended = build.wait(_BUILD_GRACE)
+        except BaseException:  # KeyboardInterrupt
+            ended = False
+            raise
+        finally:
+            if not ended and build.abandon(drop):
+                self._store_client = StoreClient()
+                session.abandoned = True
+        if session.abandoned or (build.error is not None and session.aborted.is_set()):
+            raise self._unfinished(session, deadline) from build.error
+        if build.error is not None:
+            raise build.error
+
+    def _unfinished(self, session: Session, deadline: Deadline) -> ProcessGroupError:
+        if session.aborted.is_set():
+            return ProcessGroupError(f"aborted while it was configured: {session.name}")
+        return ProcessGroupError(f"{session.name}: the members did not meet within {deadline.timeout:g} s")
 
     def _replace(self, session: Session | None, reason: str) -> None:
         """Ends the session in place or being made; ``session`` is the one being made from now on."""
@@ -268,7 +201,8 @@ class BackendProcessGroup(ProcessGroupWrapper):
 
     def _give_up(self, session: Session, error: Exception) -> None:
         session.abort(str(error))
-        session.release()
+        if not session.abandoned:  # or else its thread does it
+            session.release()
         with self._state:
             if self._attempt is session:
                 self._attempt, self._failure = None, error
@@ -277,7 +211,8 @@ class BackendProcessGroup(ProcessGroupWrapper):
         with self._state:
             ended, self._ended = self._ended, []
         for session in ended:
-            session.release()
+            if not session.abandoned:
+                session.release()
 
     def abort(self) -> None:
         with self._state:
@@ -319,9 +254,11 @@ class BackendProcessGroup(ProcessGroupWrapper):
             session.fail(e)
             raise
         if op == "send" or op == "recv":
+            if self._loses_works:
+                return LosablePointToPoint(work, args[0], session.fail, session.ending)
             return PointToPointWork(work, args[0], session.fail)
         session.track(work)
-        return work
+        return LosableCollective(work, session.ending) if self._loses_works else work
 
     def _refusal(self, op: str, session: Session | None) -> Exception:
         if session is None:

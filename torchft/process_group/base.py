@@ -101,8 +101,8 @@ class ProcessGroup(_TorchProcessGroup):  # type: ignore[misc]
     def abort(self) -> None:
         """Ends pending collectives with an error and makes later ones fail, until the next ``configure``.
 
-        Returns at once, may be called from any thread and more than once. It also ends a ``configure`` that
-        waits for other members.
+        Returns at once, may be called from any thread and more than once. It also ends a ``configure``, whatever
+        that waits for.
         """
         raise self._unsupported("abort")
 

@@ -14,9 +14,9 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import ProcessGroupGloo as TorchGloo
 
-from torchft.process_group.backend import BackendProcessGroup, Session, torch_group
-from torchft.process_group.rendezvous import RendezvousStore
-from torchft.process_group.sockets import DeviceAddress, device_address, shut_down_connections
+from torchft.process_group.backend import BackendProcessGroup, torch_group
+from torchft.process_group.devices import Devices
+from torchft.process_group.session import Session
 
 __all__ = ["ProcessGroupGloo"]
 
@@ -32,6 +32,8 @@ class ProcessGroupGloo(BackendProcessGroup):
         timeout: the longest wait of a configuration and of each collective. Default 60 s.
     """
 
+    _loses_works = True
+
     def getBackendName(self) -> str:
         return "torchft-gloo"
 
@@ -39,36 +41,23 @@ class ProcessGroupGloo(BackendProcessGroup):
         self, session: Session, rank: int, world_size: int, timeout: timedelta, global_ranks: list[int] | None
     ) -> dist.ProcessGroup:
         assert session.store is not None
-        backend = TorchGloo(session.store, rank, world_size, timeout)
+        devices = Devices(rank, world_size)
+        session.forget = devices.forget
+        session.store.seen = devices.learn
+        # torch 2.13 gives each backend an ``abort``, which gloo's inherits and which does nothing: that it is there
+        # proves nothing. Where a later gloo has one that ends its waits, it belongs here, beside ``devices.cut``.
+        session.cut = devices.cut
+        try:
+            backend = TorchGloo(session.store, rank, world_size, timeout)
+        finally:
+            devices.built()
         group = torch_group(backend, dist.ProcessGroup.BackendType.GLOO, "cpu", rank, world_size)
-        own, others = _devices(session.store, rank, world_size)
-        if not own:
+        if not devices.own:
             logger.warning(
                 "%s: gloo published its addresses in a form that is not known: an abort cannot end pending "
                 "collectives, they wait for their timeout",
                 session.name,
             )
-        session.cut = lambda: _cut(own, others)
         if session.aborted.is_set():
             session.cut()
         return group
-
-
-def _cut(own: list[DeviceAddress], others: list[DeviceAddress]) -> None:
-    count = shut_down_connections(own, others)
-    logger.debug("shut down %d gloo connections", count)
-
-
-def _devices(store: RendezvousStore, rank: int, world_size: int) -> tuple[list[DeviceAddress], list[DeviceAddress]]:
-    """The addresses of our devices and of the other members', one for each network interface in use."""
-    own: list[DeviceAddress] = []
-    others: list[DeviceAddress] = []
-    context = 0
-    while store.check([f"{context}/{rank}"]):
-        published = store.multi_get([f"{context}/{r}" for r in range(world_size)])
-        for member, value in enumerate(published):
-            address = device_address(value)
-            if address is not None:
-                (own if member == rank else others).append(address)
-        context += 1
-    return own, others

@@ -6,13 +6,16 @@ choice where even that may hang.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
-from torchft.process_group.backend import BackendProcessGroup, Session, torch_group
+from torchft.process_group.backend import BackendProcessGroup, torch_group
 from torchft.process_group.base import DEFAULT_TIMEOUT, ProcessGroupError
+from torchft.process_group.session import Session
 
 __all__ = ["ProcessGroupNCCL"]
 
@@ -37,6 +40,9 @@ class ProcessGroupNCCL(BackendProcessGroup):
     def getBackendName(self) -> str:
         return "torchft-nccl"
 
+    def _enter_thread(self) -> Callable[[], None]:
+        return partial(torch.cuda.set_device, torch.cuda.current_device())  # each thread has its own
+
     def _open(
         self, session: Session, rank: int, world_size: int, timeout: timedelta, global_ranks: list[int] | None
     ) -> dist.ProcessGroup:
@@ -49,6 +55,9 @@ class ProcessGroupNCCL(BackendProcessGroup):
         backend = dist.ProcessGroupNCCL(session.store, rank, world_size, options)
         group = torch_group(backend, dist.ProcessGroup.BackendType.NCCL, "cuda", rank, world_size)
         session.cut = backend.abort
+        if session.aborted.is_set():
+            backend.abort()
+            raise ProcessGroupError(f"{session.name} was aborted before it met the others")
         backend._set_sequence_number_for_group()
         backend.eager_connect_single_device(torch.device("cuda", torch.cuda.current_device()))
         return group

@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Callable
 from datetime import timedelta
+from types import TracebackType
 
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from torchft.process_group.base import ProcessGroupError
 from torchft.process_group.sockets import DeviceAddress
 from torchft.runtime.deadline import Deadline
+from torchft.runtime.fork import Registration, close_in_children
 
-__all__ = ["RendezvousStore", "StoreClient", "split_store_address", "store_addresses"]
+__all__ = ["Questions", "RendezvousStore", "StoreClient", "split_store_address", "store_addresses"]
 
 _FIRST_INTERVAL = 0.0005
 _LAST_INTERVAL = 0.05
@@ -49,29 +52,51 @@ def store_addresses(store_addr: str) -> list[DeviceAddress]:
     return [(str(sockaddr[0]).partition("%")[0], port) for *_, sockaddr in found]
 
 
+class Questions:
+    """Whether the store is being asked something right now: use as a context around each question."""
+
+    def __init__(self) -> None:
+        self._open: list[None] = []  # a list, since threads append and pop without a lock
+
+    @property
+    def open(self) -> bool:
+        return bool(self._open)
+
+    def __enter__(self) -> None:
+        self._open.append(None)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.pop()
+
+
 class StoreClient:
     """A group's connection to the store of its last configuration, used again while the address stays the same.
 
     That saves the connection, which takes longer than meeting the members: torch's server looks up the name of
-    each client.
+    each client. Forked children do not keep it open.
     """
 
     def __init__(self) -> None:
         self._address = ("", 0)
         self._client: TCPStore | None = None
+        self._registration: Registration | None = None
 
-    def store(self, store_addr: str, timeout: timedelta, aborted: threading.Event) -> RendezvousStore:
+    def __del__(self) -> None:
+        self.close()
+
+    def store(self, store_addr: str, deadline: Deadline, aborted: threading.Event) -> RendezvousStore:
         """The store at ``host:port/prefix``, all keys below the prefix.
 
         A store that refuses the connection is not asked again: its process is gone, and the next quorum names
         another.
 
         Raises:
-            ProcessGroupError: the store cannot be reached within ``timeout``; the message names it.
+            ProcessGroupError: the store cannot be reached before ``deadline``; the message names it.
             ValueError: ``store_addr`` is not one.
         """
         host, port, prefix = split_store_address(store_addr)
-        deadline = Deadline(timeout)
         try:
             client = self._known(host, port) or self._connect(host, port, deadline)
         except (OSError, RuntimeError) as e:
@@ -84,6 +109,9 @@ class StoreClient:
     def close(self) -> None:
         """Forgets the connection; it ends when no backend refers to it any more."""
         self._client = None
+        if self._registration is not None:
+            self._registration.forget()
+            self._registration = None
 
     def _known(self, host: str, port: int) -> TCPStore | None:
         if self._client is None or self._address != (host, port):
@@ -95,6 +123,8 @@ class StoreClient:
         return self._client
 
     def _connect(self, host: str, port: int, deadline: Deadline) -> TCPStore:
+        self.close()
+        self._registration = close_in_children(others=[(host, port)])
         socket.create_connection((host, port), timeout=max(0.001, deadline.remaining())).close()
         self._client = TCPStore(
             host,
@@ -124,31 +154,48 @@ class RendezvousStore(Store):
         self._timeout = deadline.timeout
         self._deadline: Deadline | None = deadline
         self._aborted = aborted
+        self.questions = Questions()
+        """Open while the store is being asked."""
+        self.seen: Callable[[str, bytes], None] = _ignore
+        """Told each key that is set or read, and its value, before the backend goes on."""
 
     def set(self, key: str, value: bytes | str) -> None:
-        self._store.set(key, value)  # type: ignore[arg-type]  # the stub forgets bytes
+        if self._deadline is not None and self._aborted.is_set():
+            raise self._was_aborted()
+        self.seen(key, value.encode() if isinstance(value, str) else value)
+        with self.questions:
+            self._store.set(key, value)  # type: ignore[arg-type]  # the stub forgets bytes
 
     def get(self, key: str) -> bytes:
         self.wait([key])
-        value: bytes = self._store.get(key)
+        with self.questions:
+            value: bytes = self._store.get(key)
+        self.seen(key, value)
         return value
 
     def add(self, key: str, amount: int) -> int:
-        return int(self._store.add(key, amount))
+        with self.questions:
+            return int(self._store.add(key, amount))
 
     def multi_get(self, keys: list[str]) -> list[bytes]:
         self.wait(keys)
-        return list(self._store.multi_get(keys))
+        with self.questions:
+            values = list(self._store.multi_get(keys))
+        for key, value in zip(keys, values, strict=True):
+            self.seen(key, value)
+        return values
 
     def lift_deadline(self) -> None:
         """All members are there: the deadline no longer holds for what the backend may ask later."""
         self._deadline = None
 
     def check(self, keys: list[str]) -> bool:
-        return bool(self._store.check(keys))
+        with self.questions:
+            return bool(self._store.check(keys))
 
     def delete_key(self, key: str) -> bool:
-        return bool(self._store.delete_key(key))
+        with self.questions:
+            return bool(self._store.delete_key(key))
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         """Waits until all ``keys`` are there.
@@ -160,10 +207,10 @@ class RendezvousStore(Store):
         deadline = min(limits, key=lambda d: d.at) if limits else Deadline(self._timeout)
         waited = 0.0
         while not self._aborted.is_set():
-            if self._store.check(keys):
+            if self.check(keys):
                 return
             if deadline.expired:
-                missing = [key for key in keys if not self._store.check([key])]
+                missing = [key for key in keys if not self.check([key])]
                 raise ProcessGroupError(
                     f"members of the process group did not come to {self._name} within "
                     f"{self._timeout:g} s: the store has no {', '.join(missing)}"
@@ -171,4 +218,11 @@ class RendezvousStore(Store):
             interval = min(_LAST_INTERVAL, max(_FIRST_INTERVAL, waited / 4), max(0.0, deadline.remaining()))
             self._aborted.wait(interval)
             waited += interval
-        raise ProcessGroupError(f"aborted while it waited for other members at {self._name}")
+        raise self._was_aborted()
+
+    def _was_aborted(self) -> ProcessGroupError:
+        return ProcessGroupError(f"aborted while it waited for other members at {self._name}")
+
+
+def _ignore(key: str, value: bytes) -> None:
+    """Nobody listens to what passes through a store."""

@@ -23,13 +23,13 @@ import socket
 import struct
 from collections.abc import Iterable
 
-__all__ = ["DeviceAddress", "device_address", "shut_down_connections"]
+from torchft.runtime.fork import DESCRIPTORS, Address, Endpoints, plain_host
+
+__all__ = ["DeviceAddress", "device_address", "pair_identifiers", "shut_down_connections"]
 
 
-DeviceAddress = tuple[str, int]
+DeviceAddress = Address
 """Host, an IPv4 one never in its IPv6 clothes, and port."""
-
-_DESCRIPTORS = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
 
 
 def device_address(published: bytes) -> DeviceAddress | None:
@@ -48,13 +48,24 @@ def device_address(published: bytes) -> DeviceAddress | None:
     if family == socket.AF_INET:
         return socket.inet_ntop(socket.AF_INET, raw[4:8]), port
     if family == socket.AF_INET6:
-        return _plain(socket.inet_ntop(socket.AF_INET6, raw[8:24])), port
+        return plain_host(socket.inet_ntop(socket.AF_INET6, raw[8:24])), port
     return None
 
 
-def _plain(host: str) -> str:
-    host = host.partition("%")[0]
-    return host.removeprefix("::ffff:") if "." in host else host
+def pair_identifiers(published: bytes, world_size: int) -> list[int]:
+    """The numbers that the other members tell our device when they connect, by rank; empty: not recognised.
+
+    They follow the address, 64 bits for each member.
+    """
+    if len(published) < 8:
+        return []
+    (name_length,) = struct.unpack_from("=Q", published)
+    at = 8 + name_length
+    if len(published) < at + 8:
+        return []
+    (address_length,) = struct.unpack_from("=Q", published, at)
+    tail = published[at + 8 + address_length :]
+    return list(struct.unpack(f"={world_size}q", tail)) if len(tail) == 8 * world_size else []
 
 
 def shut_down_connections(own: Iterable[DeviceAddress], others: Iterable[DeviceAddress]) -> int:
@@ -67,21 +78,18 @@ def shut_down_connections(own: Iterable[DeviceAddress], others: Iterable[DeviceA
     Returns:
         How many connections were shut down.
     """
-    accepted, opened = set(own), set(others)
-    if not accepted and not opened:
+    endpoints = Endpoints(own, others)
+    if not endpoints:
         return 0
     count = 0
-    for name in os.listdir(_DESCRIPTORS):
+    for name in os.listdir(DESCRIPTORS):
         duplicate = _duplicate(int(name))
         if duplicate is None:
             continue
         with duplicate:
-            if duplicate.family not in (socket.AF_INET, socket.AF_INET6):
-                continue
             try:
-                remote = duplicate.getpeername()
-                local = duplicate.getsockname()
-                if (_plain(local[0]), local[1]) in accepted or (_plain(remote[0]), remote[1]) in opened:
+                if endpoints.fit(duplicate):
+                    duplicate.getpeername()  # fails for the listening socket
                     duplicate.shutdown(socket.SHUT_RDWR)
                     count += 1
             except OSError:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from torchft.process_group.backend import BackendProcessGroup, Session, torch_group
+from torchft.process_group.backend import BackendProcessGroup, torch_group
 from torchft.process_group.base import DEFAULT_TIMEOUT, ProcessGroupError
+from torchft.process_group.session import Session
 
 __all__ = ["ProcessGroupXCCL"]
 
@@ -35,6 +38,9 @@ class ProcessGroupXCCL(BackendProcessGroup):
     def getBackendName(self) -> str:
         return "torchft-xccl"
 
+    def _enter_thread(self) -> Callable[[], None]:
+        return partial(torch.xpu.set_device, torch.xpu.current_device())  # each thread has its own
+
     def _open(
         self, session: Session, rank: int, world_size: int, timeout: timedelta, global_ranks: list[int] | None
     ) -> dist.ProcessGroup:
@@ -44,4 +50,6 @@ class ProcessGroupXCCL(BackendProcessGroup):
         backend = xccl(session.store, rank, world_size, options)
         group = torch_group(backend, dist.ProcessGroup.BackendType.XCCL, "xpu", rank, world_size)
         session.cut = backend.abort
+        if session.aborted.is_set():
+            backend.abort()
         return group

@@ -26,7 +26,9 @@ class RankLogger(logging.LoggerAdapter[logging.Logger]):
         step: asked for each line.
     """
 
-    def __init__(self, logger: logging.Logger, replica_id: str, group_rank: int | str, step: Callable[[], int]) -> None:
+    def __init__(
+        self, logger: logging.Logger, replica_id: str, group_rank: int | str, step: Callable[[], object]
+    ) -> None:
         super().__init__(logger, {})
         self._who = f"{replica_id}/{group_rank}"
         self._step = step

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
 import queue
 import signal
@@ -20,8 +21,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from torchft.process_group import ProcessGroup
+from torchft.process_group.rendezvous import RendezvousStore
+from torchft.testing.wait import wait_until
 
 __all__ = ["Member"]
 
@@ -78,6 +82,18 @@ class Member:
         """The process stands still (SIGSTOP), its connections stay open."""
         os.kill(self._process.pid, signal.SIGSTOP)
 
+    def wait_until_stopped(self, deadline: float = 60.0) -> None:
+        """Until the process stands still.
+
+        Raises:
+            TimeoutError: it did not within ``deadline`` seconds.
+        """
+        wait_until(
+            lambda: os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT),
+            deadline,
+            f"the stop of member {self._process.pid}",
+        )
+
     def kill(self) -> None:
         """The process dies at once."""
         self._process.kill()
@@ -111,6 +127,17 @@ class _Loop:
     def configure(self, store_addr: str, rank: int, world_size: int) -> None:
         self._group.configure(store_addr, f"member{rank}", rank, world_size)
 
+    def configure_and_stop(self, store_addr: str, rank: int, world_size: int) -> None:
+        """Tells the others where it is, and stands still at once."""
+
+        def set_and_stop(store: RendezvousStore, key: str, value: bytes | str) -> None:
+            plain(store, key, value)
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+        plain = RendezvousStore.set
+        RendezvousStore.set = set_and_stop  # type: ignore[method-assign, assignment]
+        self.configure(store_addr, rank, world_size)
+
     def allreduce(self, value: float = 1.0, elements: int = 4) -> float:
         tensor = torch.full((elements,), value)
         self._group.allreduce([tensor]).wait()
@@ -128,10 +155,20 @@ class _Loop:
         self.pending = self._group.allreduce([torch.ones(1)])
         sys.exit(7)
 
+    def fork_data_workers(self, workers: int = 2) -> list[int]:
+        """Process ids of data-loader workers, which live on when this process is killed."""
+        data = TensorDataset(torch.arange(1000.0))
+        self.batches = iter(DataLoader(data, num_workers=workers, multiprocessing_context="fork"))
+        next(self.batches)
+        return [worker.pid for worker in multiprocessing.active_children() if worker.pid is not None]
+
     def recv(self, source: int) -> float:
         tensor = torch.zeros(1)
         self._group.recv([tensor], source, 0).wait()
         return tensor.item()
+
+    def send(self, target: int, elements: int = 1) -> None:
+        self._group.send([torch.ones(elements)], target, 0).wait()
 
     def recv_and_abort_on_error(self, source: int) -> float:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -391,6 +392,53 @@ class ProcessGroupSuite:
         assert answer["error"] is not None
         assert answer["seconds"] < 20  # the group's timeout is 30
         assert pair[0].ask("errored")["value"] is not None
+
+    def test_a_member_that_is_killed_while_its_data_workers_live_on_is_seen_at_once(
+        self, store: str, members: Callable[..., list[Member]]
+    ) -> None:
+        pair = members(2)
+        self.meet_members(store, pair)
+        workers = pair[1].ask("fork_data_workers")["value"]
+        for member in pair:
+            member.tell("allreduce")
+        assert [member.answer()["value"] for member in pair] == [2.0, 2.0]  # forking cost it nothing
+        assert len(workers) == 2
+        try:
+            pair[0].tell("allreduce")
+            begun = time.monotonic()
+            pair[1].kill()
+            assert pair[0].answer()["error"] is not None
+            assert time.monotonic() - begun < 1
+            for worker in workers:
+                os.kill(worker, 0)  # it lives
+        finally:
+            for worker in workers:
+                os.kill(worker, signal.SIGKILL)
+
+    def test_a_member_that_stops_while_it_meets_the_others_does_not_hold_up_an_abort(
+        self, store: str, members: Callable[..., list[Member]], groups: list[ProcessGroup]
+    ) -> None:
+        stopped, other = members(2)
+        address = self.address(store)
+        stopped.tell("configure_and_stop", store_addr=address, rank=1, world_size=2)
+        stopped.wait_until_stopped()
+        timer = threading.Timer(0.2, groups[0].abort)
+        timer.start()
+        begun = time.monotonic()
+
+        def meet_and_reduce() -> None:
+            groups[0].configure(address, "r", 0, 2)  # where our side makes the connection, the other need not answer
+            groups[0].allreduce([self.tensor(1)]).wait()
+
+        with pytest.raises(RuntimeError):
+            meet_and_reduce()
+        assert time.monotonic() - begun < 2  # the group's timeout is 30
+        assert "aborted" in str(groups[0].errored())
+        timer.join()
+        address = self.address(store)
+        other.tell("configure", store_addr=address, rank=1, world_size=2)
+        groups[0].configure(address, "r", 0, 2)
+        assert other.answer()["error"] is None
 
     def test_a_survivor_that_aborts_lets_go_of_the_third(
         self, store: str, members: Callable[..., list[Member]]
