@@ -136,7 +136,14 @@ PROACTIVE_RECOVERY = Setting(
     "TORCHFT_PROACTIVE_RECOVERY",
     "0 or 1",
     True,
-    "Act on failures as soon as they are seen, instead of after a timeout.",
+    "Hold sessions, and act on deaths as soon as they are seen. With 0 only heartbeats and timeouts tell of them.",
+    _flag,
+)
+DRAIN = Setting(
+    "TORCHFT_DRAIN",
+    "0 or 1",
+    False,
+    "On SIGTERM finish the step under way, leave the job and exit with code 0. Wins over `Manager(drain=)`.",
     _flag,
 )
 
@@ -164,7 +171,7 @@ def markdown() -> str:
         "|---|---|---|---|",
     ]
     for s in SETTINGS:
-        default = "" if s.default is None else ("1" if s.default is True else f"{s.default}")
+        default = "" if s.default is None else f"{int(s.default)}" if isinstance(s.default, bool) else f"{s.default}"
         lines.append(f"| `{s.name}` | {s.kind} | {default} | {s.meaning} |")
     return "\n".join(lines) + "\n"
 

@@ -7,14 +7,17 @@ The idea
 Rules
     - The keys carry torchrun's restart count: its agent's store outlives the workers, and a restarted rank must
       not find the address of a former life.
+    - The other ranks hold a session to rank 0 (unless sessions are off), so that any rank's death is seen.
     - A group of one rank that no launcher gave a store hosts its own, so that ``python train.py`` works.
 """
 
 from __future__ import annotations
 
+import logging
 import socket
 import uuid
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol
 
@@ -22,9 +25,18 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from torchft import config
 from torchft.coordination import ManagerClient, ManagerServer, QuorumResult
+from torchft.coordination.proto import session_pb2 as pb
+from torchft.coordination.session_client import SessionClient, SessionEvents
+from torchft.coordination.types import ANY_QUORUM, Notice
+from torchft.runtime.deadline import seconds
+from torchft.runtime.fork import close_in_children
+from torchft.runtime.life import life_address
+from torchft.runtime.logs import RankLogger
 from torchft.runtime.net import advertised_host, parse_address
 
 __all__ = ["Group", "GroupClient", "join_group"]
+
+logger = logging.getLogger(__name__)
 
 
 class GroupClient(Protocol):
@@ -55,12 +67,39 @@ class Group:
     server: ManagerServer | None
     """In rank 0's process."""
     store: TCPStore
+    session: SessionClient | None = None
+    """To rank 0, in the other ranks' processes."""
+    _listener: Callable[[Notice], None] = field(default=lambda _: None)
+
+    def listen(self, on_notice: Callable[[Notice], None], on_welcome: Callable[[timedelta, timedelta], None]) -> None:
+        """From now on tells what comes on this rank's session, on a thread of its own.
+
+        Args:
+            on_notice: a replica is no longer there.
+            on_welcome: in rank 0: the lighthouse's heartbeat and join timeouts.
+        """
+        self._listener = on_notice
+        if self.server is not None:
+            self.server.listen(on_notice, on_welcome)
+
+    def hear(self, notice: Notice) -> None:
+        """A notice came on this rank's session."""
+        self._listener(notice)
+
+    def leave(self, reason: str, step: int, timeout: timedelta) -> bool:
+        """Tells everybody that this group goes. Returns whether they were told."""
+        if self.server is not None:
+            return self.server.leave(reason, step, timeout)
+        return self.session is not None and self.session.leave(reason, step, seconds(timeout))
 
     def close(self) -> None:
         """Ends the server, or the connection to it."""
         if self.server is not None:
             self.server.shutdown()
-        elif isinstance(self.client, ManagerClient):
+            return
+        if self.session is not None:
+            self.session.close()
+        if isinstance(self.client, ManagerClient):
             self.client.close()
 
 
@@ -77,6 +116,7 @@ def join_group(
     heartbeat_interval: timedelta,
     connect_timeout: timedelta,
     quorum_retries: int,
+    sessions: bool,
 ) -> Group:
     """Makes this process a rank of its group. Arguments as of :class:`torchft.manager.Manager`.
 
@@ -111,6 +151,7 @@ def join_group(
             heartbeat_interval=heartbeat_interval,
             connect_timeout=connect_timeout,
             quorum_retries=quorum_retries,
+            sessions=sessions,
         )
         if world_size > 1:
             store.set(f"{prefix}/replica_id", unique)
@@ -126,7 +167,26 @@ def join_group(
         ) from e
     manager_address = store.get(f"{prefix}/manager_address").decode()
     unique = store.get(f"{prefix}/replica_id").decode()
-    return Group(unique, rank, world_size, ManagerClient(manager_address, connect_timeout), None, store)
+    client = ManagerClient(manager_address, connect_timeout)
+    group = Group(unique, rank, world_size, client, None, store)
+    if sessions:
+        group.session = _session_to_rank0(group, client, manager_address)
+    return group
+
+
+def _session_to_rank0(group: Group, client: ManagerClient, address: str) -> SessionClient:
+    life = life_address(parse_address(address))
+
+    def gone(cause: str) -> None:
+        group.hear(Notice(group.replica_id, f"rank 0 of this group is no longer there: {cause}", ANY_QUORUM))
+
+    return SessionClient(
+        client.channel,
+        lambda: pb.Hello(replica_id=group.replica_id, group_rank=group.rank, life_address=life),
+        SessionEvents(notice=group.hear, gone=gone),
+        f"rank 0 of this group at {address}",
+        RankLogger(logger, group.replica_id, group.rank, lambda: "-"),
+    )
 
 
 def _open_store(
@@ -148,6 +208,7 @@ def _open_store(
             )
         host = advertised_host(parse_address(lighthouse_addr) if lighthouse_addr else None)
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        close_in_children(own=[store.port])
         return store, f"{host}:{store.port}"
     try:
         store = TCPStore(addr, port, is_master=False, wait_for_workers=False, timeout=timeout)

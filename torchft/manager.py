@@ -10,6 +10,7 @@ Rules
       first collective (asynchronous quorum), or on the training thread (synchronous).
     - Nothing here decides: who is in, who heals from whom and who participates are computed in ``torchft.core``.
     - The first error of a step aborts the process group, so that groups which wait for this one learn it at once.
+      The death of a member of the step's quorum is such an error, wherever this rank is in the step.
     - While the live state may be half written, this replica asks with step -1: it is nobody's source.
 """
 
@@ -31,7 +32,10 @@ from torch.futures import Future
 from torchft import config
 from torchft.checkpointing import CheckpointTransport, HTTPTransport
 from torchft.coordination import QuorumResult
+from torchft.coordination.types import Notice
 from torchft.core.participation import Participation, participation
+from torchft.departure import Drained, drain_requested, forget, leave_at_the_end, listen_for_sigterm
+from torchft.failure_watch import FailureWatch, ReplicaLost
 from torchft.group import join_group
 from torchft.process_group import ProcessGroup
 from torchft.recovery import Recovery
@@ -41,6 +45,7 @@ from torchft.runtime.logs import RankLogger
 from torchft.runtime.worker import Worker
 from torchft.state import ReplicaState
 from torchft.step_error import StepError
+from torchft.timeouts import Timeouts
 from torchft.work import CompletedWork, FutureWork
 
 __all__ = ["Manager", "WorldSizeMode"]
@@ -53,6 +58,7 @@ _DONE: concurrent.futures.Future[None] = concurrent.futures.Future()
 _DONE.set_result(None)
 _NO_STATE = -1
 _MAX_QUORUM_PAUSE = 2.0
+_LEAVE_TIMEOUT = timedelta(seconds=1)
 
 
 class WorldSizeMode(Enum):
@@ -90,11 +96,16 @@ class Manager:
         init_sync: at step 0 all groups take the primary's state. With False they must start from the same.
         max_retries: :meth:`should_commit` raises after more failed steps in a row; None: never.
         quorum_retries: how often a lighthouse call that broke is repeated within a quorum.
-        proactive_recovery: abort the process group at the first error instead of leaving others to their timeout;
-            ``TORCHFT_PROACTIVE_RECOVERY`` by default.
+        proactive_recovery: learn of deaths at once, and abort the process group at the first error instead of
+            leaving others to their timeout; ``TORCHFT_PROACTIVE_RECOVERY`` by default.
+        drain: at SIGTERM finish the step under way, leave, and exit with code 0: the next :meth:`start_quorum`
+            raises :class:`torchft.departure.Drained`. To be set on the main thread.
+
+        timeouts: all of them at once, instead of ``timeout``, ``quorum_timeout``, ``connect_timeout`` and
+            ``heartbeat_interval``; :func:`torchft.timeouts.suggest` makes them.
 
     The environment wins over arguments for ``TORCHFT_TIMEOUT_SEC``, ``TORCHFT_QUORUM_TIMEOUT_SEC``,
-    ``TORCHFT_CONNECT_TIMEOUT_SEC`` and ``TORCHFT_QUORUM_RETRIES``.
+    ``TORCHFT_CONNECT_TIMEOUT_SEC``, ``TORCHFT_QUORUM_RETRIES`` and ``TORCHFT_DRAIN``.
 
     Raises:
         TimeoutError: lighthouse, store or rank 0 did not answer within ``connect_timeout``.
@@ -127,12 +138,17 @@ class Manager:
         quorum_retries: int = 0,
         *,
         proactive_recovery: bool | None = None,
+        drain: bool = False,
+        timeouts: Timeouts | None = None,
     ) -> None:
         if min_replica_size < 1:
             raise ValueError(f"min_replica_size is {min_replica_size}: a step needs at least one participant")
-        self._timeout = config.TIMEOUT_SEC.read() or timeout
-        self._quorum_timeout = config.QUORUM_TIMEOUT_SEC.read() or quorum_timeout
-        self._connect_timeout = config.CONNECT_TIMEOUT_SEC.read() or connect_timeout
+        self._timeouts = _chosen_timeouts(timeouts, timeout, quorum_timeout, connect_timeout, heartbeat_interval)
+        self._timeout = self._timeouts.collective
+        self._quorum_timeout = self._timeouts.quorum
+        self._connect_timeout = self._timeouts.connect
+        assert self._timeouts.commit is not None
+        self._vote_timeout = self._timeouts.commit
         retries = config.QUORUM_RETRIES.read()
         self._proactive = config.PROACTIVE_RECOVERY.read() if proactive_recovery is None else proactive_recovery
         self._pg = pg
@@ -158,6 +174,11 @@ class Manager:
         self._error = StepError(self._on_first_error)
         self._voted = True
         self._works = StepFutures(self._error)
+        self._watch = FailureWatch()
+        self._left: str | None = None
+        self._drain = config.DRAIN.read() if config.DRAIN.is_set() else drain
+        if self._drain:
+            listen_for_sigterm()
         self._stop = threading.Event()
 
         self._group = join_group(
@@ -169,9 +190,10 @@ class Manager:
             replica_id=replica_id,
             port=port,
             hostname=hostname,
-            heartbeat_interval=heartbeat_interval,
+            heartbeat_interval=self._timeouts.heartbeat_interval,
             connect_timeout=self._connect_timeout,
             quorum_retries=quorum_retries if retries is None else retries,
+            sessions=self._proactive,
         )
         self._log = RankLogger(logger, self._group.replica_id, self._group.rank, lambda: self._step)
         self._transport = checkpoint_transport or self._default_transport()
@@ -180,6 +202,13 @@ class Manager:
         )
         self._worker = Worker("torchft-quorum")
         self._quorum: concurrent.futures.Future[None] | None = None
+        self._group.listen(self._watch.hear, self._check_timeouts)
+        leave_at_the_end(self)
+
+    def _check_timeouts(self, heartbeat_timeout: timedelta, join_timeout: timedelta) -> None:
+        """The lighthouse has told its own."""
+        for contradiction in self._timeouts.contradictions(heartbeat_timeout, join_timeout):
+            self._log.warning("timeouts that do not fit together (docs/timeouts.md): %s", contradiction)
 
     def _default_transport(self) -> CheckpointTransport[dict[str, Any]]:
         """HTTP from the live state of the source straight into the live state here.
@@ -244,8 +273,18 @@ class Manager:
             allow_heal: let a group that is behind take a peer's state. With False it sits the step out.
             shrink_only: take no new group in.
             timeout: for the quorum; the manager's ``quorum_timeout`` by default.
+
+        Raises:
+            Drained: the group was asked to drain, and has left.
+            RuntimeError: it has left before.
         """
         self._wait_for_worker()
+        self._watch.exit()
+        if self._drain and drain_requested():
+            self.leave("drained on SIGTERM")
+            raise Drained("SIGTERM")
+        if self._left is not None:
+            raise RuntimeError(f"this group has left the job ({self._left}): there is no further step")
         if not self._voted and self._error.current is not None:
             self._commit_failures += 1  # the loop left the last step without a vote
         self._voted = False
@@ -308,6 +347,8 @@ class Manager:
                 only_up_to_date=self._use_async_quorum or not allow_heal,
                 fixed_world_size=self._fixed,
             )
+            # From here on a death among the members is this step's error, and ends what is waited for below.
+            self._watch.enter(quorum.replica_ids, quorum.quorum_id, quorum.max_step, self._on_death())
             if self._error.current is not None:
                 return  # reported meanwhile: this group has left the step, the others will not meet it
             if quorum.quorum_id != self._quorum_id:
@@ -316,10 +357,19 @@ class Manager:
                 self._recovery.serve(quorum, self.state_dict())
                 if quorum.heal:
                     self._healing = True
-                    self.load_state_dict(self._recovery.heal(quorum, self._step))
+                    self.load_state_dict(self._recovery.heal(quorum, self._step, self._error))
             self._participation = part
         except Exception as e:
             self.report_error(e)
+
+    def _on_death(self) -> Callable[[Notice], None]:
+        report = self._error.reporter()
+
+        def act(notice: Notice) -> None:
+            report(ReplicaLost(f"replica {notice.replica_id} is no longer there: {notice.cause}"))
+            self._recovery.drop(notice.replica_id, notice.cause)
+
+        return act
 
     def _configure(self, quorum: QuorumResult) -> None:
         address = f"{quorum.store_address}/torchft/{quorum.quorum_id}/{self._group.rank}"
@@ -400,7 +450,7 @@ class Manager:
         no rank has an error and there are at least ``min_replica_size`` participants.
 
         Args:
-            timeout: for the vote; the manager's ``timeout`` by default.
+            timeout: for the vote; a tenth, and at least 5 s, more than the manager's ``timeout`` by default.
 
         Raises:
             RuntimeError: more than ``max_retries`` steps in a row failed. The message names the last cause.
@@ -408,7 +458,7 @@ class Manager:
         if self._quorum is None:
             raise RuntimeError("no step to commit: call start_quorum() first (the optimizer's zero_grad does)")
         self._wait_for_worker()
-        self._works.wait(self._timeout)
+        self._works.wait(self._timeout, self._pg.abort)
         if self._healing:
             self._apply_pending_state_dict()
         if (broken := self._pg.errored()) is not None:
@@ -417,10 +467,11 @@ class Manager:
         few = participants < self._min_replica_size
         mine = self._error.current is None and not few
         try:
-            commit = self._group.client.should_commit(self._group.rank, self._step, mine, timeout or self._timeout)
+            commit = self._group.client.should_commit(self._group.rank, self._step, mine, timeout or self._vote_timeout)
         except Exception as e:
             self.report_error(e)
             commit = False
+        self._watch.exit()
         self._transport.disallow_checkpoint()
         self._voted = True
         if commit:
@@ -485,12 +536,32 @@ class Manager:
         """The group's unique id in this life, ``name:uuid``."""
         return self._group.replica_id
 
+    def leave(self, reason: str) -> bool:
+        """Tells all groups that this one goes, so that they go on without it at once and lose no step.
+
+        To be called between two steps; in the middle of one that step is lost for all. Nothing is trained after
+        it. :meth:`shutdown` leaves by itself.
+
+        Args:
+            reason: for the others' logs.
+
+        Returns:
+            Whether they were told; False where that was impossible, or this group has left before.
+        """
+        if self._left is not None:
+            return False
+        self._left = reason
+        forget(self)
+        self._log.info("leaving: %s", reason)
+        return self._group.leave(reason, self._step, _LEAVE_TIMEOUT)
+
     def shutdown(self, wait: bool = True) -> None:
-        """Ends servers, transfers and threads. Idempotent.
+        """Leaves, and ends servers, transfers and threads. Idempotent.
 
         Args:
             wait: let a quorum under way end first, at most for its deadline.
         """
+        self.leave("manager.shutdown() was called")
         self._stop.set()
         if wait and self._quorum is not None:
             concurrent.futures.wait([self._quorum], timeout=seconds(self._quorum_timeout))
@@ -498,3 +569,19 @@ class Manager:
         self._transport.shutdown(wait=wait)
         self._worker.shutdown(timeout=5.0 if wait else 0.0)
         self._pg.shutdown()
+
+
+def _chosen_timeouts(
+    given: Timeouts | None, timeout: timedelta, quorum: timedelta, connect: timedelta, heartbeat_interval: timedelta
+) -> Timeouts:
+    """What the environment says, else ``given``, else the arguments. The lighthouse's own are known later."""
+    collective = config.TIMEOUT_SEC.read()
+    return Timeouts(
+        collective=collective or (given.collective if given else timeout),
+        commit=given.commit if given and collective is None else None,
+        quorum=config.QUORUM_TIMEOUT_SEC.read() or (given.quorum if given else quorum),
+        connect=config.CONNECT_TIMEOUT_SEC.read() or (given.connect if given else connect),
+        heartbeat_interval=given.heartbeat_interval if given else heartbeat_interval,
+        heartbeat_timeout=None,
+        join_timeout=None,
+    )

@@ -6,6 +6,7 @@ of a heal line by line (README, *what the log says*).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -13,9 +14,19 @@ from torchft.checkpointing import CheckpointTransport
 from torchft.coordination import ManagerClient, QuorumResult
 from torchft.runtime.deadline import seconds
 from torchft.runtime.logs import RankLogger, speaking
+from torchft.runtime.loop import call_later
 from torchft.state import ReplicaState
+from torchft.step_error import StepError
 
 __all__ = ["Recovery"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """Whom the heal under way takes the state from."""
+
+    replica_id: str
+    client: ManagerClient
 
 
 class Recovery:
@@ -45,6 +56,23 @@ class Recovery:
         self._timeout = timeout
         self._connect_timeout = connect_timeout
         self._log = log
+        self._receivers: tuple[str, ...] = ()
+        self._source: _Source | None = None
+
+    def drop(self, replica_id: str, cause: str) -> None:
+        """A replica is no longer there: a transfer to or from it ends now. From any thread."""
+        source = self._source
+        if source is not None and replica_id == source.replica_id:
+            self._abandon(source, cause)
+        elif replica_id in self._receivers:
+            self.transport.abort(f"the receiver {replica_id} is no longer there: {cause}")
+
+    def _abandon(self, source: _Source, cause: str) -> None:
+        """Again and again until the heal has ended: it may be between two waits right now."""
+        if self._source is source:
+            source.client.close()
+            self.transport.abort(f"the source {source.replica_id} is no longer there: {cause}")
+            call_later(0.05, lambda: self._abandon(source, cause))
 
     def serve(self, quorum: QuorumResult, torchft: dict[str, int]) -> None:
         """Gives the state to the members that recover from this one, if there are any.
@@ -56,7 +84,8 @@ class Recovery:
         Raises:
             Exception: the state could not be read or sent.
         """
-        if not quorum.recover_dst_replica_ranks:
+        self._receivers = tuple(quorum.replica_ids[r] for r in quorum.recover_dst_replica_ranks)
+        if not self._receivers:
             return
         self._log.info("peers need recovery from us %s", quorum.recover_dst_replica_ranks)
         state = self._state.read(torchft, seconds(self._timeout))
@@ -68,12 +97,13 @@ class Recovery:
                 timeout=self._timeout,
             )
 
-    def heal(self, quorum: QuorumResult, step: int) -> dict[str, int]:
+    def heal(self, quorum: QuorumResult, step: int, error: StepError) -> dict[str, int]:
         """Takes the state from the member that the quorum names. It waits in ``state`` to be applied.
 
         Args:
             quorum: this rank's view, with a source.
             step: where this replica is, for the log.
+            error: of the step under way: with one, nothing is begun.
 
         Returns:
             The manager's own part of the state.
@@ -92,22 +122,28 @@ class Recovery:
             quorum.max_step,
         )
         client = ManagerClient(address, self._connect_timeout, wait=False)
+        self._source = _Source(quorum.replica_ids[source], client)
         try:
-            # A source that died since the quorum must not cost the whole timeout: the others wait for this replica.
-            metadata = client._checkpoint_metadata(self._group_rank, min(self._connect_timeout, self._timeout))
+            return self._receive(client, source, quorum.max_step, error)
         finally:
+            self._source = None
             client.close()
+
+    def _receive(self, client: ManagerClient, source: int, step: int, error: StepError) -> dict[str, int]:
+        # Who learns of the source's death sets the error first and then looks for a source: one of us sees it.
+        if error.current is not None:
+            raise error.current
+        # A source that died since the quorum must not cost the whole timeout: the others wait for this replica.
+        metadata = client._checkpoint_metadata(self._group_rank, min(self._connect_timeout, self._timeout))
         self._log.info(
             "fetching checkpoint from recover_src_replica_rank=%d with checkpoint_metadata=%r", source, metadata
         )
         self._state.begin_receiving(in_place=getattr(self.transport, "receives_in_place", False))
         with speaking(self._log):
             received = self.transport.recv_checkpoint(
-                src_rank=source, metadata=metadata, step=quorum.max_step, timeout=self._timeout
+                src_rank=source, metadata=metadata, step=step, timeout=self._timeout
             )
         torchft = self._state.received(received)
-        if torchft.get("step") != quorum.max_step:
-            raise RuntimeError(
-                f"the source sent its state of step {torchft.get('step')}, the quorum is at {quorum.max_step}"
-            )
+        if torchft.get("step") != step:
+            raise RuntimeError(f"the source sent its state of step {torchft.get('step')}, the quorum is at {step}")
         return torchft

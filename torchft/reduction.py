@@ -26,6 +26,7 @@ from torchft.work import completed as completed_future
 __all__ = ["StepFutures", "reduce"]
 
 T = TypeVar("T")
+_ABORT_GRACE = timedelta(seconds=30)
 
 
 class StepFutures:
@@ -38,17 +39,20 @@ class StepFutures:
     def __init__(self, error: StepError) -> None:
         self._error = error
         self._futures: list[Future[Any]] = []
+        self._collectives: list[Future[Any]] = []  # those whose end means that nothing writes to the tensor
 
     def clear(self) -> None:
         """Forgets them all: the next step begins."""
         self._futures.clear()
+        self._collectives.clear()
 
     def reduce(
         self, pg: ProcessGroup, tensor: torch.Tensor, op: ReduceOp.RedOpType, divisor: int, timeout: float
     ) -> Future[torch.Tensor]:
         """As :func:`reduce`, with the step's error for what fails."""
         out, collective = reduce(pg, tensor, op, divisor=divisor, timeout=timeout, on_error=self._error.reporter())
-        self._futures += (out, collective)
+        self._futures.append(out)
+        self._collectives.append(collective)
         return out
 
     def wrap(self, fut: Future[T], default: T, timeout: timedelta) -> Future[T]:
@@ -68,19 +72,41 @@ class StepFutures:
         self._futures.append(out)
         return out
 
-    def wait(self, timeout: timedelta) -> None:
+    def wait(self, timeout: timedelta, abort: Callable[[], None]) -> None:
         """Until all of them have ended, well or not: after it none of them writes to a tensor.
 
-        What fails or is late becomes the step's error; that aborts the process group, so that the others end soon.
+        What fails or is late becomes the step's error.
+
+        Args:
+            timeout: after it ``abort`` must end what is still pending.
+            abort: of the process group.
+
+        Raises:
+            RuntimeError: something is pending even then. Its buffers must not be used again.
         """
         deadline = Deadline(timeout)
-        for future in self._futures:
+        for future in (*self._futures, *self._collectives):
             if not future.done():
                 try:
                     future_wait(future, timedelta(seconds=deadline.remaining()))
                 except Exception as e:
                     self._error.report(e)
-        self._futures.clear()
+        pending = [future for future in self._collectives if not future.done()]
+        self.clear()
+        if not pending:
+            return
+        abort()
+        deadline = Deadline(_ABORT_GRACE)
+        for future in pending:
+            try:
+                future_wait(future, timedelta(seconds=deadline.remaining()))
+            except Exception as e:
+                self._error.report(e)
+            if not future.done():
+                raise RuntimeError(
+                    f"a collective still runs {_ABORT_GRACE.total_seconds():g} s after the process group was aborted, "
+                    f"and may write to gradients at any time: this process cannot go on safely and must be restarted"
+                )
 
 
 def reduce(

@@ -8,6 +8,7 @@ Events (times in ms; ``name=value`` pairs are optional)::
 
     options min_replicas=2 join_timeout=0.1 heartbeat_timeout=5    a new membership; both times in seconds
     heartbeat A | request A step=3 commit_failures=1 shrink_only=true | withdraw A | fail A cause...
+    attach A active=true | beat A | detach A | left A 7 cause... | spare      sessions; 7: the step where it left
     tick 500      time passes and the machine is told         after 500     time passes, nobody says so
     state         who is healthy, who waits
     quorum 7 A=3 B=3 C=-1      a quorum of these members at these steps, for the next line (or the one formed last)
@@ -52,6 +53,13 @@ class Runner:
             "request": lambda e: self._outcome(self._m.request(_member(e.words[0], e.options), self._s)),
             "withdraw": lambda e: self._outcome(self._m.withdraw(e.words[0], self._s)),
             "fail": lambda e: self._outcome(self._m.failed(e.words[0], e.rest, self._s)),
+            "attach": lambda e: self._outcome(self._m.attach(e.words[0], e.options.get("active") == "true", self._s)),
+            "beat": lambda e: self._outcome(self._m.beat(e.words[0], self._s)),
+            "detach": lambda e: self._outcome(self._m.detach(e.words[0], self._s)),
+            "left": lambda e: self._outcome(
+                self._m.failed(e.words[0], e.rest.partition(" ")[2], self._s, int(e.words[1]))
+            ),
+            "spare": lambda e: self._outcome(self._m.spare(self._s)),
             "tick": self._tick,
             "after": self._after,
             "state": self._state,
@@ -110,7 +118,10 @@ class Runner:
         return [f"healthy: {' '.join(self._m.healthy()) or 'nobody'}", f"waiting: {waiting}"]
 
     def _outcome(self, outcome: Outcome) -> list[str]:
-        lines = [f"dead {rid}: {cause}" for rid, cause in outcome.dead]
+        lines = [
+            f"dead {d.replica_id}, quorums up to {d.quorum_id}{f', before step {d.step}' if d.step else ''}: {d.cause}"
+            for d in outcome.dead
+        ]
         if outcome.quorum is not None:
             self.quorum = outcome.quorum
             members = " ".join(f"{m.replica_id}={m.step}" for m in outcome.quorum.participants)

@@ -18,6 +18,9 @@ IDS = "abcde"
 HEARTBEAT_TIMEOUT = 50
 JOIN_TIMEOUT = 20
 
+QUIET = ("heartbeat", "attach", "beat")
+"""Events that can only make others wait: nothing is decided."""
+
 Event = tuple[str, Member, int]
 """What happens, to whom, and how many ms after the last event."""
 
@@ -32,24 +35,36 @@ class Model:
     previous: list[str] | None = None
     quorum_id: int = 0
     announced_dead: list[str] = field(default_factory=list)
+    sessions: set[str] = field(default_factory=set)
+    buried: set[str] = field(default_factory=set)
+    broken: bool = False
     possible_since: int | None = None
 
     def happen(self, what: str, member: Member, now: int) -> None:
         rid = member.replica_id
         self.announced_dead = []
-        if what in ("heartbeat", "request"):
+        if what in ("heartbeat", "request") or (what == "beat" and rid in self.last_sign):
             self.last_sign[rid] = now
+        if what == "attach":
+            self.sessions.add(rid)
+            if rid in self.last_sign or rid not in self.buried:
+                self.last_sign[rid] = now
+        if what == "detach":
+            self.sessions.discard(rid)
         if what == "request":
             self.asked[rid] = member
+            self.buried.discard(rid)
         if what in ("withdraw", "failed"):
             self.asked.pop(rid, None)
         if what == "failed" and self.last_sign.pop(rid, None) is not None:
             self.announced_dead.append(rid)
-        if what != "heartbeat":
-            expired = [r for r, at in self.last_sign.items() if now > at + HEARTBEAT_TIMEOUT]
-            for r in sorted(expired):
+        if what not in QUIET:
+            silent = [r for r, at in self.last_sign.items() if now > at + HEARTBEAT_TIMEOUT]
+            for r in sorted(set(silent) - self.sessions):
                 self.announced_dead.append(r)
                 del self.last_sign[r]
+        self.buried.update(self.announced_dead)
+        self.broken = self.broken or bool(set(self.announced_dead) & set(self.previous or []))
 
     def form(self, now: int) -> tuple[int, list[Member]] | None:
         """The quorum that has to form now, if one has to."""
@@ -71,8 +86,9 @@ class Model:
             return None
         self.possible_since = None
         members = [self.asked.pop(r) for r in candidates]
-        if candidates != self.previous or any(m.commit_failures > 0 for m in members):
+        if candidates != self.previous or self.broken or any(m.commit_failures > 0 for m in members):
             self.quorum_id += 1
+        self.broken = False
         self.previous = candidates
         return self.quorum_id, members
 
@@ -85,7 +101,9 @@ members = st.builds(
     commit_failures=st.sampled_from([0] * 7 + [1, 2]),
 )
 events = st.tuples(
-    st.sampled_from(["request"] * 6 + ["heartbeat"] * 3 + ["tick", "withdraw", "failed"]),
+    st.sampled_from(
+        ["request"] * 6 + ["heartbeat"] * 3 + ["tick", "withdraw", "failed", "attach", "attach", "beat", "detach"]
+    ),
     members,
     st.sampled_from([0, 1, 1, 5, 10, 19, 20, 21, 30, 50, 51]),
 )
@@ -99,7 +117,10 @@ def carry_out(machine: Membership, event: Event, now: int) -> Outcome:
         return machine.tick(now)
     if what == "failed":
         return machine.failed(member.replica_id, "told so", now)
-    return machine.withdraw(member.replica_id, now) if what == "withdraw" else machine.heartbeat(member.replica_id, now)
+    if what == "attach":
+        return machine.attach(member.replica_id, True, now)
+    outcome: Outcome = getattr(machine, what)(member.replica_id, now)
+    return outcome
 
 
 @settings(max_examples=400)
@@ -112,10 +133,10 @@ def test_membership_decides_as_the_protocol_says(min_replicas: int, script: list
         now += event[2]
         outcome = carry_out(machine, event, now)
         model.happen(event[0], event[1], now)
-        expected = model.form(now) if event[0] != "heartbeat" else None
+        expected = model.form(now) if event[0] not in QUIET else None
         formed = outcome.quorum and (outcome.quorum.quorum_id, list(outcome.quorum.participants))
         assert formed == expected
-        assert [rid for rid, _ in outcome.dead] == model.announced_dead
+        assert [d.replica_id for d in outcome.dead] == model.announced_dead
         assert machine.healthy() == tuple(sorted(model.last_sign))
         assert machine.waiting() == tuple(model.asked[r] for r in sorted(model.asked))
 

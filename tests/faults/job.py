@@ -8,9 +8,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from torch.distributed import TCPStore
 
 from torchft.coordination import LighthouseServer
 from torchft.runtime.deadline import Deadline
@@ -21,23 +24,25 @@ TRAINER = Path(__file__).with_name("trainer.py")
 class Trainer:
     """One trainer process and the events it has printed."""
 
-    def __init__(self, job: Job, name: str, *args: str) -> None:
+    def __init__(self, job: Job, name: str, *args: str, **environment: str) -> None:
         self.name = name
         self.events: list[dict[str, Any]] = []
+        self.exits: set[int | None] = {None, 0, -signal.SIGKILL}
+        """How it may end without the test failing."""
         self._changed = job.changed
         self._log = (job.folder / f"{name}-{len(job.trainers)}.log").open("w+")
-        environment = {
+        inherited = {
             k: v
             for k, v in os.environ.items()
             if not k.startswith("TORCHFT_") and k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         }
-        environment |= {"TORCHFT_LIGHTHOUSE": job.lighthouse.address(), "OMP_NUM_THREADS": "1", **job.environment}
+        own = {"TORCHFT_LIGHTHOUSE": job.lighthouse.address(), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, str(TRAINER), "--name", name, "--stop-file", str(job.stop_file), *args],
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=environment,
+            env=inherited | own | job.environment | environment,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -65,12 +70,38 @@ class Trainer:
         self._log.flush()
         return Path(self._log.name).read_text()
 
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
+    @property
+    def newest(self) -> dict[str, Any]:
+        """Its last step."""
+        steps = self.of("step")
+        return steps[-1] if steps else {"step": 0, "participants": 0, "time": 0.0}
+
+    def commits_after(self, time: float) -> list[dict[str, Any]]:
+        return [e for e in self.of("step") if e["committed"] and e["time"] > time]
+
+    def failures(self) -> list[str]:
+        """The errors of its steps."""
+        return [e["error"] for e in self.of("step") if e["error"]]
+
+    def signal(self, number: signal.Signals) -> float:
+        """Sends it. Returns when, on the clock of the events."""
+        at = time.time()
+        self.process.send_signal(number)
+        return at
+
+    def kill(self) -> float:
+        at = self.signal(signal.SIGKILL)
+        self.process.wait(timeout=30)
+        return at
 
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
+        for forked in self.of("forked"):
+            try:
+                os.kill(forked["pid"], signal.SIGKILL)
+            except ProcessLookupError:
+                pass
         self._reader.join(timeout=10)
         self._log.close()
 
@@ -87,11 +118,19 @@ class Job:
             "127.0.0.1:0", **{"min_replicas": 1, "join_timeout_ms": 100, "heartbeat_timeout_ms": 1000, **lighthouse}
         )
         self.trainers: list[Trainer] = []
+        self._stores: list[TCPStore] = []
 
-    def start(self, name: str, *args: str) -> Trainer:
-        trainer = Trainer(self, name, *args)
+    def start(self, name: str, *args: str, **environment: str) -> Trainer:
+        trainer = Trainer(self, name, *args, **environment)
         self.trainers.append(trainer)
         return trainer
+
+    def start_group(self, name: str, ranks: int, *args: str) -> list[Trainer]:
+        """A group of several ranks, with its store in this process."""
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._stores.append(store)
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(ranks)}
+        return [self.start(name, *args, RANK=str(rank), **where) for rank in range(ranks)]
 
     def until(self, condition: Callable[[], object], what: str, timeout: float = 60.0) -> None:
         """Waits for the trainers' events to make ``condition`` true.
@@ -102,7 +141,7 @@ class Job:
         deadline = Deadline(timeout)
         with self.changed:
             while not condition():
-                crashed = [t.name for t in self.trainers if t.process.poll() not in (None, 0, -signal.SIGKILL)]
+                crashed = [t.name for t in self.trainers if t.process.poll() not in t.exits]
                 if deadline.expired or crashed:
                     logs = "\n".join(f"--- {t.name} at {t.step}\n{t.log[-3000:]}" for t in self.trainers)
                     cause = f"{crashed} crashed" if crashed else f"within {timeout:g} s"

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -25,6 +26,7 @@ from torch import nn
 from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
 from torchft.checkpointing import HTTPTransport
 from torchft.checkpointing.pg_transport import PGTransport
+from torchft.testing.faults import Injector
 
 PHASES = ["quorum", "configure", "forward", "backward", "vote", "commit", "send", "receive"]
 
@@ -32,6 +34,17 @@ PHASES = ["quorum", "configure", "forward", "backward", "vote", "commit", "send"
 def emit(event: str, **fields: Any) -> None:
     sys.stdout.write(json.dumps({"event": event, "time": time.time(), **fields}) + "\n")
     sys.stdout.flush()
+
+
+def fork_and_live_on() -> None:
+    child = os.fork()
+    if child == 0:
+        parent = os.getppid()
+        while True:  # a minute after its parent at the latest, whatever the test forgets
+            time.sleep(60)
+            if os.getppid() != parent:
+                os._exit(0)
+    emit("forked", pid=child)
 
 
 def before(owner: Any, method: str, act: Callable[[], None]) -> None:
@@ -53,6 +66,13 @@ def main() -> None:
     parser.add_argument("--sync", action="store_true")
     parser.add_argument("--timeout", type=float, default=30.0)
     parser.add_argument("--die", default="", help="PHASE@STEP, or PHASE@+N: after N steps of its own")
+    parser.add_argument("--stop-instead", action="store_true", help="--die only stops the process (SIGSTOP)")
+    parser.add_argument("--faults", default="", help="a plan of torchft.testing.faults, for this process")
+    parser.add_argument("--leave", type=int, default=0, help="leave before this step")
+    parser.add_argument("--drain", action="store_true", help="SIGTERM ends it between two steps")
+    parser.add_argument("--fork", type=int, default=0, help="so many children that live on, as data loaders do")
+    parser.add_argument("--state-mb", type=int, default=0, help="ballast that a joiner has to receive")
+    parser.add_argument("--heartbeat-only", action="store_true", help="without sessions")
     parser.add_argument("--step-seconds", type=float, default=0.0, help="length of the forward pass")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
@@ -61,9 +81,10 @@ def main() -> None:
     torch.manual_seed(hash(args.name) % 1000)  # groups start from different weights: they must not stay different
     net = nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(64, 64), nn.Tanh())), nn.Linear(64, 8))
     inner = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    ballast = {f"ballast{i}": torch.zeros(1 << 18) for i in range(args.state_mb)}
 
     def save() -> dict[str, Any]:
-        return {"model": net.state_dict(), "optim": inner.state_dict()}
+        return {"model": net.state_dict(), "optim": inner.state_dict(), "ballast": ballast}
 
     def load(state: dict[str, Any]) -> None:
         net.load_state_dict(state["model"])
@@ -84,6 +105,8 @@ def main() -> None:
         quorum_timeout=timeout,
         replica_id=args.name,
         checkpoint_transport=transport,
+        drain=args.drain,
+        proactive_recovery=not args.heartbeat_only,
     )
     model = DistributedDataParallel(manager, net, bucket_cap_mb=0.02)
     optimizer = Optimizer(manager, inner)
@@ -95,7 +118,7 @@ def main() -> None:
     def die() -> None:
         if (steps if at.startswith("+") else manager.current_step()) >= int(at):
             emit("dies", phase=phase, step=manager.current_step())
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGSTOP if args.stop_instead else signal.SIGKILL)
 
     if phase == "quorum":
         before(manager, "start_quorum", die)
@@ -115,9 +138,18 @@ def main() -> None:
         before(transport, "recv_checkpoint", die)
 
     emit("start", pid=os.getpid(), replica_id=manager.replica_id())
+    if args.faults:
+        Injector(args.faults, name=manager.replica_id()).attach(manager)
     generator = torch.Generator().manual_seed(os.getpid())
     while True:
         step = manager.current_step()
+        if steps == 3:
+            for _ in range(args.fork):
+                fork_and_live_on()
+        if args.leave and step >= args.leave:
+            manager.leave("it has seen enough")
+            emit("left", step=step)
+            threading.Event().wait()  # gone for the others, though the process lives
         steps += 1
         if args.stop_file.exists() and step >= int(args.stop_file.read_text()):
             break

@@ -10,6 +10,7 @@ from torchft.checkpointing.transport import (
     ManifestError,
     SourceLost,
     StepNotServed,
+    TransferAborted,
     UnsafeStateError,
 )
 from torchft.checkpointing.tree import register_dataclass
@@ -24,6 +25,7 @@ __all__ = [
     "PGTransport",
     "SourceLost",
     "StepNotServed",
+    "TransferAborted",
     "UnsafeStateError",
     "register_dataclass",
 ]

@@ -1,6 +1,7 @@
 """The receiver's side of the HTTP transport: asks a source for a manifest and for ranges of its data.
 
 Rules
+    - Every socket belongs to a transfer, which another thread may abort: then calls on it fail at once.
     - Addresses are tried in the order given; the first that answers is used.
     - What the source answers beyond the data becomes an error that says what it said.
     - What is fetched is not verified here: hashes may come after the data.
@@ -22,6 +23,7 @@ from torchft.checkpointing.http_wire import (
     set_timeout,
 )
 from torchft.checkpointing.manifest import MAX_MANIFEST_BYTES, Manifest
+from torchft.checkpointing.transfers import Transfer
 from torchft.checkpointing.transport import (
     CheckpointError,
     CheckpointTimeout,
@@ -48,19 +50,22 @@ class SourceConnection:
         addresses: ``http://host:port``, all of the same source.
         token: sent if not None.
         deadline: until when all of it must be done.
+        transfer: that the connection is for.
 
     Raises:
         SourceLost: none of the addresses answers.
+        TransferAborted: the transfer was.
     """
 
-    def __init__(self, addresses: Sequence[str], token: str | None, deadline: Deadline) -> None:
+    def __init__(self, addresses: Sequence[str], token: str | None, deadline: Deadline, transfer: Transfer) -> None:
         self._deadline = deadline
         self._token = token
-        self._sock, self.address = _connect(addresses, deadline)
+        self._transfer = transfer
+        self._sock, self.address = _connect(addresses, deadline, transfer)
         self._reader = HeadReader(self._sock)
 
     def close(self) -> None:
-        self._sock.close()
+        self._transfer.close(self._sock)
 
     def manifest(self, step: int, allow_pickle: bool = False) -> tuple[Manifest, Cut]:
         """Waits until the source offers ``step``, and reads its manifest.
@@ -195,7 +200,7 @@ class SourceConnection:
         return SourceLost(f"the source {self.address} was lost: {cause}")
 
 
-def _connect(addresses: Sequence[str], deadline: Deadline) -> tuple[socket.socket, str]:
+def _connect(addresses: Sequence[str], deadline: Deadline, transfer: Transfer) -> tuple[socket.socket, str]:
     failures: list[str] = []
     for address in addresses:
         host, _, port = parse_address(address).rpartition(":")
@@ -204,11 +209,10 @@ def _connect(addresses: Sequence[str], deadline: Deadline) -> tuple[socket.socke
             failures.append(f"{address}: no time left")
             continue
         try:
-            sock = socket.create_connection((host.strip("[]"), int(port)), limit)
+            sock = _connect_to(host.strip("[]"), int(port), limit, transfer)
         except OSError as e:
             failures.append(f"{address}: {e}")
             continue
-        sock.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock, address
     kind = CheckpointTimeout if deadline.expired else SourceLost
@@ -216,3 +220,20 @@ def _connect(addresses: Sequence[str], deadline: Deadline) -> tuple[socket.socke
         f"the source cannot be reached ({'; '.join(failures)}): is it alive, and is its address one that "
         "this machine reaches? TORCHFT_HOST at the source sets it"
     )
+
+
+def _connect_to(host: str, port: int, limit: float, transfer: Transfer) -> socket.socket:
+    failure: OSError | None = None
+    for family, kind, protocol, _, target in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            transfer.connect(sock, target, limit)
+        except BaseException as e:
+            transfer.close(sock)
+            transfer.check()
+            if not isinstance(e, OSError):
+                raise
+            failure = e
+        else:
+            return sock
+    raise failure or OSError("its name has no address")

@@ -2,7 +2,8 @@
 
 The data is asked for at once and hashed chunk by chunk; if there are many, in a thread beside the one that receives.
 When all of it is there the source's hashes are read. Chunks that do not have the announced hash are asked for again; a
-connection that is lost is made anew and goes on with the chunks that are missing. Both end after ``ATTEMPTS`` failures.
+connection that is lost is made anew and goes on with the chunks that are missing. Both end after ``ATTEMPTS`` failures,
+and with the abort of the transfer.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from torchft.checkpointing.chunks import ByteRun, Cut, Seal, digest
 from torchft.checkpointing.http_client import SourceConnection
 from torchft.checkpointing.manifest import Manifest
+from torchft.checkpointing.transfers import Transfer
 from torchft.checkpointing.transport import IntegrityError, SourceLost
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.logs import SpeakerLogger
@@ -32,20 +34,25 @@ class Download:
         token: presented to it if not None.
         step: of the state.
         deadline: until when all must be done.
+        transfer: that this is.
 
     Raises:
         SourceLost: it cannot be reached.
+        TransferAborted: the transfer was.
     """
 
-    def __init__(self, addresses: Sequence[str], token: str | None, step: int, deadline: Deadline) -> None:
+    def __init__(
+        self, addresses: Sequence[str], token: str | None, step: int, deadline: Deadline, transfer: Transfer
+    ) -> None:
         self._addresses = addresses
         self._token = token
         self._step = step
         self._deadline = deadline
         self._failures = 0
         self._cut = Cut(0)
+        self._transfer = transfer
+        self._connection = SourceConnection(addresses, token, deadline, transfer)
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="torchft-http-verify")
-        self._connection = SourceConnection(addresses, token, deadline)
 
     def __enter__(self) -> Download:
         return self
@@ -74,7 +81,7 @@ class Download:
 
         Raises:
             IntegrityError: it is not what the source announces.
-            SourceLost, StepNotServed, CheckpointTimeout
+            SourceLost, StepNotServed, CheckpointTimeout, TransferAborted
         """
         digests: dict[int, Future[bytes]] = {}
         seal: Seal | None = None
@@ -94,12 +101,13 @@ class Download:
                     )
                 seal = self._connection.hashes(self._step)
             except SourceLost as e:
+                self._transfer.check()
                 self._failures += 1
                 if self._failures == ATTEMPTS:
                     raise
                 logger.warning("%s; going on where it stopped, if it answers again", e)
                 self._connection.close()
-                self._connection = SourceConnection(self._addresses, self._token, self._deadline)
+                self._connection = SourceConnection(self._addresses, self._token, self._deadline, self._transfer)
                 continue
             if seal.body != self._body or seal.cut != self._cut:
                 raise IntegrityError(f"{source} replaced its state of step {self._step} while it was read: try again")

@@ -31,6 +31,7 @@ from torchft.checkpointing.chunks import CHUNK_SIZE, ByteRun
 from torchft.checkpointing.http_wire import HeadReader, parse_range, send_views, set_timeout
 from torchft.checkpointing.manifest import Manifest
 from torchft.checkpointing.offer import Offer, Withdrawn
+from torchft.checkpointing.transfers import shut_down
 from torchft.runtime.deadline import Deadline
 
 __all__ = ["SnapshotServer"]
@@ -109,9 +110,16 @@ class SnapshotServer:
                 self._changed.notify_all()
 
     def wait_for_readers(self, deadline: Deadline) -> bool:
-        """Whether all readers of the offer, and the hashing of it, have ended before the deadline."""
+        """Whether all readers of the offer have ended before the deadline. It may still be being hashed."""
         with self._changed:
-            return self._changed.wait_for(self._unread, deadline.remaining())
+            return self._changed.wait_for(lambda: self._offer is None or not self._offer.readers, deadline.remaining())
+
+    def drop_readers(self) -> None:
+        """Cuts off those who read now. The offer stays as it is; returns at once."""
+        with self._changed:
+            for reader in () if self._offer is None else self._offer.readers:
+                reader.cut()
+            self._changed.notify_all()
 
     def withdraw(self, deadline: Deadline) -> bool:
         """Cuts readers off. True: nobody reads the snapshot's memory any more."""
@@ -134,14 +142,14 @@ class SnapshotServer:
         with self._changed:
             self._stopping = True
             connections = list(self._connections)
+            for connection in connections:
+                connection.cut()
             self._changed.notify_all()
         try:
             self._listener.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass  # not every system lets a listener be shut down; closing it is what counts
         self._listener.close()
-        for connection in connections:
-            connection.cut()
         withdrawn = self.withdraw(deadline)
         if wait:
             for thread in [self._acceptor, *(c.thread for c in connections)]:
@@ -240,28 +248,27 @@ class _Connection:
         self._server = server
         self._sock = sock
         self._peer = peer
+        self.dropped = False
         self.thread = threading.Thread(target=self._run, name=f"torchft-http-{peer}", daemon=True)
 
     def cut(self) -> None:
-        """Makes every call on the socket fail now."""
-        try:
-            self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it is closed already
+        """Makes every call on the socket fail now. The server's lock is held: the socket is not closed meanwhile."""
+        self.dropped = True
+        shut_down(self._sock)
 
     def _run(self) -> None:
         try:
-            with self._sock:
-                self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                reader = HeadReader(self._sock)
-                while self._one(reader):
-                    pass
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            reader = HeadReader(self._sock)
+            while self._one(reader):
+                pass
         except (OSError, TimeoutError, Withdrawn) as e:
             logger.debug("checkpoint reader %s: %s", self._peer, e)
         except Exception:
             logger.exception("serving the checkpoint reader %s failed", self._peer)
         finally:
             self._server.ended(self)
+            self._sock.close()
 
     def _one(self, reader: HeadReader) -> bool:
         head = reader.head(Deadline(_IDLE))
@@ -290,7 +297,7 @@ class _Connection:
             if path[2] == "manifest":
                 self._document(offer, offer.document, method)
             elif path[2] == "hashes":
-                if offer.await_seal(deadline) is None:
+                if offer.await_seal(deadline, self) is None:
                     raise _Refused(503, f"the snapshot of step {offer.step} is being hashed")
                 self._document(offer, offer.hashes, method)
             else:
@@ -308,7 +315,7 @@ class _Connection:
 
     def _data(self, offer: Offer, headers: dict[str, str], method: str, deadline: Deadline) -> None:
         if "if-match" in headers:
-            if offer.await_seal(deadline) is None:
+            if offer.await_seal(deadline, self) is None:
                 raise _Refused(503, f"the snapshot of step {offer.step} is being hashed")
             if headers["if-match"] not in ("*", *_etag(offer).values()):
                 raise _Refused(412, f"the root of step {offer.step} is {_etag(offer)['ETag']}")
@@ -324,7 +331,7 @@ class _Connection:
             fields["Content-Range"] = f"bytes {start}-{stop - 1}/{total}"
         self._sock.sendall(_head(status, fields, stop - start))
         while start < stop and method == "GET":
-            end = min(stop, start + CHUNK_SIZE, offer.await_bytes(start + 1, self._server.stall))
+            end = min(stop, start + CHUNK_SIZE, offer.await_bytes(start + 1, self._server.stall, self))
             send_views(self._sock, offer.run.views(start, end))
             start = end
 

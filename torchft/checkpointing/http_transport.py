@@ -10,6 +10,10 @@ Snapshot
     wait for, and readers that have begun may finish until the next snapshot is taken. ``"lock"``: nothing is copied;
     ``disallow_checkpoint`` waits for the readers that have begun, at most ``timeout``, and then drops them.
 
+Abort
+    Sockets of a download that runs are shut down, whatever it waits for; the source cuts off those who read now. The
+    offer stays, and both go on with what comes next.
+
 Invariants
     - At most one snapshot is held. Before its memory is written again all its readers are gone.
     - Metadata is ``torchft-http/1 http://host:port …``: anything else is refused by the receiver.
@@ -30,6 +34,7 @@ from torchft.checkpointing.http_download import Download
 from torchft.checkpointing.http_server import SnapshotServer
 from torchft.checkpointing.manifest import describe
 from torchft.checkpointing.snapshot import Arena, host_run
+from torchft.checkpointing.transfers import Transfers
 from torchft.checkpointing.transport import (
     COPY_BELOW,
     CheckpointError,
@@ -94,6 +99,7 @@ class HTTPTransport(CheckpointTransport[T]):
         self._sending = threading.Lock()
         self._copy_below = copy_below
         self._closed = False
+        self._receiving = Transfers()
         self._server = SnapshotServer(token, stall=timeout.total_seconds(), port=port)
         self._addresses = _own_addresses(hostname, self._server.port)
 
@@ -146,7 +152,10 @@ class HTTPTransport(CheckpointTransport[T]):
         deadline = Deadline(timeout)
         started = time.perf_counter()
         addresses = _addresses_in(metadata)
-        with Download(addresses, self._token, step, deadline) as download:
+        with (
+            self._receiving.begin() as transfer,
+            Download(addresses, self._token, step, deadline, transfer) as download,
+        ):
             manifest = download.begin(self._allow_pickle)
             into = None if self._state_dict is None else self._state_dict()
             destination = Destination(manifest, into, in_place_from=self._copy_below)
@@ -166,6 +175,10 @@ class HTTPTransport(CheckpointTransport[T]):
             seal.root,
         )
         return cast(T, state)
+
+    def abort(self, reason: str = "the caller gave it up") -> None:
+        self._receiving.abort(reason)
+        self._server.drop_readers()
 
     def shutdown(self, wait: bool = True) -> None:
         self._closed = True

@@ -24,6 +24,9 @@ class Withdrawn(Exception):
 class Reader(Protocol):
     """Whoever reads the snapshot."""
 
+    dropped: bool
+    """It was cut: what it waits for does not matter any more."""
+
     def cut(self) -> None:
         """Makes it stop reading, soon."""
 
@@ -57,31 +60,38 @@ class Offer:
             self._ready = ready
             self._changed.notify_all()
 
-    def await_bytes(self, stop: int, limit: float | None = None) -> int:
+    def await_bytes(self, stop: int, limit: float | None = None, reader: Reader | None = None) -> int:
         """Returns when the data is there up to ``stop``: up to where it is.
 
         Raises:
-            Withdrawn: it will not be.
+            Withdrawn: it will not be, or ``reader`` was dropped.
             TimeoutError: it was not within ``limit`` seconds.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: self._ready >= stop or self.withdrawn, limit):
+            if not self._changed.wait_for(lambda: self._ready >= stop or self._lost(reader), limit):
                 raise TimeoutError(f"byte {stop} of the snapshot was not copied within {limit:g}s")
-            if self.withdrawn:
-                raise Withdrawn(f"the snapshot of step {self.step} was withdrawn")
+            self._check(reader)
             return self._ready
 
-    def await_seal(self, deadline: Deadline) -> Seal | None:
+    def await_seal(self, deadline: Deadline, reader: Reader | None = None) -> Seal | None:
         """The hashes, or None if they were not there before the deadline.
 
         Raises:
-            Withdrawn: they will not be.
+            Withdrawn: they will not be, or ``reader`` was dropped.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self.seal is not None or self.withdrawn, deadline.remaining())
-            if self.withdrawn:
-                raise Withdrawn(f"the snapshot of step {self.step} was withdrawn")
+            self._changed.wait_for(lambda: self.seal is not None or self._lost(reader), deadline.remaining())
+            self._check(reader)
             return self.seal
+
+    def _lost(self, reader: Reader | None) -> bool:
+        return self.withdrawn or (reader is not None and reader.dropped)
+
+    def _check(self, reader: Reader | None) -> None:
+        if self.withdrawn:
+            raise Withdrawn(f"the snapshot of step {self.step} was withdrawn")
+        if self._lost(reader):
+            raise Withdrawn("this reader was dropped")
 
     def make_seal(self) -> None:
         """Hashes the data as it becomes ready.

@@ -1,9 +1,10 @@
 """The wire form of a state that is sent over a process group.
 
-Four kinds of messages, each one ``send`` of a ``uint8`` tensor, from the source to one receiver:
+Four kinds of messages, each one ``send`` of a ``uint8`` tensor, from the source to one receiver, and one back:
 
-    1. the *prologue*, ``PROLOGUE_BYTES``: magic, version, step, bytes of the manifest, bytes of data, chunk size;
-    2. the manifest's body;
+    1. the *prologue*, ``PROLOGUE_BYTES``: magic, version, step, bytes of the manifest, bytes of data, sizes of
+       chunks and buckets, and whether the source waits for the receiver;
+    2. the manifest's body; if the source waits, the receiver answers with one byte when it has announced messages;
     3. the data in *buckets* (:func:`buckets`, computed alike on both sides);
     4. the *trailer*: the root, then the xxh3-128 of each chunk.
 
@@ -25,16 +26,19 @@ from torchft.checkpointing.chunks import CHUNK_SIZE, DIGEST_BYTES
 from torchft.checkpointing.manifest import MAX_MANIFEST_BYTES
 from torchft.checkpointing.transport import ManifestError
 
-__all__ = ["BUCKET", "PROLOGUE_BYTES", "Bucket", "ChunkHasher", "Prologue", "buckets"]
+__all__ = ["BUCKET", "DEVICE_BUCKET", "PROLOGUE_BYTES", "Bucket", "ChunkHasher", "Prologue", "buckets"]
 
 _MAGIC = b"TORCHFT\x01"
-_VERSION = 1
-_FORMAT = struct.Struct("<8sIqQQQ")
+_VERSION = 2
+_FORMAT = struct.Struct("<8sIqQQQQ?")
 PROLOGUE_BYTES = 64
-BUCKET = 32 << 20
-"""Most bytes of one message. Small enough to be hashed while it is in the cache, large enough that a message's own
-cost does not matter."""
+BUCKET = 2 << 20
+"""Most bytes of one message between hosts. Small enough to be in the cache still when it is sent after it was hashed,
+and hashed after it came; large enough that a message's own cost does not matter."""
+DEVICE_BUCKET = 32 << 20
+"""The same where messages go from device to device: each costs more there, and the cache has no part in it."""
 _DIRECT = 1 << 20
+_MAX_BUCKET = 64 << 20
 _MAX_TOTAL = 1 << 50
 
 
@@ -47,9 +51,14 @@ class Prologue:
     """Bytes of the manifest."""
     total: int
     """Bytes of data."""
+    bucket: int = BUCKET
+    """Most bytes of one message of data."""
+    waits: bool = True
+    """The source sends no data before the receiver has announced messages. Not between devices: there what a member
+    does happens in order, and a byte that goes back would wait behind the data that waits for it."""
 
     def pack(self) -> bytes:
-        packed = _FORMAT.pack(_MAGIC, _VERSION, self.step, self.body, self.total, CHUNK_SIZE)
+        packed = _FORMAT.pack(_MAGIC, _VERSION, self.step, self.body, self.total, CHUNK_SIZE, self.bucket, self.waits)
         return packed.ljust(PROLOGUE_BYTES, b"\0")
 
     @classmethod
@@ -59,7 +68,7 @@ class Prologue:
         Raises:
             ManifestError: it is not one, or announces what this side does not accept.
         """
-        magic, version, step, body, total, chunk_size = _FORMAT.unpack_from(data)
+        magic, version, step, body, total, chunk_size, bucket, waits = _FORMAT.unpack_from(data)
         if magic != _MAGIC:
             raise ManifestError(
                 f"what arrives is not a torchft checkpoint (it begins {data[:8].hex()}): the source uses another "
@@ -72,7 +81,9 @@ class Prologue:
             )
         if step < 0 or not 0 < body <= MAX_MANIFEST_BYTES or total > _MAX_TOTAL:
             raise ManifestError(f"the source announces a manifest of {body} bytes and {total} bytes of data")
-        return cls(step, body, total)
+        if not _DIRECT <= bucket <= _MAX_BUCKET:
+            raise ManifestError(f"the source announces messages of {bucket} bytes")
+        return cls(step, body, total, bucket, waits)
 
     @property
     def trailer(self) -> int:
@@ -92,12 +103,17 @@ class Bucket:
     """Bytes into that extent."""
 
 
-def buckets(extents: Sequence[int]) -> Iterator[Bucket]:
-    """Cuts the data: large extents into parts of themselves, runs of small ones gathered."""
+def buckets(extents: Sequence[int], size: int = BUCKET) -> Iterator[Bucket]:
+    """Cuts the data: large extents into parts of themselves, runs of small ones gathered.
+
+    Args:
+        extents: of the manifest.
+        size: most bytes of one message.
+    """
     gathered = 0
     position = 0
     for extent, length in enumerate(extents):
-        if length < _DIRECT and gathered + length <= BUCKET:
+        if length < _DIRECT and gathered + length <= size:
             gathered += length
             position += length
             continue
@@ -107,8 +123,8 @@ def buckets(extents: Sequence[int]) -> Iterator[Bucket]:
         if length < _DIRECT:
             gathered = length
         else:
-            for at in range(0, length, BUCKET):
-                stop = min(length, at + BUCKET)
+            for at in range(0, length, size):
+                stop = min(length, at + size)
                 yield Bucket(position + at, position + stop, extent, at)
         position += length
     if gathered:

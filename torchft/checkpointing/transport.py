@@ -10,6 +10,7 @@ Rules
       write the parameters only after ``disallow_checkpoint`` has returned.
     - ``metadata`` is what the receiver is told about the source; a transport refuses metadata it does not understand.
     - Every wait ends: with what was asked for, with :class:`CheckpointError`, or with a ``TimeoutError``.
+    - ``abort`` ends what runs at that moment, and nothing that begins after it.
     - No pickle. ``allow_pickle=True`` on both sides is the explicit way out for objects that the format refuses.
     - A transport that was given ``state_dict`` writes into those tensors as bytes arrive, before all of them are
       verified. If such a receive fails the tensors hold neither the old nor the new state, and the replica must
@@ -31,6 +32,7 @@ __all__ = [
     "ManifestError",
     "SourceLost",
     "StepNotServed",
+    "TransferAborted",
     "UnsafeStateError",
 ]
 
@@ -64,6 +66,10 @@ class SourceLost(CheckpointError):
 
 class StepNotServed(CheckpointError):
     """The source lives, but offers another step than the one that was asked for."""
+
+
+class TransferAborted(CheckpointError):
+    """``abort`` was called while it ran. The message gives the reason."""
 
 
 class CheckpointTimeout(CheckpointError, TimeoutError):
@@ -113,7 +119,19 @@ class CheckpointTransport(ABC, Generic[T]):
             StepNotServed: the source offers another step.
             SourceLost: the source died or cannot be reached.
             IntegrityError, ManifestError: what arrived is not what was announced, or not safe.
+            TransferAborted: ``abort`` was called meanwhile.
             TimeoutError: ``timeout`` passed.
+        """
+
+    def abort(self, reason: str = "the caller gave it up") -> None:
+        """Ends what this transport is doing at this moment, so that nobody waits for a member that died or hangs.
+
+        From any thread; idempotent; returns at once. A ``recv_checkpoint`` that runs raises :class:`TransferAborted`
+        soon; readers of what is offered are dropped, so that ``disallow_checkpoint`` does not wait for them. What
+        begins afterwards is not affected. A transport that does not define it waits for its timeouts instead.
+
+        Args:
+            reason: for the message of what is ended.
         """
 
     def shutdown(self, wait: bool = True) -> None:

@@ -7,16 +7,21 @@ Deadlines travel as gRPC timeouts and come back as ``TimeoutError``; everything 
 from __future__ import annotations
 
 import os
+import weakref
 
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # before grpc: its own INFO lines are no user's business
+# Its fork handlers give up while any thread is in a call, which ours always are, and say so at each fork. Children
+# let go of our connections by torchft.runtime.fork; they must not use them.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import grpc
 
 from torchft.runtime.deadline import Deadline
+from torchft.runtime.fork import close_in_children
 from torchft.runtime.net import parse_address
 from torchft.runtime.retry import retry
 
-__all__ = ["SERVER_OPTIONS", "connect", "open_channel", "reason", "translate"]
+__all__ = ["connect", "open_channel", "reason", "server_options", "translate"]
 
 _MAX_MESSAGE = 64 * 1024 * 1024
 
@@ -35,7 +40,7 @@ _CLIENT_OPTIONS: list[tuple[str, int | str]] = [
 
 _NO_ANSWER = (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
-SERVER_OPTIONS: list[tuple[str, int]] = [
+_SERVER_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", _MAX_MESSAGE),
     ("grpc.max_send_message_length", _MAX_MESSAGE),
     ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a silent split of its clients
@@ -47,13 +52,32 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
 ]
 
 
+def server_options(heartbeat_timeout: float) -> list[tuple[str, int]]:
+    """For a server that ends the connections of clients that are stopped or unreachable.
+
+    gRPC pings each client that was silent for a fifth of ``heartbeat_timeout`` (seconds), and gives it up when the
+    answer takes seven tenths. C threads of the client answer, which need no GIL.
+    """
+    return [
+        *_SERVER_OPTIONS,
+        ("grpc.keepalive_time_ms", max(1, round(200 * heartbeat_timeout))),
+        ("grpc.keepalive_timeout_ms", max(1, round(700 * heartbeat_timeout))),
+        ("grpc.http2.ping_timeout_ms", max(1, round(700 * heartbeat_timeout))),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+
+
 def open_channel(address: str) -> grpc.Channel:
     """A channel to ``http://host:port``. Nothing is connected yet.
 
     Raises:
         ValueError: the address is not one.
     """
-    return grpc.insecure_channel(parse_address(address), options=_CLIENT_OPTIONS)
+    target = parse_address(address)
+    channel = grpc.insecure_channel(target, options=_CLIENT_OPTIONS)
+    # The port of any host: looking the name up here could take seconds, and gRPC does it again.
+    weakref.finalize(channel, close_in_children(others=[int(target.rpartition(":")[2])]).forget)
+    return channel
 
 
 def connect(address: str, deadline: Deadline, *, what: str, hint: str) -> grpc.Channel:

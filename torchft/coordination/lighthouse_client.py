@@ -10,6 +10,7 @@ import grpc
 
 from torchft.coordination import types
 from torchft.coordination.channel import connect, translate
+from torchft.coordination.proto import session_pb2, session_pb2_grpc
 from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
 from torchft.runtime.deadline import Deadline, seconds
@@ -94,6 +95,26 @@ class LighthouseClient:
             self._stub.Heartbeat(pb.LighthouseHeartbeatRequest(replica_id=replica_id), timeout=seconds(timeout))
         except grpc.RpcError as e:
             raise self._translate(e, "heartbeat", timeout) from e
+
+    def report_failure(self, replica_id: str, cause: str, timeout: timedelta = timedelta(seconds=5)) -> bool:
+        """Says that a replica is dead, for those who know: a supervisor that saw its exit code, an operator.
+
+        Args:
+            replica_id: the unique id of one life of it, ``name:uuid``.
+            cause: for everybody's log, for instance ``exit code 1``.
+
+        Returns:
+            Whether it counted as alive until now.
+
+        Raises:
+            TimeoutError, RuntimeError: it did not arrive.
+        """
+        report = session_pb2.Report(replica_id=replica_id, cause=cause)
+        try:
+            stub = session_pb2_grpc.SessionServiceStub(self._channel)
+            return bool(stub.ReportFailure(report, timeout=seconds(timeout)).known)
+        except grpc.RpcError as e:
+            raise self._translate(e, "report_failure", timeout) from e
 
     def subscribe_failures(self, timeout: timedelta = timedelta(seconds=5)) -> Iterator[types.FailureNotification]:
         """The failures that the lighthouse finds from now on, as they are found.

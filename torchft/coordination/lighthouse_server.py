@@ -1,8 +1,8 @@
-"""The lighthouse: who is in the quorum (docs/protocol.md, part 1).
+"""The lighthouse: who is in the quorum, and who has died (docs/protocol.md).
 
-A shell around :class:`torchft.core.membership.Membership`: each call and each tick is an event with the monotonic
-time, and what comes back is carried out: members answered, failures announced, reasons logged. It keeps nothing
-on disk and imports no torch.
+A shell around :class:`torchft.core.membership.Membership`: each call, each word on a session and each tick is an
+event with the monotonic time, and what comes back is carried out: members answered, deaths announced, reasons
+logged. It keeps nothing on disk and imports no torch.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ import grpc
 import grpc.aio
 
 from torchft.coordination import types
+from torchft.coordination.proto import session_pb2, session_pb2_grpc
 from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
 from torchft.coordination.server import GrpcServer
+from torchft.coordination.session_server import Link, SessionService
 from torchft.core.membership import Membership, Options, Outcome
 from torchft.runtime import loop
+from torchft.runtime.life import life_address
 from torchft.runtime.net import advertised_host, format_address
 
 __all__ = ["LighthouseServer"]
@@ -39,7 +42,8 @@ class LighthouseServer:
         min_replicas: no quorum has fewer members.
         join_timeout_ms: how long a quorum that could form waits for healthy replicas that have not asked yet.
         quorum_tick_ms: how often time-dependent rules are looked at.
-        heartbeat_timeout_ms: a replica silent for longer is no longer healthy.
+        heartbeat_timeout_ms: a replica silent for longer is no longer healthy. One whose process is seen to end is
+            not waited for that long.
         failure_tick_ms: how often the failures found are sent to subscribers at the latest.
 
     Raises:
@@ -62,8 +66,9 @@ class LighthouseServer:
         self._service = _Service(options, min(quorum_tick_ms, failure_tick_ms) / 1000)
         self._server = GrpcServer(
             bind,
-            lambda server: pb_grpc.add_LighthouseServiceServicer_to_server(self._service, server),
+            self._service.register,
             "lighthouse",
+            options.heartbeat_timeout,
         )
         host = self._server.bound_host or advertised_host()
         self._address = format_address(host, self._server.port)
@@ -85,6 +90,7 @@ class LighthouseServer:
     def shutdown(self) -> None:
         """Stops serving; those that wait get an error. Idempotent."""
         self._ticker.cancel()
+        loop.get_loop().call_soon_threadsafe(self._service.sessions.close)
         self._server.stop()
 
 
@@ -99,6 +105,25 @@ class _Service(pb_grpc.LighthouseServiceServicer):
         self._status_since = 0.0
         self._status_told = True
         self._announced_id = 0
+        self._last_event = time.monotonic()
+        self._life_address = life_address()
+        self.sessions = SessionService(self, options.heartbeat_timeout)
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Adds both services to the server."""
+        pb_grpc.add_LighthouseServiceServicer_to_server(self, server)
+        session_pb2_grpc.add_SessionServiceServicer_to_server(self.sessions, server)
+
+    def _now(self) -> float:
+        """The time of an event. Ticks make events frequent: a long pause means that this process was stopped or
+        starved, and then nobody's silence meanwhile means anything.
+        """
+        now = time.monotonic()
+        away, self._last_event = now - self._last_event, now
+        if away > self._tick + self._core.options.heartbeat_timeout / 2:
+            logger.warning("the lighthouse was away for %.1f s: silence in that time is nobody's death", away)
+            self._carry_out(self._core.spare(now))
+        return now
 
     async def run(self) -> None:
         """The clock of the machine, until cancelled."""
@@ -107,12 +132,12 @@ class _Service(pb_grpc.LighthouseServiceServicer):
             due = self._core.due()
             await asyncio.sleep(self._tick if due is None else min(self._tick, max(0.001, due - time.monotonic())))
             try:
-                self._carry_out(self._core.tick(time.monotonic()))
+                self._carry_out(self._core.tick(self._now()))
             except Exception:
                 logger.exception("a tick of the lighthouse failed; it goes on")
 
     async def fail(self, replica_id: str, cause: str) -> None:
-        self._carry_out(self._core.failed(replica_id, cause, time.monotonic()))
+        self._carry_out(self._core.failed(replica_id, cause, self._now()))
 
     # ----------------------------------------------------------------- RPCs
 
@@ -133,7 +158,7 @@ class _Service(pb_grpc.LighthouseServiceServicer):
             earlier.set_exception(RuntimeError(f"replica {replica_id} asked again"))
         answer: asyncio.Future[pb.LighthouseQuorumResponse] = asyncio.get_running_loop().create_future()
         self._answers[replica_id] = answer
-        self._carry_out(self._core.request(member, time.monotonic()))
+        self._carry_out(self._core.request(member, self._now()))
         try:
             return await answer
         except RuntimeError as e:
@@ -142,7 +167,7 @@ class _Service(pb_grpc.LighthouseServiceServicer):
         finally:
             if self._answers.get(replica_id) is answer:  # cancelled: deadline, or the caller is gone
                 del self._answers[replica_id]
-                self._carry_out(self._core.withdraw(replica_id, time.monotonic()))
+                self._carry_out(self._core.withdraw(replica_id, self._now()))
 
     async def Heartbeat(
         self,
@@ -151,7 +176,7 @@ class _Service(pb_grpc.LighthouseServiceServicer):
     ) -> pb.LighthouseHeartbeatResponse:
         if not request.replica_id:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "replica_id is empty")
-        self._carry_out(self._core.heartbeat(request.replica_id, time.monotonic()))
+        self._carry_out(self._core.heartbeat(request.replica_id, self._now()))
         return pb.LighthouseHeartbeatResponse()
 
     async def SubscribeFailures(
@@ -169,12 +194,51 @@ class _Service(pb_grpc.LighthouseServiceServicer):
         finally:
             self._subscribers.discard(notices)
 
+    # ------------------------------------------------------------ sessions
+
+    def welcome(self) -> session_pb2.Welcome:
+        options = self._core.options
+        return session_pb2.Welcome(
+            life_address=self._life_address,
+            heartbeat_timeout_ms=round(1000 * options.heartbeat_timeout),
+            join_timeout_ms=round(1000 * options.join_timeout),
+        )
+
+    def opened(self, link: Link, active: bool) -> None:
+        self._carry_out(self._core.attach(link.replica_id, active, self._now()))
+
+    def beat(self, link: Link) -> None:
+        self._carry_out(self._core.beat(link.replica_id, self._now()))
+
+    def left(self, link: Link, reason: str, step: int) -> None:
+        self._carry_out(self._core.detach(link.replica_id, self._now()))
+        self._carry_out(self._core.failed(link.replica_id, f"it left: {reason}", self._now(), step))
+
+    def lost(self, link: Link) -> None:
+        self._carry_out(self._core.detach(link.replica_id, self._now()))
+
+    def gone(self, link: Link, cause: str) -> None:
+        self._carry_out(self._core.failed(link.replica_id, cause, self._now()))
+
+    def silent(self, link: Link, cause: str) -> None:
+        self._carry_out(self._core.tick(self._now()))  # the core counts the silence itself
+
+    def reported(self, replica_id: str, cause: str) -> bool:
+        known = replica_id in self._core.healthy()
+        self._carry_out(self._core.failed(replica_id, cause, self._now()))
+        return known
+
     # ------------------------------------------------------------- effects
 
     def _carry_out(self, outcome: Outcome) -> None:
-        for replica_id, cause in outcome.dead:
-            logger.info("replica %s counts as dead: %s", replica_id, cause)
-            notice = pb.FailureNotification(replica_id=replica_id, error_message=cause)
+        for death in outcome.dead:
+            logger.info("replica %s is no longer there: %s", death.replica_id, death.cause)
+            told = types.Notice(death.replica_id, death.cause, death.quorum_id, death.step)
+            self.sessions.broadcast(told.to_wire())
+            waiting = self._answers.pop(death.replica_id, None)
+            if waiting is not None and not waiting.done():  # it lives after all, or its connection does
+                waiting.set_exception(RuntimeError(f"replica {death.replica_id} was declared dead: {death.cause}"))
+            notice = pb.FailureNotification(replica_id=death.replica_id, error_message=death.cause)
             for queue in self._subscribers:
                 if queue.full():
                     queue.get_nowait()  # a subscriber that does not read loses the oldest, never our memory

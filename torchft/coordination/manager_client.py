@@ -107,6 +107,11 @@ class ManagerClient:
         decision: bool = response.should_commit
         return decision
 
+    @property
+    def channel(self) -> grpc.Channel:
+        """The connection, for further services of the same server."""
+        return self._channel
+
     def close(self) -> None:
         """Closes the connection; calls under way fail."""
         self._channel.close()

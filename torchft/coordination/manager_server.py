@@ -8,7 +8,8 @@ Rules
     - Decisions are made by :mod:`torchft.core.commit` and :mod:`torchft.core.assignment` under one lock, which is
       never held while anything is waited for.
     - Whatever fails on the way to a quorum is answered to every rank that waits; nobody is left to its deadline.
-    - Heartbeats begin with the first quorum request: a group that still loads its data keeps nobody waiting.
+    - Who dies is told to all: a rank of this group ends what its other ranks wait for and is reported to the
+      lighthouse; what the lighthouse says of other groups is passed on to every rank.
 """
 
 from __future__ import annotations
@@ -17,25 +18,24 @@ import asyncio
 import concurrent.futures
 import logging
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-import grpc
-
 from torchft.coordination import types
-from torchft.coordination.channel import connect, reason, translate
 from torchft.coordination.lighthouse_client import LIGHTHOUSE_HINT
-from torchft.coordination.manager_service import Ask, ManagerService
+from torchft.coordination.lighthouse_link import LighthouseLink
+from torchft.coordination.manager_service import Ask, register
 from torchft.coordination.proto import torchft_pb2 as pb
-from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
+from torchft.coordination.rank_sessions import RANK_HEARTBEAT_TIMEOUT, RankSessions
 from torchft.coordination.server import GrpcServer
 from torchft.core.assignment import assign
 from torchft.core.commit import CommitVote, Decision, Gather, Gathered
 from torchft.core.membership import Quorum
+from torchft.runtime import loop
 from torchft.runtime.deadline import Deadline, seconds
 from torchft.runtime.logs import RankLogger
 from torchft.runtime.net import advertised_host, format_address, parse_address
-from torchft.runtime.retry import retry
 from torchft.runtime.worker import Worker
 
 __all__ = ["ManagerServer"]
@@ -56,6 +56,8 @@ class ManagerServer:
         heartbeat_interval: between signs of life to the lighthouse.
         connect_timeout: how long a lighthouse that is not there yet is waited for.
         quorum_retries: how often a lighthouse call that broke is repeated within its deadline.
+        sessions: see deaths at once, of this group's ranks and through the lighthouse of other groups. With False
+            only heartbeats tell who lives.
 
     Raises:
         TimeoutError: the lighthouse did not answer within ``connect_timeout``.
@@ -73,13 +75,13 @@ class ManagerServer:
         heartbeat_interval: timedelta,
         connect_timeout: timedelta,
         quorum_retries: int,
+        *,
+        sessions: bool = True,
     ) -> None:
         self.replica_id = replica_id
         self._lighthouse_addr = lighthouse_addr
         self._store_addr = store_addr
         self._world_size = world_size
-        self._heartbeat_interval = seconds(heartbeat_interval)
-        self._quorum_retries = quorum_retries
         self._step = 0
         self._quorum_id: int | None = None
         self._loud = True
@@ -91,21 +93,29 @@ class ManagerServer:
         self._ballots: dict[int, concurrent.futures.Future[Decision]] = {}
         self._checkpoint_metadata: dict[int, str] = {}
 
-        self._log.info("Creating LighthouseClient: establishing connection to %s", lighthouse_addr)
-        self._channel = connect(lighthouse_addr, Deadline(connect_timeout), what="lighthouse", hint=LIGHTHOUSE_HINT)
-        self._stub = pb_grpc.LighthouseServiceStub(self._channel)
-        self._stop = threading.Event()
-        self._heartbeats: threading.Thread | None = None
+        self._dead_ranks: dict[int, str] = {}
+        self._listener: Callable[[types.Notice], None] = lambda _: None
+
+        self._lighthouse = LighthouseLink(
+            lighthouse_addr,
+            replica_id=replica_id,
+            hostname=hostname,
+            connect_timeout=connect_timeout,
+            heartbeat_interval=heartbeat_interval,
+            quorum_retries=quorum_retries,
+            sessions=sessions,
+            on_notice=self._on_notice,
+            log=self._log,
+        )
         self._caller = Worker("torchft-lighthouse-call")
+        self._ranks = RankSessions(self, hostname).service
         try:
             self._server = GrpcServer(
-                bind,
-                lambda server: pb_grpc.add_ManagerServiceServicer_to_server(ManagerService(self), server),
-                "manager server",
+                bind, lambda server: register(server, self, self._ranks), "manager server", RANK_HEARTBEAT_TIMEOUT
             )
         except BaseException:
             self._caller.shutdown()
-            self._channel.close()
+            self._lighthouse.close()
             raise
         host = self._server.bound_host or advertised_host(parse_address(lighthouse_addr), hostname)
         self._address = format_address(host, self._server.port)
@@ -116,17 +126,11 @@ class ManagerServer:
 
     def shutdown(self) -> None:
         """Stops serving and stops the heartbeats; those that wait get an error. Idempotent."""
-        self._stop.set()
-        with self._lock:
-            waiting = self._gather.values()
-            self._gather.fail("the manager server was shut down")
-        for ask in waiting:
-            _fail(ask.answer, RuntimeError("the manager server was shut down"))
-        self._channel.close()
+        self._break("the manager server was shut down")
+        self._lighthouse.close()
+        loop.get_loop().call_soon_threadsafe(self._ranks.close)
         self._server.stop()
         self._caller.shutdown()
-        if self._heartbeats is not None:
-            self._heartbeats.join(timeout=5)
 
     # ------------------------------------------------------------- quorum
 
@@ -182,6 +186,10 @@ class ManagerServer:
     def _come(self, ask: Ask) -> dict[int, Ask] | None:
         """Adds a rank to the open round. Returns the round when it is complete: somebody must ask then."""
         with self._lock:
+            self._dead_ranks.pop(ask.rank, None)
+            if self._dead_ranks:
+                _fail(ask.answer, RuntimeError(f"no quorum for this group: {next(iter(self._dead_ranks.values()))}"))
+                return None
             earlier = next((a for a in self._gather.values() if a.rank == ask.rank), None)
             self._step = ask.request.step
             got = self._gather.come(ask.rank, ask)
@@ -224,7 +232,6 @@ class ManagerServer:
                 ask.answer.set_result(quorum)
 
     def _call_lighthouse(self, asks: list[Ask]) -> Quorum:
-        self._begin_heartbeats()
         member = pb.QuorumMember(
             replica_id=self.replica_id,
             address=self._address,
@@ -234,78 +241,93 @@ class ManagerServer:
             shrink_only=any(a.request.shrink_only for a in asks),
             commit_failures=max(a.request.commit_failures for a in asks),
         )
-        deadline = Deadline(max(a.remaining() for a in asks))
-        request = pb.LighthouseQuorumRequest(requester=member)
-
-        def attempt() -> pb.LighthouseQuorumResponse:
-            # wait_for_ready: a lighthouse that restarts is waited for; only a call that broke is a failure.
-            response: pb.LighthouseQuorumResponse = self._stub.Quorum(
-                request, timeout=deadline.remaining(), wait_for_ready=True
-            )
-            return response
-
-        try:
-            response = retry(
-                attempt,
-                deadline=deadline,
-                retryable=_worth_another_call,
-                attempts=1 + self._quorum_retries,
-                on_retry=lambda e, delay: self._log.warning(
-                    "quorum at the lighthouse %s failed (%s); next attempt in %.2f s",
-                    self._lighthouse_addr,
-                    reason(e) if isinstance(e, grpc.RpcError) else e,
-                    delay,
-                ),
-                stop=self._stop,
-            )
-        except grpc.RpcError as e:
-            raise translate(
-                e,
-                what="lighthouse",
-                address=self._lighthouse_addr,
-                call="quorum",
-                timeout=deadline.timeout,
-                hint=LIGHTHOUSE_HINT,
-            ) from e
-        new = response.quorum.quorum_id != self._quorum_id
-        self._quorum_id = response.quorum.quorum_id
+        quorum = self._lighthouse.quorum(member, Deadline(max(a.remaining() for a in asks)))
+        new = quorum.quorum_id != self._quorum_id
+        self._quorum_id = quorum.quorum_id
         self._loud = self._loud or new
         if new or self._log.isEnabledFor(logging.DEBUG):
-            self._log.log(
-                logging.INFO if new else logging.DEBUG,
-                "got lighthouse quorum %s",
-                types.describe(response.quorum),
-            )
-        return types.core_quorum(response.quorum)
+            self._log.log(logging.INFO if new else logging.DEBUG, "got lighthouse quorum %s", types.describe(quorum))
+        return types.core_quorum(quorum)
 
     def _level(self) -> int:
         """The lines of each step are for debugging; those of the first one, and after trouble, tell the story."""
         return logging.INFO if self._loud else logging.DEBUG
 
-    # --------------------------------------------------------- heartbeats
+    # ----------------------------------------------------- deaths, departures
 
-    def _begin_heartbeats(self) -> None:
-        if self._heartbeats is None and not self._stop.is_set():
-            self._heartbeats = threading.Thread(target=self._beat, name="torchft-heartbeat", daemon=True)
-            self._heartbeats.start()
+    def listen(
+        self,
+        on_notice: Callable[[types.Notice], None],
+        on_welcome: Callable[[timedelta, timedelta], None] = lambda heartbeat_timeout, join_timeout: None,
+    ) -> None:
+        """From now on tells what this group is told, on a thread of the server's.
 
-    def _beat(self) -> None:
-        request = pb.LighthouseHeartbeatRequest(replica_id=self.replica_id)
-        failing = False
-        while not self._stop.wait(self._heartbeat_interval):
-            try:
-                self._stub.Heartbeat(request, timeout=5)
-            except (grpc.RpcError, ValueError) as e:  # ValueError: the channel was closed by shutdown
-                if self._stop.is_set():
-                    return
-                if not failing:
-                    cause = reason(e) if isinstance(e, grpc.RpcError) else str(e)
-                    self._log.warning("heartbeats do not reach the lighthouse %s: %s", self._lighthouse_addr, cause)
-                failing = True
-            else:
-                if failing:
-                    self._log.info("heartbeats reach the lighthouse %s again", self._lighthouse_addr)
-                failing = False
+        Args:
+            on_notice: a replica is no longer there.
+            on_welcome: the lighthouse's heartbeat and join timeouts, once they are known.
+        """
+        self._listener = on_notice
+        self._lighthouse.tell_timeouts(on_welcome)
+
+    def _on_notice(self, notice: types.Notice) -> None:
+        """The lighthouse says that somebody is no longer there: all ranks of the group are told."""
+        self._log.info("replica %s is no longer there: %s", notice.replica_id, notice.cause)
+        self._tell(notice)
+
+    def _tell(self, notice: types.Notice) -> None:
+        message = notice.to_wire()
+        loop.get_loop().call_soon_threadsafe(self._ranks.broadcast, message)
+        self._listener(notice)
+
+    def leave(self, reason: str, step: int, timeout: timedelta = timedelta(seconds=1)) -> bool:
+        """Tells the lighthouse, and through it all groups, that this group goes.
+
+        Args:
+            reason: for the others' logs.
+            step: all steps below it are committed.
+            timeout: for the answer.
+
+        Returns:
+            Whether everybody was told. False without a lighthouse that knows sessions.
+        """
+        self._break(f"this group leaves: {reason}")
+        return self._lighthouse.leave(reason, step, seconds(timeout))
+
+    def rank_is_there(self, rank: int) -> None:
+        """A rank opened its session: if it was dead, it is no longer."""
+        with self._lock:
+            self._dead_ranks.pop(rank, None)
+
+    def rank_left(self, rank: int, reason: str, step: int) -> None:
+        """A rank goes on purpose, and with it the group. On the loop."""
+        self._caller.submit(lambda: self._lighthouse.leave(f"rank {rank}: {reason}", step, 1.0))
+        self._rank_ended(rank, f"rank {rank} of this group left: {reason}")
+
+    def rank_died(self, rank: int, cause: str) -> None:
+        """A rank's process has ended, or is as good as dead. On the loop."""
+        self._log.error("rank %d of this group is no longer there: %s", rank, cause)
+        self._lighthouse.report(self.replica_id, f"its rank {rank} is no longer there: {cause}")
+        self._rank_ended(rank, f"rank {rank} of this group is no longer there: {cause}")
+
+    def _rank_ended(self, rank: int, cause: str) -> None:
+        with self._lock:
+            self._dead_ranks[rank] = cause
+        self._break(cause)
+        self._tell(types.Notice(self.replica_id, cause, types.ANY_QUORUM))
+
+    def _break(self, cause: str) -> None:
+        """Ends what ranks of this group wait for."""
+        with self._lock:
+            waiting = self._gather.values()
+            if waiting:
+                self._gather.fail(cause)
+            ballots, self._ballots = self._ballots, {}
+            for rank in ballots:
+                self._vote.leave(rank, cause)
+        for ask in waiting:
+            _fail(ask.answer, RuntimeError(f"no quorum for this group: {cause}"))
+        for ballot in ballots.values():
+            _fail(ballot, RuntimeError(f"no commit in this group: {cause}"))
 
     # -------------------------------------------------------- commit vote
 
@@ -330,6 +352,9 @@ class ManagerServer:
         """Casts a vote; the future is the group's decision."""
         ballot: concurrent.futures.Future[Decision] = concurrent.futures.Future()
         with self._lock:
+            if self._dead_ranks:
+                _fail(ballot, RuntimeError(f"no commit in this group: {next(iter(self._dead_ranks.values()))}"))
+                return ballot
             earlier = self._ballots.get(rank)
             self._ballots[rank] = ballot
             decision = self._vote.vote(rank, step, commit)
@@ -387,16 +412,6 @@ class ManagerServer:
         except asyncio.CancelledError:
             self._leave(ask, "its call ended (deadline, or the process is gone)")
             raise
-
-
-def _worth_another_call(error: Exception) -> bool:
-    return isinstance(error, grpc.Call) and error.code() in (
-        grpc.StatusCode.UNAVAILABLE,
-        grpc.StatusCode.ABORTED,
-        grpc.StatusCode.INTERNAL,
-        grpc.StatusCode.UNKNOWN,
-        grpc.StatusCode.RESOURCE_EXHAUSTED,
-    )
 
 
 def _fail(future: concurrent.futures.Future[Any], error: Exception) -> None:

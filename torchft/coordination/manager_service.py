@@ -16,8 +16,10 @@ import grpc
 import grpc.aio
 
 from torchft.coordination import types
+from torchft.coordination.proto import session_pb2_grpc
 from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
+from torchft.coordination.session_server import SessionService
 from torchft.core.assignment import AssignmentError, assign
 from torchft.core.membership import Quorum
 from torchft.runtime.deadline import Deadline
@@ -25,7 +27,7 @@ from torchft.runtime.deadline import Deadline
 if TYPE_CHECKING:
     from torchft.coordination.manager_server import ManagerServer
 
-__all__ = ["Ask", "ManagerService"]
+__all__ = ["Ask", "ManagerService", "register"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,12 @@ class Ask:
     def remaining(self) -> float:
         """Seconds in which an answer is still of use."""
         return max(0.0, self.deadline.remaining() - self._margin)
+
+
+def register(server: grpc.aio.Server, manager: ManagerServer, ranks: SessionService) -> None:
+    """Adds the services of a ManagerServer to a gRPC server."""
+    pb_grpc.add_ManagerServiceServicer_to_server(ManagerService(manager), server)
+    session_pb2_grpc.add_SessionServiceServicer_to_server(ranks, server)
 
 
 class ManagerService(pb_grpc.ManagerServiceServicer):

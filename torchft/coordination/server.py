@@ -14,8 +14,9 @@ from collections.abc import Callable
 import grpc
 import grpc.aio
 
-from torchft.coordination.channel import SERVER_OPTIONS
+from torchft.coordination.channel import server_options
 from torchft.runtime import loop
+from torchft.runtime.fork import close_in_children
 from torchft.runtime.net import split_bind
 
 __all__ = ["GrpcServer"]
@@ -30,23 +31,27 @@ class GrpcServer:
         bind: ``host:port``; port 0 takes any free one, ``[::]`` listens on IPv4 and IPv6.
         register: adds the services to the server.
         what: the server's role in messages.
+        heartbeat_timeout: seconds after which the connection of a client that does not answer is ended.
 
     Raises:
         ValueError: ``bind`` is not ``host:port``.
         RuntimeError: the port is taken, or the address is not one of this machine.
     """
 
-    def __init__(self, bind: str, register: Callable[[grpc.aio.Server], None], what: str) -> None:
+    def __init__(
+        self, bind: str, register: Callable[[grpc.aio.Server], None], what: str, heartbeat_timeout: float = 5.0
+    ) -> None:
         self._host, port = split_bind(bind)
         self._stopped = False
-        self._server, self.port = loop.submit(self._start(port, register, what)).result(timeout=30)
+        self._server, self.port = loop.submit(self._start(port, register, what, heartbeat_timeout)).result(timeout=30)
+        self._in_children = close_in_children(own=[self.port])
         _live.add(self)
 
     async def _start(
-        self, port: int, register: Callable[[grpc.aio.Server], None], what: str
+        self, port: int, register: Callable[[grpc.aio.Server], None], what: str, heartbeat_timeout: float
     ) -> tuple[grpc.aio.Server, int]:
         _hold_grpc()
-        server = grpc.aio.server(options=SERVER_OPTIONS)
+        server = grpc.aio.server(options=server_options(heartbeat_timeout))
         register(server)
         hosts = [self._host]
         if self._host == "::":
@@ -77,6 +82,7 @@ class GrpcServer:
             return
         self._stopped = True
         _live.discard(self)
+        self._in_children.forget()
         if loop.on_loop():
             raise RuntimeError("a server cannot be stopped from the loop it runs on")
         loop.submit(self._server.stop(grace)).result(timeout=grace + 10)

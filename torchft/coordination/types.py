@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from torchft.coordination.proto import session_pb2
 from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.core import membership
 from torchft.core.assignment import View
 
 __all__ = [
+    "ANY_QUORUM",
     "FailureNotification",
+    "Notice",
     "Quorum",
     "QuorumMember",
     "QuorumResult",
@@ -35,6 +38,9 @@ __all__ = [
 
 _MAX_TEXT = 64 * 1024
 
+ANY_QUORUM = 2**62
+"""As the id in a notice: whichever quorum it is, it is broken."""
+
 
 @dataclass(frozen=True)
 class QuorumMember:
@@ -51,6 +57,29 @@ class QuorumMember:
     data: dict[str, Any] | None = None
     """What the member passed as ``data``; None when it passed nothing."""
     commit_failures: int = 0
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A replica that is no longer there, as the members are told."""
+
+    replica_id: str
+    cause: str
+    quorum_id: int
+    """This quorum and all before it are broken if the replica is a member."""
+    step: int = 0
+    """It left in good order with all steps below this committed."""
+
+    @classmethod
+    def from_wire(cls, message: session_pb2.Notice) -> Notice:
+        return cls(message.replica_id, message.cause, message.quorum_id, message.step)
+
+    def to_wire(self) -> session_pb2.SessionDown:
+        return session_pb2.SessionDown(
+            notice=session_pb2.Notice(
+                replica_id=self.replica_id, cause=self.cause, quorum_id=self.quorum_id, step=self.step
+            )
+        )
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""Who is alive, who waits, and when a quorum forms (docs/protocol.md, part 1: *Lighthouse*).
+"""Who is alive, who waits, and when a quorum forms (docs/protocol.md: *Lighthouse*, *Session*).
 
 The idea
-    Replicas show that they live by heartbeats; those that want to take the next step *ask* and then wait. The
-    machine answers all that wait with one quorum as soon as that is safe and either nobody is missing or the
-    missing have had their time.
+    Replicas show that they live by heartbeats, or by a *session*: a connection that ends when they do. Those that
+    want to take the next step *ask* and then wait. The machine answers all that wait with one quorum as soon as
+    that is safe and either nobody is missing or the missing have had their time. Who is known to be dead is not
+    waited for, and everybody is told.
 
 Rules, checked after each request and each tick, with H = the healthy who wait, sorted by replica id
     1. If any of H asks to shrink only and there was a quorum, the candidates are H ∩ previous quorum, else H.
@@ -11,11 +12,14 @@ Rules, checked after each request and each tick, with H = the healthy who wait, 
     3. Otherwise form when the candidates are at least ``min_replicas``, H is more than half of the healthy (no
        split brain), and all healthy wait or this has been possible for ``join_timeout`` (decision 5: counted from
        the moment when a quorum became possible, not from when the first of H began to wait).
-    4. ``quorum_id`` grows when the set of ids differs from the previous quorum's, or a member could not commit.
+    4. ``quorum_id`` grows when the set of ids differs from the previous quorum's, a member could not commit, or
+       one of the previous quorum has been declared dead since. So a death is a fact about all quorums up to an id.
 
 Invariants
-    - A replica is healthy from its last sign of life until ``heartbeat_timeout`` after it, or until it is
-      reported dead.
+    - A replica is healthy from its last sign of life until ``heartbeat_timeout`` after it, or until it is known
+      to be dead. While its session is open, silence is no death: who holds the session knows better.
+    - A session alone makes nobody healthy: a replica counts from its first request on, and one that was declared
+      dead from its next request on.
     - A quorum answers exactly its members; who was left out goes on waiting.
     - ``quorum_id`` never goes back, and two quorums with the same id have the same members.
 """
@@ -24,7 +28,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-__all__ = ["Member", "Membership", "Options", "Outcome", "Quorum"]
+__all__ = ["Death", "Member", "Membership", "Options", "Outcome", "Quorum"]
+
+_REMEMBERED_DEAD = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +82,25 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
+class Death:
+    """A replica that is no longer there."""
+
+    replica_id: str
+    cause: str
+    quorum_id: int
+    """Of the newest quorum then: it and all before it are broken if the replica is a member."""
+    step: int = 0
+    """It left in good order with all steps below this committed: who is not there yet loses nothing by it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What the shell has to do after an event."""
 
     quorum: Quorum | None = None
     """Answer each member of it."""
-    dead: tuple[tuple[str, str], ...] = ()
-    """Replicas that just turned from healthy to not, each with the cause."""
+    dead: tuple[Death, ...] = ()
+    """Replicas that just turned from healthy to not."""
     status: str | None = None
     """The reason why there is (or is no) quorum, when it differs from the last one told."""
 
@@ -100,6 +118,9 @@ class Membership:
         self.quorum_id = quorum_id
         self.previous: Quorum | None = None
         self._last_sign: dict[str, float] = {}
+        self._sessions: set[str] = set()
+        self._dead: dict[str, None] = {}  # in the order of their deaths
+        self._broken = False
         self._waiters: dict[str, Member] = {}
         self._possible_since: float | None = None
         self._status = ""
@@ -111,9 +132,37 @@ class Membership:
         self._last_sign[replica_id] = now
         return Outcome()
 
+    def attach(self, replica_id: str, active: bool, now: float) -> Outcome:
+        """A session with the replica is open.
+
+        Args:
+            active: it says that it has asked for a quorum before: it counts, unless it was declared dead since.
+        """
+        self._sessions.add(replica_id)
+        if replica_id in self._last_sign or (active and replica_id not in self._dead):
+            self._last_sign[replica_id] = now
+        return Outcome()
+
+    def beat(self, replica_id: str, now: float) -> Outcome:
+        """A sign of life on a session. Unlike a heartbeat it makes nobody healthy who is not."""
+        if replica_id in self._last_sign:
+            self._last_sign[replica_id] = now
+        return Outcome()
+
+    def detach(self, replica_id: str, now: float) -> Outcome:
+        """The session ended, and nobody knows why: from now on silence counts, since the last sign of life."""
+        self._sessions.discard(replica_id)
+        return self.tick(now)
+
+    def spare(self, now: float) -> Outcome:
+        """The observer itself was away: nobody's silence until now means anything."""
+        self._last_sign = dict.fromkeys(self._last_sign, now)
+        return Outcome()
+
     def request(self, member: Member, now: float) -> Outcome:
         """A replica asks for a quorum and waits. A second request of the same replica replaces the first."""
         self._last_sign[member.replica_id] = now
+        self._dead.pop(member.replica_id, None)
         self._waiters[member.replica_id] = member
         return self.tick(now)
 
@@ -122,12 +171,16 @@ class Membership:
         self._waiters.pop(replica_id, None)
         return self.tick(now)
 
-    def failed(self, replica_id: str, cause: str, now: float) -> Outcome:
-        """A replica is known to be dead: it left, it was reported, or an operator says so."""
-        known = self._last_sign.pop(replica_id, None) is not None
+    def failed(self, replica_id: str, cause: str, now: float, step: int = 0) -> Outcome:
+        """A replica is known to be dead: its process ended, it left, it was reported, or an operator says so.
+
+        Args:
+            step: where it left in good order: see :attr:`Death.step`.
+        """
         self._waiters.pop(replica_id, None)
+        death = (self._bury(replica_id, cause, step),) if replica_id in self._last_sign else ()
         outcome = self.tick(now)
-        return replace(outcome, dead=((replica_id, cause), *outcome.dead)) if known else outcome
+        return replace(outcome, dead=(*death, *outcome.dead))
 
     def tick(self, now: float) -> Outcome:
         """Time has passed."""
@@ -150,7 +203,8 @@ class Membership:
 
     def due(self) -> float | None:
         """When time alone may change something, if nothing else happens before; None: it cannot."""
-        times = [at + self.options.heartbeat_timeout for at in self._last_sign.values()]
+        limit = self.options.heartbeat_timeout
+        times = [at + limit for rid, at in self._last_sign.items() if rid not in self._sessions]
         if self._possible_since is not None:
             times.append(self._possible_since + self.options.join_timeout)
         return min(times, default=None)
@@ -162,12 +216,21 @@ class Membership:
 
     # ----------------------------------------------------------- deciding
 
-    def _expire(self, now: float) -> tuple[tuple[str, str], ...]:
+    def _expire(self, now: float) -> tuple[Death, ...]:
         limit = self.options.heartbeat_timeout
-        silent = [(rid, now - at) for rid, at in self._last_sign.items() if now - at > limit]
-        for rid, _ in silent:
-            del self._last_sign[rid]
-        return tuple((rid, f"no heartbeat for {for_s:.1f} s") for rid, for_s in sorted(silent))
+        silent = [
+            (rid, now - at) for rid, at in self._last_sign.items() if now - at > limit and rid not in self._sessions
+        ]
+        return tuple(self._bury(rid, f"no heartbeat for {for_s:.1f} s", 0) for rid, for_s in sorted(silent))
+
+    def _bury(self, replica_id: str, cause: str, step: int) -> Death:
+        del self._last_sign[replica_id]
+        self._dead[replica_id] = None
+        if len(self._dead) > _REMEMBERED_DEAD:
+            del self._dead[next(iter(self._dead))]
+        if self.previous is not None and replica_id in self.previous.replica_ids:
+            self._broken = True
+        return Death(replica_id, cause, self.quorum_id, step)
 
     def _decide(self, now: float) -> tuple[Quorum | None, str]:
         options = self.options
@@ -202,7 +265,8 @@ class Membership:
 
     def _form(self, members: list[Member]) -> Quorum:
         ids = tuple(m.replica_id for m in members)
-        changed = self.previous is None or ids != self.previous.replica_ids
+        changed = self.previous is None or self._broken or ids != self.previous.replica_ids
+        self._broken = False
         if changed or any(m.commit_failures > 0 for m in members):
             self.quorum_id += 1
         quorum = Quorum(self.quorum_id, tuple(members))

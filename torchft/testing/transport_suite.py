@@ -28,6 +28,7 @@ from torchft.checkpointing.transport import (
     IntegrityError,
     ManifestError,
     StepNotServed,
+    TransferAborted,
     UnsafeStateError,
 )
 from torchft.checkpointing.tree import DTYPES
@@ -438,6 +439,37 @@ class TransportSuite(ABC):
                 state = {"w": weights, "step": step}
                 assert_same(state, transfer(pair, state, step))
                 weights.fill_(0)  # what was sent may be written again
+        finally:
+            pair.close()
+
+    def test_abort_ends_a_receive_that_runs(self) -> None:
+        """Passed over for a transport that leaves ``abort`` as it is: doing nothing is allowed."""
+        pairs: list[Pair] = []
+
+        def into() -> State:
+            ending = threading.Thread(target=pairs[0].receiver.abort, args=("a member died",))
+            ending.start()
+            ending.join(30)
+            return {}
+
+        pairs.append(self.open(into))
+        try:
+            if type(pairs[0].receiver).abort is not CheckpointTransport.abort:
+                state = {"w": torch.ones(64 << 18)}
+                text = _expect(TransferAborted, lambda: transfer(pairs[0], state))
+                assert "a member died" in text
+        finally:
+            pairs[0].close()
+
+    def test_abort_of_nothing_changes_nothing(self) -> None:
+        pair = self.open()
+        try:
+            state = {"w": torch.randn(1000)}
+            for step in range(3):
+                for transport in (pair.source, pair.receiver):
+                    transport.abort()
+                    transport.abort("again")
+                assert_same(state, transfer(pair, state, step))
         finally:
             pair.close()
 

@@ -1,0 +1,387 @@
+"""Sessions between real processes: which ends of a session are deaths, and who is told."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from torchft.coordination import LighthouseClient, LighthouseServer, ManagerClient, ManagerServer
+from torchft.coordination.channel import open_channel
+from torchft.coordination.proto import session_pb2 as pb
+from torchft.coordination.session_client import SessionClient, SessionEvents
+from torchft.coordination.types import ANY_QUORUM, Notice
+from torchft.runtime.deadline import Deadline
+from torchft.runtime.life import life_address
+from torchft.runtime.logs import RankLogger
+from torchft.testing.wait import wait_until
+
+TEN = timedelta(seconds=10)
+MEMBER = Path(__file__).with_name("member.py")
+
+
+class Member:
+    """A child process with a ManagerServer."""
+
+    def __init__(self, replica_id: str, lighthouse: str) -> None:
+        self.replica_id = replica_id
+        self.events: list[dict[str, Any]] = []
+        self._changed = threading.Condition()
+        self.process = subprocess.Popen(
+            [sys.executable, str(MEMBER), replica_id, lighthouse],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self._changed:
+                self.events.append(json.loads(line))
+                self._changed.notify_all()
+
+    def wait(self, event: str, where: Callable[[dict[str, Any]], bool] = lambda _: True) -> dict[str, Any]:
+        """The first such event, waiting for it."""
+        deadline = Deadline(20)
+        with self._changed:
+            while True:
+                for e in self.events:
+                    if e["event"] == event and where(e):
+                        return e
+                assert not deadline.expired, f"{self.replica_id} said no {event}: {self.events}"
+                self._changed.wait(deadline.remaining())
+
+    def notices(self, replica_id: str) -> list[dict[str, Any]]:
+        return [e for e in list(self.events) if e["event"] == "notice" and e["replica"] == replica_id]
+
+    def tell(self, command: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(command + "\n")
+        self.process.stdin.flush()
+
+    def signal(self, number: signal.Signals) -> float:
+        """Sends it. Returns when, on the clock of the events."""
+        at = time.monotonic()
+        self.process.send_signal(number)
+        return at
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._reader.join(timeout=10)
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            stream.close()
+
+
+class Job:
+    """A lighthouse and members that are all in one quorum."""
+
+    def __init__(self, heartbeat_timeout_ms: int, min_replicas: int = 2) -> None:
+        self.lighthouse = LighthouseServer(
+            "127.0.0.1:0", min_replicas, join_timeout_ms=60_000, heartbeat_timeout_ms=heartbeat_timeout_ms
+        )
+        self.members: list[Member] = []
+
+    def start(self, *names: str) -> list[Member]:
+        started = [Member(name, self.lighthouse.address()) for name in names]
+        self.members += started
+        for member in started:
+            member.wait("ready")
+        for member in started:
+            member.tell("ask")
+        for member in started:
+            member.wait("quorum")
+        return started
+
+    def close(self) -> None:
+        for member in self.members:
+            member.end()
+        self.lighthouse.shutdown()
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Job]]:
+    jobs: list[Job] = []
+
+    def job(heartbeat_timeout_ms: int = 5000) -> Job:
+        jobs.append(Job(heartbeat_timeout_ms))
+        return jobs[-1]
+
+    yield job
+    for j in jobs:
+        j.close()
+
+
+def test_a_killed_process_is_known_to_be_dead_long_before_the_heartbeat_timeout(make: Callable[..., Job]) -> None:
+    job = make(heartbeat_timeout_ms=60_000)
+    a, b = job.start("a", "b")
+    failures = LighthouseClient(job.lighthouse.address(), TEN).subscribe_failures(timeout=TEN)
+    wait_until(lambda: len(job.lighthouse._service._subscribers) == 1, timeout=10)
+    b.signal(signal.SIGKILL)
+    notice = a.wait("notice", lambda e: e["replica"] == "b")
+    assert "process has ended" in notice["cause"]
+    assert notice["quorum"] == a.wait("quorum")["id"]
+    assert next(failures).replica_id == "b"
+    # Nobody waits for the dead: with one heartbeat timeout of a minute and a join timeout of a minute, c and a go on.
+    assert _joined(job, "c", a)["members"] == ["a", "c"]
+
+
+def _joined(job: Job, name: str, other: Member) -> dict[str, Any]:
+    member = Member(name, job.lighthouse.address())
+    job.members.append(member)
+    member.wait("ready")
+    member.tell("ask")
+    other.tell("ask")
+    return member.wait("quorum")
+
+
+def test_a_forked_child_does_not_hide_the_death_of_its_parent(make: Callable[..., Job]) -> None:
+    job = make(heartbeat_timeout_ms=60_000)
+    a, b = job.start("a", "b")
+    b.tell("fork")
+    child = b.wait("child")["pid"]
+    try:
+        b.wait("done", lambda e: e["command"] == "fork")
+        b.signal(signal.SIGKILL)
+        assert "process has ended" in a.wait("notice", lambda e: e["replica"] == "b")["cause"]
+        os.kill(child, 0)  # it lives
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_stopped_process_is_dead_after_the_heartbeat_timeout_and_comes_back_by_asking(
+    make: Callable[..., Job],
+) -> None:
+    job = make(heartbeat_timeout_ms=1000)
+    a, b = job.start("a", "b")
+    stopped = b.signal(signal.SIGSTOP)
+    notice = a.wait("notice", lambda e: e["replica"] == "b")
+    assert notice["time"] - stopped > 0.5
+    b.signal(signal.SIGCONT)
+    before = len([e for e in b.events if e["event"] == "quorum"])
+    b.tell("ask")
+    a.tell("ask")
+    b.wait("done", lambda e: len([q for q in b.events if q["event"] == "quorum"]) > before)
+    newest = [e for e in b.events if e["event"] == "quorum"][-1]
+    assert newest["members"] == ["a", "b"]
+    assert newest["id"] > notice["quorum"]
+
+
+def test_a_process_that_holds_its_gil_is_not_dead(make: Callable[..., Job]) -> None:
+    job = make(heartbeat_timeout_ms=1000)
+    a, b = job.start("a", "b")
+    b.tell("hold_gil 4")
+    b.tell("leave the GIL is back")
+    left = a.wait("notice", lambda e: e["replica"] == "b")
+    assert left["cause"] == "it left: the GIL is back"
+    held = b.wait("done", lambda e: e["command"] == "hold_gil")["time"] - b.wait("quorum")["time"]
+    assert held > 3.5
+    assert len(a.notices("b")) == 1
+
+
+def test_who_leaves_says_why_and_after_which_step(make: Callable[..., Job]) -> None:
+    job = make()
+    a, b = job.start("a", "b")
+    b.tell("leave all data seen")
+    notice = a.wait("notice")
+    assert (notice["replica"], notice["cause"], notice["step"]) == ("b", "it left: all data seen", 3)
+    b.signal(signal.SIGKILL)
+    c = _joined(job, "c", a)
+    assert c["members"] == ["a", "c"]
+    assert len(a.notices("b")) == 1, "the end of a process that has left is no news"
+
+
+def test_an_exception_that_nobody_caught_is_a_leave_with_its_cause(make: Callable[..., Job]) -> None:
+    job = make()
+    a, b = job.start("a", "b")
+    b.tell("raise")
+    assert a.wait("notice")["cause"] == "it left: ZeroDivisionError: made on purpose"
+    assert b.process.wait(timeout=20) == 1
+
+
+def test_a_program_that_just_ends_leaves(make: Callable[..., Job]) -> None:
+    job = make()
+    a, b = job.start("a", "b")
+    assert b.process.stdin is not None
+    b.process.stdin.close()
+    assert "ended without manager.shutdown()" in a.wait("notice")["cause"]
+
+
+def test_a_supervisor_reports_what_it_knows(make: Callable[..., Job]) -> None:
+    job = make()
+    a, _ = job.start("a", "b")
+    client = LighthouseClient(job.lighthouse.address(), TEN)
+    assert client.report_failure("b", "exit code 7")
+    assert a.wait("notice")["cause"] == "exit code 7"
+    assert not client.report_failure("b", "exit code 7"), "it is known to be dead"
+    with pytest.raises(RuntimeError, match="names a replica"):
+        client.report_failure("", "nobody")
+
+
+def test_injected_failures_are_told_on_sessions_and_to_subscribers(make: Callable[..., Job]) -> None:
+    job = make()
+    a, b = job.start("a", "b")
+    failures = LighthouseClient(job.lighthouse.address(), TEN).subscribe_failures(timeout=TEN)
+    wait_until(lambda: len(job.lighthouse._service._subscribers) == 1, timeout=10)
+    job.lighthouse.inject_failure("b")
+    assert a.wait("notice")["cause"] == b.wait("notice")["cause"] == next(failures).error_message
+
+
+# ------------------------------------------------------------------------------------------ inside one process
+
+
+class Session:
+    """A bare session, in this process."""
+
+    def __init__(self, server: str, replica_id: str, rank: int = 0, **hello: Any) -> None:
+        self.notices: list[Notice] = []
+        self.welcomes: list[pb.Welcome] = []
+        self.gone: list[str] = []
+        self.client = ManagerClient(server, TEN)
+        self.session = SessionClient(
+            self.client.channel,
+            lambda: pb.Hello(replica_id=replica_id, group_rank=rank, **hello),
+            SessionEvents(self.notices.append, self.welcomes.append, self.gone.append),
+            server,
+            RankLogger(logging.getLogger(__name__), replica_id, rank, lambda: 0),
+        )
+        wait_until(lambda: self.session.stands, timeout=10)
+
+    def close(self) -> None:
+        self.session.close()
+        self.client.close()
+
+
+def test_a_lost_connection_is_no_death_while_the_process_lives() -> None:
+    lighthouse = LighthouseServer("127.0.0.1:0", 1, heartbeat_timeout_ms=5000)
+    watcher = Session(lighthouse.address(), "watcher")
+    member = Session(lighthouse.address(), "m", active=True, life_address=life_address())
+    for _ in range(3):
+        seen = len(member.welcomes)
+        member.session._call.cancel()  # as good as a cut: the stream ends without a word
+        wait_until(lambda s=seen: len(member.welcomes) > s, timeout=10)  # type: ignore[misc]
+    assert not watcher.notices
+    member.session.leave("now it does", 5, 5.0)
+    wait_until(lambda: bool(watcher.notices), timeout=10)
+    assert [(n.replica_id, n.step) for n in watcher.notices] == [("m", 5)]
+    member.close()
+    watcher.close()
+    lighthouse.shutdown()
+
+
+def test_a_second_session_of_the_same_member_replaces_the_first() -> None:
+    lighthouse = LighthouseServer("127.0.0.1:0", 1, heartbeat_timeout_ms=300)
+    watcher = Session(lighthouse.address(), "watcher")
+    first = Session(lighthouse.address(), "m", active=True)
+    first.session._events = SessionEvents(first.notices.append)
+    second = Session(lighthouse.address(), "m", active=True)
+    first.close()
+    probe = Session(lighthouse.address(), "p", active=True)
+    probe.close()  # never comes back: dead after 0.3 s, which m would be, too, if the first session's end counted
+    wait_until(lambda: bool(watcher.notices), timeout=10)
+    assert [n.replica_id for n in watcher.notices] == ["p"]
+    second.close()
+    watcher.close()
+    lighthouse.shutdown()
+
+
+def _group(lighthouse: str, world_size: int) -> ManagerServer:
+    return ManagerServer("g", lighthouse, "", "[::]:0", "store:1", world_size, timedelta(seconds=0.1), TEN, 0)
+
+
+def test_a_rank_that_dies_ends_what_the_others_wait_for_and_names_itself() -> None:
+    lighthouse = LighthouseServer("127.0.0.1:0", 1)
+    watcher = Session(lighthouse.address(), "watcher")
+    server = _group(lighthouse.address(), 3)
+    heard: list[Notice] = []
+    server.listen(heard.append)
+    rank1 = Session(server.address(), "g", 1)
+    rank2 = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; sys.argv = sys.argv[1:]\n"
+            "from tests.coordination.test_sessions import Session, life_address\n"
+            "s = Session(sys.argv[0], 'g', 2, life_address=life_address()); print('stands', flush=True); input()",
+            server.address(),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert rank2.stdout is not None
+    assert rank2.stdout.readline() == "stands\n"
+    with ThreadPoolExecutor(4) as pool:
+        asked = pool.submit(lambda: server._quorum(0, 1, "", False, TEN, 0))
+        asked1 = pool.submit(lambda: rank1.client._quorum(1, 1, "", False, TEN, 0))
+        time_limit = Deadline(8)
+        wait_until(lambda: len(server._gather.waiting) == 2, timeout=8)
+        rank2.kill()
+        for future in (asked, asked1):
+            with pytest.raises(RuntimeError, match="rank 2 of this group is no longer there"):
+                future.result(time_limit.remaining())
+        for call in (
+            lambda: server.should_commit(0, 1, True, TEN),
+            lambda: rank1.client.should_commit(1, 1, True, TEN),
+            lambda: rank1.client._quorum(1, 1, "", False, TEN, 0),
+        ):
+            with pytest.raises(RuntimeError, match="rank 2"):
+                pool.submit(call).result(8)
+    rank2.wait()
+    for stream in (rank2.stdin, rank2.stdout):
+        assert stream is not None
+        stream.close()
+    assert [(n.replica_id, n.quorum_id) for n in heard] == [("g", ANY_QUORUM)]
+    wait_until(lambda: bool(rank1.notices), timeout=10)
+    assert not watcher.notices, "a group that never asked was nobody's hope"
+    for closing in (rank1, watcher):
+        closing.close()
+    server.shutdown()
+    lighthouse.shutdown()
+
+
+def test_a_rank_learns_that_its_rank_0_has_died(make: Callable[..., Job]) -> None:
+    job = make()
+    (a,) = _alone(job)
+    rank1 = Session(a.wait("ready")["address"], "a", 1)
+    a.signal(signal.SIGKILL)
+    wait_until(lambda: bool(rank1.gone), timeout=10)
+    assert "has ended" in rank1.gone[0]
+    rank1.close()
+
+
+def _alone(job: Job) -> list[Member]:
+    member = Member("a", job.lighthouse.address())
+    job.members.append(member)
+    member.wait("ready")
+    return [member]
+
+
+def test_garbage_instead_of_a_hello_is_refused() -> None:
+    lighthouse = LighthouseServer("127.0.0.1:0", 1)
+    channel = open_channel(lighthouse.address())
+    for first in (b"", b"\xff" * 10, pb.SessionUp(beat=pb.Beat()).SerializeToString()):
+        call = channel.stream_stream("/torchft.SessionService/Session", None, None)(iter([first]))
+        with pytest.raises(grpc.RpcError) as refused:
+            next(call)
+        assert refused.value.code() != grpc.StatusCode.OK
+    channel.close()
+    lighthouse.shutdown()

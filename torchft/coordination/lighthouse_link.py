@@ -1,0 +1,217 @@
+"""A replica group's connection to its lighthouse: quorum calls, and signs of life.
+
+The idea
+    One session (:mod:`torchft.coordination.session_client`) shows that the group lives and brings the news of
+    deaths. A lighthouse that knows no sessions gets heartbeats instead, from the first quorum request on: a group
+    that still loads its data keeps nobody waiting.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+
+import grpc
+
+from torchft.coordination import types
+from torchft.coordination.channel import connect, reason, translate
+from torchft.coordination.lighthouse_client import LIGHTHOUSE_HINT
+from torchft.coordination.proto import session_pb2
+from torchft.coordination.proto import torchft_pb2 as pb
+from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
+from torchft.coordination.session_client import SessionClient, SessionEvents
+from torchft.runtime.deadline import Deadline, seconds
+from torchft.runtime.life import life_address
+from torchft.runtime.logs import RankLogger
+from torchft.runtime.net import parse_address
+from torchft.runtime.retry import retry
+
+__all__ = ["LighthouseLink"]
+
+
+class LighthouseLink:
+    """Connected from construction until ``close``.
+
+    Args:
+        address: ``http://host:port`` of the lighthouse.
+        replica_id: of the group.
+        hostname: of this machine as others are told it; chosen by the route when empty.
+        connect_timeout: how long a lighthouse that is not there yet is waited for.
+        heartbeat_interval: between heartbeats, where there is no session.
+        quorum_retries: how often a quorum call that broke is repeated within its deadline.
+        sessions: False: heartbeats only.
+        on_notice: called for each replica that is no longer there.
+        log: of the group.
+
+    Raises:
+        TimeoutError: the lighthouse did not answer within ``connect_timeout``.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        replica_id: str,
+        hostname: str,
+        connect_timeout: timedelta,
+        heartbeat_interval: timedelta,
+        quorum_retries: int,
+        sessions: bool,
+        on_notice: Callable[[types.Notice], None],
+        log: RankLogger,
+    ) -> None:
+        self._address = address
+        self._replica_id = replica_id
+        self._heartbeat_interval = seconds(heartbeat_interval)
+        self._quorum_retries = quorum_retries
+        self._log = log
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._asked = False
+        self._heartbeats: threading.Thread | None = None
+        self._needs_heartbeats = not sessions
+        self._welcome: session_pb2.Welcome | None = None
+        self._on_timeouts: Callable[[timedelta, timedelta], None] | None = None
+        log.info("Creating LighthouseClient: establishing connection to %s", address)
+        self._channel = connect(address, Deadline(connect_timeout), what="lighthouse", hint=LIGHTHOUSE_HINT)
+        self._stub = pb_grpc.LighthouseServiceStub(self._channel)
+        self._session: SessionClient | None = None
+        if sessions:
+            life = life_address(parse_address(address), hostname)
+            self._session = SessionClient(
+                self._channel,
+                lambda: session_pb2.Hello(replica_id=replica_id, life_address=life, active=self._asked),
+                SessionEvents(notice=on_notice, welcome=self._welcomed, unsupported=self._unsupported),
+                f"lighthouse {address}",
+                log,
+            )
+
+    def quorum(self, member: pb.QuorumMember, deadline: Deadline) -> pb.Quorum:
+        """Asks for the next quorum and waits for it.
+
+        Raises:
+            TimeoutError: none formed in time.
+            RuntimeError: any other failure.
+        """
+        with self._lock:
+            self._asked = True
+        self._begin_heartbeats()
+        request = pb.LighthouseQuorumRequest(requester=member)
+
+        def attempt() -> pb.LighthouseQuorumResponse:
+            # wait_for_ready: a lighthouse that restarts is waited for; only a call that broke is a failure.
+            response: pb.LighthouseQuorumResponse = self._stub.Quorum(
+                request, timeout=deadline.remaining(), wait_for_ready=True
+            )
+            return response
+
+        try:
+            response = retry(
+                attempt,
+                deadline=deadline,
+                retryable=_worth_another_call,
+                attempts=1 + self._quorum_retries,
+                on_retry=lambda e, delay: self._log.warning(
+                    "quorum at the lighthouse %s failed (%s); next attempt in %.2f s",
+                    self._address,
+                    reason(e) if isinstance(e, grpc.RpcError) else e,
+                    delay,
+                ),
+                stop=self._stop,
+            )
+        except grpc.RpcError as e:
+            raise translate(
+                e,
+                what="lighthouse",
+                address=self._address,
+                call="quorum",
+                timeout=deadline.timeout,
+                hint=LIGHTHOUSE_HINT,
+            ) from e
+        return response.quorum
+
+    def tell_timeouts(self, listener: Callable[[timedelta, timedelta], None]) -> None:
+        """Calls ``listener`` once with the lighthouse's heartbeat and join timeouts, as soon as they are known."""
+        with self._lock:
+            self._on_timeouts = listener
+        self._pass_timeouts()
+
+    def _welcomed(self, welcome: session_pb2.Welcome) -> None:
+        with self._lock:
+            self._welcome = welcome
+        self._pass_timeouts()
+
+    def _pass_timeouts(self) -> None:
+        with self._lock:
+            welcome, listener = self._welcome, self._on_timeouts
+            if welcome is None or listener is None:
+                return
+            self._on_timeouts = None
+        milli = timedelta(milliseconds=1)
+        listener(welcome.heartbeat_timeout_ms * milli, welcome.join_timeout_ms * milli)
+
+    def leave(self, reason: str, step: int, timeout: float) -> bool:
+        """Says that this group goes; see :meth:`SessionClient.leave`. It is heard of no more."""
+        self._stop.set()
+        return self._session is not None and self._session.leave(reason, step, timeout)
+
+    def report(self, replica_id: str, cause: str) -> None:
+        """Says that a replica is dead, as far as a session allows it."""
+        if self._session is not None:
+            self._session.report(replica_id, cause)
+
+    def close(self) -> None:
+        """Ends the connection; calls under way fail. Idempotent."""
+        self._stop.set()
+        if self._session is not None:
+            self._session.close()
+        self._channel.close()
+        if self._heartbeats is not None:
+            self._heartbeats.join(timeout=5)
+
+    # --------------------------------------------------------- heartbeats
+
+    def _unsupported(self) -> None:
+        self._log.info(
+            "the lighthouse %s knows no sessions: deaths are seen by missing heartbeats and by timeouts", self._address
+        )
+        with self._lock:
+            self._needs_heartbeats = True
+        if self._asked:
+            self._begin_heartbeats()
+
+    def _begin_heartbeats(self) -> None:
+        with self._lock:
+            if not self._needs_heartbeats or self._heartbeats is not None or self._stop.is_set():
+                return
+            self._heartbeats = threading.Thread(target=self._beat, name="torchft-heartbeat", daemon=True)
+            self._heartbeats.start()
+
+    def _beat(self) -> None:
+        request = pb.LighthouseHeartbeatRequest(replica_id=self._replica_id)
+        failing = False
+        while not self._stop.wait(self._heartbeat_interval):
+            try:
+                self._stub.Heartbeat(request, timeout=5)
+            except (grpc.RpcError, ValueError) as e:  # ValueError: the channel was closed by close()
+                if self._stop.is_set():
+                    return
+                if not failing:
+                    cause = reason(e) if isinstance(e, grpc.RpcError) else str(e)
+                    self._log.warning("heartbeats do not reach the lighthouse %s: %s", self._address, cause)
+                failing = True
+            else:
+                if failing:
+                    self._log.info("heartbeats reach the lighthouse %s again", self._address)
+                failing = False
+
+
+def _worth_another_call(error: Exception) -> bool:
+    return isinstance(error, grpc.Call) and error.code() in (
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    )

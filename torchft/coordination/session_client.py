@@ -1,0 +1,185 @@
+"""The member's side of a session: kept open for as long as the member lives.
+
+The idea
+    One daemon thread holds the stream (proto/session.proto) and reads what comes; when the stream ends it opens
+    another, with growing pauses that are drawn by chance. Signs of life are sent a few times per heartbeat timeout
+    of the server, but none of this has to run in time: gRPC's C threads answer the server's pings without it.
+
+Rules
+    - A server that does not know sessions (an older lighthouse) is asked once: ``unsupported`` is called.
+    - When the stream is lost, the server's life address is looked at: a refusal proves that its process has ended.
+    - ``leave`` is answered by the server after everybody was told, so whoever left may end at once.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from torchft.coordination.channel import reason
+from torchft.coordination.proto import session_pb2 as pb
+from torchft.coordination.proto import session_pb2_grpc as pb_grpc
+from torchft.coordination.types import Notice
+from torchft.runtime.life import Sign, examine_now
+from torchft.runtime.logs import RankLogger
+from torchft.runtime.retry import Backoff
+
+__all__ = ["SessionClient", "SessionEvents"]
+
+_BEATS = 5
+"""Signs of life per heartbeat timeout."""
+
+
+@dataclass(frozen=True)
+class SessionEvents:
+    """What a member wants to know. All are called on the session's thread."""
+
+    notice: Callable[[Notice], None]
+    """A replica is no longer there."""
+    welcome: Callable[[pb.Welcome], None] = lambda _: None
+    """The session stands, for the first time or again."""
+    gone: Callable[[str], None] = lambda _: None
+    """The server's process has ended, with the cause."""
+    unsupported: Callable[[], None] = lambda: None
+    """The server knows no sessions; nothing else will be called."""
+
+
+class SessionClient:
+    """A session, from construction until ``close``.
+
+    Args:
+        channel: to the server; not closed here.
+        hello: describes the member, asked at each connection.
+        events: see there.
+        server: its role and address, for messages.
+        log: of the member.
+    """
+
+    def __init__(
+        self,
+        channel: grpc.Channel,
+        hello: Callable[[], pb.Hello],
+        events: SessionEvents,
+        server: str,
+        log: RankLogger,
+    ) -> None:
+        self._stub = pb_grpc.SessionServiceStub(channel)
+        self._hello = hello
+        self._events = events
+        self._server = server
+        self._log = log
+        self._interval = 1.0
+        self._life_address = ""
+        self._outbox: queue.SimpleQueue[pb.SessionUp | None] = queue.SimpleQueue()
+        self._call: Any = None
+        self._stands = threading.Event()
+        self._left = threading.Event()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="torchft-session", daemon=True)
+        self._thread.start()
+
+    @property
+    def stands(self) -> bool:
+        """The server has answered, and the stream has not ended since."""
+        return self._stands.is_set()
+
+    def report(self, replica_id: str, cause: str) -> None:
+        """Tells the server that a replica is dead. Nothing happens while the session does not stand."""
+        self._outbox.put(pb.SessionUp(report=pb.Report(replica_id=replica_id, cause=cause)))
+
+    def leave(self, reason: str, step: int, timeout: float) -> bool:
+        """Says that the member goes, and closes the session.
+
+        Args:
+            reason: for the others.
+            step: all steps below it are committed.
+            timeout: seconds to wait for the answer.
+
+        Returns:
+            Whether the server has told everybody.
+        """
+        if self._stands.is_set() and not self._closed.is_set():
+            self._outbox.put(pb.SessionUp(leave=pb.Leave(reason=reason, step=step)))
+            self._left.wait(timeout)
+        self.close()
+        return self._left.is_set()
+
+    def close(self) -> None:
+        """Ends the stream without a word. Idempotent."""
+        self._closed.set()
+        self._outbox.put(None)
+        call = self._call
+        if call is not None:
+            call.cancel()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=5)
+
+    # ------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        backoff = Backoff(0.02, 1.0)
+        while not self._closed.is_set():
+            outbox: queue.SimpleQueue[pb.SessionUp | None] = queue.SimpleQueue()
+            self._outbox = outbox
+            call = self._stub.Session(self._messages(outbox))
+            self._call = call
+            try:
+                for message in call:
+                    if self._take(message):
+                        backoff = Backoff(0.02, 1.0)
+                cause = "the server ended it"
+            except grpc.RpcError as e:
+                if isinstance(e, grpc.Call) and e.code() == grpc.StatusCode.UNIMPLEMENTED:
+                    self._events.unsupported()
+                    return
+                cause = reason(e)
+            except ValueError as e:  # the channel was closed
+                cause = str(e)
+            finally:
+                outbox.put(None)
+            if self._closed.is_set() or self._left.is_set():
+                return
+            self._lost(cause)
+            self._closed.wait(backoff.delay())
+
+    def _messages(self, outbox: queue.SimpleQueue[pb.SessionUp | None]) -> Iterator[pb.SessionUp]:
+        """On a thread of gRPC's."""
+        yield pb.SessionUp(hello=self._hello())
+        while True:
+            try:
+                message = outbox.get(timeout=self._interval)
+            except queue.Empty:
+                message = pb.SessionUp(beat=pb.Beat())
+            if message is None:
+                return
+            yield message
+
+    def _take(self, message: pb.SessionDown) -> bool:
+        """Returns whether it was the welcome."""
+        kind = message.WhichOneof("kind")
+        if kind == "notice":
+            self._events.notice(Notice.from_wire(message.notice))
+        elif kind == "left":
+            self._left.set()
+        elif kind == "welcome":
+            welcome = message.welcome
+            self._interval = max(0.01, welcome.heartbeat_timeout_ms / 1000 / _BEATS)
+            if not self._life_address and welcome.life_address:
+                seen = examine_now(welcome.life_address) is Sign.ALIVE
+                self._life_address = welcome.life_address if seen else ""
+            self._stands.set()
+            self._events.welcome(welcome)
+            return True
+        return False
+
+    def _lost(self, cause: str) -> None:
+        if self._stands.is_set():
+            self._log.warning("the session with the %s was lost (%s); connecting again", self._server, cause)
+        self._stands.clear()
+        if self._life_address and examine_now(self._life_address) is Sign.GONE:
+            self._events.gone(f"the process of the {self._server} has ended")

@@ -1,0 +1,218 @@
+"""The server's side of sessions: who is connected, who was lost, and whether that was a death.
+
+The idea
+    A member keeps one stream open (proto/session.proto). When the stream ends without a word, this side finds out
+    why: it looks at the member's life address (:mod:`torchft.runtime.life`) again and again. Refused: the process
+    has died, known within milliseconds. Accepted: it lives, only its connection was lost, and it will be back.
+    No answer, or none for ``heartbeat_timeout``: it is *silent*, and the owner decides by the clock.
+
+Rules
+    - gRPC's pings (``GrpcServer(heartbeat_timeout=…)``) end the stream of a process that is stopped or unreachable
+      shortly before ``heartbeat_timeout`` after its last sign. They are answered by threads that need no GIL.
+    - A member that says hello again replaces its former stream: that one's end means nothing then.
+    - A member that does not read loses the oldest of what it should be told, never our memory.
+
+Everything here runs on the background loop, so nothing needs a lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Protocol
+
+import grpc
+import grpc.aio
+
+from torchft.coordination.proto import session_pb2 as pb
+from torchft.coordination.proto import session_pb2_grpc as pb_grpc
+from torchft.runtime.life import Sign, examine
+
+__all__ = ["Link", "SessionOwner", "SessionService"]
+
+logger = logging.getLogger(__name__)
+
+_LOOKS = (0.0, 0.01, 0.03, 0.1, 0.3)
+"""Pauses in seconds between the looks at a lost member; from then on the last one again and again."""
+_MAX_TEXT = 4096
+_MAX_UNREAD = 4096
+_Up = grpc.aio.ServicerContext[pb.SessionUp, pb.SessionDown]
+
+
+class Link:
+    """A member's open stream."""
+
+    def __init__(self, hello: pb.Hello) -> None:
+        self.replica_id = hello.replica_id
+        self.rank = int(hello.group_rank)
+        self.life_address = hello.life_address
+        self.provable = False
+        """Its life address was seen to accept: a refusal proves its death."""
+        self.last_sign = time.monotonic()
+        self._unsent: asyncio.Queue[pb.SessionDown | None] = asyncio.Queue()
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.replica_id, self.rank
+
+    def send(self, message: pb.SessionDown | None) -> None:
+        """Tells the member something; None ends the stream after what was said before."""
+        if self._unsent.qsize() >= _MAX_UNREAD:
+            self._unsent.get_nowait()
+        self._unsent.put_nowait(message)
+
+    async def write(self, context: _Up) -> None:
+        """Carries out what :meth:`send` was given, until it ends the stream."""
+        while (message := await self._unsent.get()) is not None:
+            await context.write(message)
+
+
+class SessionOwner(Protocol):
+    """Who has to know. All are called on the loop and must not block."""
+
+    def welcome(self) -> pb.Welcome:
+        """The answer to a hello."""
+
+    def opened(self, link: Link, active: bool) -> None:
+        """A member is there."""
+
+    def beat(self, link: Link) -> None:
+        """A member said something."""
+
+    def left(self, link: Link, reason: str, step: int) -> None:
+        """A member goes on purpose. It is told when this has returned."""
+
+    def lost(self, link: Link) -> None:
+        """A member's stream ended; why is not known yet. It may come back."""
+
+    def gone(self, link: Link, cause: str) -> None:
+        """A lost member's process has ended."""
+
+    def silent(self, link: Link, cause: str) -> None:
+        """A lost member did not come back for ``heartbeat_timeout`` since its last sign."""
+
+    def reported(self, replica_id: str, cause: str) -> bool:
+        """Somebody says that a replica is dead. Returns whether it counted as alive."""
+
+
+class SessionService(pb_grpc.SessionServiceServicer):
+    """The handlers of the gRPC service.
+
+    Args:
+        owner: told what happens.
+        heartbeat_timeout: seconds.
+    """
+
+    def __init__(self, owner: SessionOwner, heartbeat_timeout: float) -> None:
+        self._owner = owner
+        self._heartbeat_timeout = heartbeat_timeout
+        self._links: dict[tuple[str, int], Link] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    def links(self) -> list[Link]:
+        """The members that are there."""
+        return list(self._links.values())
+
+    def broadcast(self, message: pb.SessionDown) -> None:
+        """Tells all members."""
+        for link in self._links.values():
+            link.send(message)
+
+    def close(self) -> None:
+        """From now on the end of a stream means that this server ends. On the loop."""
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+
+    # ----------------------------------------------------------------- RPCs
+
+    async def Session(self, request_iterator: object, context: _Up) -> None:
+        first = await context.read()
+        hello = first.hello if isinstance(first, pb.SessionUp) and first.WhichOneof("kind") == "hello" else None
+        if hello is None or not hello.replica_id:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a session begins with a hello that has a name")
+            raise AssertionError("abort raises")
+        if len(hello.replica_id) > _MAX_TEXT or len(hello.life_address) > _MAX_TEXT:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the hello is too long")
+        link = Link(hello)
+        former = self._links.pop(link.key, None)
+        if former is not None:
+            former.send(None)
+        self._links[link.key] = link
+        self._owner.opened(link, hello.active)
+        link.send(pb.SessionDown(welcome=self._owner.welcome()))
+        self._start(self._prove(link))
+        writer = asyncio.ensure_future(link.write(context))
+        reader = asyncio.ensure_future(self._read(link, context))
+        left = False
+        try:
+            await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+            left = reader.done() and not reader.cancelled() and reader.exception() is None and reader.result()
+            if left:
+                link.send(pb.SessionDown(left=pb.Left()))
+                link.send(None)
+                await writer
+        finally:
+            writer.cancel()
+            reader.cancel()
+            if self._links.get(link.key) is link:
+                del self._links[link.key]
+                if not left and not self._closed:
+                    self._owner.lost(link)
+                    self._start(self._find_out(link))
+
+    async def ReportFailure(
+        self, request: pb.Report, context: grpc.aio.ServicerContext[pb.Report, pb.ReportAnswer]
+    ) -> pb.ReportAnswer:
+        if not request.replica_id or len(request.cause) > _MAX_TEXT:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a report names a replica and a short cause")
+        return pb.ReportAnswer(known=self._owner.reported(request.replica_id, request.cause))
+
+    # ------------------------------------------------------------- a stream
+
+    async def _read(self, link: Link, context: _Up) -> bool:
+        """Until the stream ends. Returns whether the member left on purpose."""
+        while True:
+            message = await context.read()
+            if not isinstance(message, pb.SessionUp):  # the end
+                return False
+            link.last_sign = time.monotonic()
+            kind = message.WhichOneof("kind")
+            if kind == "leave":
+                if self._links.get(link.key) is link:
+                    del self._links[link.key]  # the others are told, it knows
+                self._owner.left(link, message.leave.reason[:_MAX_TEXT], message.leave.step)
+                return True
+            if kind == "report":
+                self._owner.reported(message.report.replica_id, message.report.cause[:_MAX_TEXT])
+            self._owner.beat(link)
+
+    # ---------------------------------------------------------- who is lost
+
+    def _start(self, coroutine: object) -> None:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _prove(self, link: Link) -> None:
+        if link.life_address:
+            link.provable = await examine(link.life_address) is Sign.ALIVE
+
+    async def _find_out(self, link: Link) -> None:
+        """Why a member was lost, unless it comes back."""
+        deadline = link.last_sign + self._heartbeat_timeout
+        for look in range(2**31):
+            remaining = max(0.0, deadline - time.monotonic())
+            await asyncio.sleep(min(_LOOKS[min(look, len(_LOOKS) - 1)], remaining))
+            if link.key in self._links:
+                return
+            if link.provable and await examine(link.life_address) is Sign.GONE:
+                if link.key not in self._links:
+                    self._owner.gone(link, "its process has ended: the connection was closed and its port refuses")
+                return
+            if remaining <= 0:
+                silence = time.monotonic() - link.last_sign
+                self._owner.silent(link, f"no sign of life for {silence:.1f} s: stopped, or cut off")
+                return

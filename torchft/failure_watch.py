@@ -1,0 +1,82 @@
+"""Whether a death concerns the step under way.
+
+The idea
+    Notices and quorums come on different connections, in any order. So the watch keeps the notices it was given
+    and knows the quorum in use; whichever comes second meets the first. A notice says up to which quorum id the
+    dead replica's quorums are broken, so one that came back under the same name is not taken for dead again.
+
+Rules
+    - A notice about a replica that is not in the quorum in use concerns nobody now.
+    - A replica that left in good order after a step does not break that step for who is still in it.
+    - Each entered quorum is told at most one notice: it is broken then.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection
+
+from torchft.coordination.types import Notice
+
+__all__ = ["FailureWatch", "ReplicaLost"]
+
+_REMEMBERED = 1024
+
+
+class ReplicaLost(RuntimeError):
+    """A member of this step's quorum is no longer there. The message says why."""
+
+
+class FailureWatch:
+    """From any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._notices: dict[str, Notice] = {}
+        self._quorum: tuple[Collection[str], int, int] | None = None
+        self._act: Callable[[Notice], None] = _ignore
+
+    def enter(self, members: Collection[str], quorum_id: int, step: int, act: Callable[[Notice], None]) -> None:
+        """From now on a quorum is in use.
+
+        Args:
+            members: its replica ids.
+            quorum_id: its id.
+            step: the step that its members work on.
+            act: called once if one of them dies; at once if that is known already.
+        """
+        with self._lock:
+            self._quorum, self._act = (members, quorum_id, step), act
+            hit = next((n for n in map(self._notices.get, members) if n is not None and self._breaks(n)), None)
+            if hit is not None:
+                self._quorum = None
+        if hit is not None:
+            act(hit)
+
+    def exit(self) -> None:
+        """The step is over: deaths concern the next quorum."""
+        with self._lock:
+            self._quorum, self._act = None, _ignore
+
+    def hear(self, notice: Notice) -> None:
+        """A replica is no longer there."""
+        with self._lock:
+            self._notices.pop(notice.replica_id, None)
+            self._notices[notice.replica_id] = notice
+            if len(self._notices) > _REMEMBERED:
+                del self._notices[next(iter(self._notices))]
+            hit, act = self._breaks(notice), self._act
+            if hit:
+                self._quorum = None
+        if hit:
+            act(notice)
+
+    def _breaks(self, notice: Notice) -> bool:
+        if self._quorum is None:
+            return False
+        members, quorum_id, step = self._quorum
+        return notice.replica_id in members and quorum_id <= notice.quorum_id and step >= notice.step
+
+
+def _ignore(notice: Notice) -> None:
+    """No quorum is in use."""
