@@ -404,7 +404,7 @@ def test_the_environment_wins_over_arguments(groups: Groups, monkeypatch: pytest
     monkeypatch.setenv("TORCHFT_QUORUM_RETRIES", "4")
     monkeypatch.setenv("TORCHFT_PROACTIVE_RECOVERY", "0")
     a = groups.replica("a").manager
-    assert (a._timeout, a._quorum_timeout, a._connect_timeout) == (
+    assert (a._timeout, a._quorum_timeout, a._timeouts.connect) == (
         timedelta(seconds=11),
         timedelta(seconds=12.5),
         timedelta(seconds=13),

@@ -8,10 +8,8 @@ The idea
 Rules
     - Quorum, reconfiguration and transfer run on one background thread, for which the training thread waits at the
       first collective (asynchronous quorum), or on the training thread (synchronous).
-    - Nothing here decides: who is in, who heals from whom and who participates are computed in ``torchft.core``.
     - The first error of a step aborts the process group, so that groups which wait for this one learn it at once.
       The death of a member of the step's quorum is such an error, wherever this rank is in the step.
-    - While the live state may be half written, this replica asks with step -1: it is nobody's source.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ from __future__ import annotations
 import concurrent.futures
 import logging
 import socket
-import threading
 from collections.abc import Callable
 from datetime import timedelta
 from enum import Enum
@@ -31,13 +28,10 @@ from torch.futures import Future
 
 from torchft import config
 from torchft.checkpointing import CheckpointTransport, HTTPTransport
-from torchft.coordination import QuorumResult
-from torchft.coordination.types import Notice
-from torchft.core.participation import Participation, participation
 from torchft.departure import Drained, drain_requested, forget, leave_at_the_end, listen_for_sigterm
-from torchft.failure_watch import FailureWatch, ReplicaLost
 from torchft.group import join_group
 from torchft.process_group import ProcessGroup
+from torchft.quorum_phase import Progress, QuorumPhase
 from torchft.recovery import Recovery
 from torchft.reduction import StepFutures
 from torchft.runtime.deadline import Deadline, seconds
@@ -53,11 +47,8 @@ __all__ = ["Manager", "WorldSizeMode"]
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-_NOBODY = Participation(None, 0)
 _DONE: concurrent.futures.Future[None] = concurrent.futures.Future()
 _DONE.set_result(None)
-_NO_STATE = -1
-_MAX_QUORUM_PAUSE = 2.0
 _LEAVE_TIMEOUT = timedelta(seconds=1)
 
 
@@ -146,7 +137,6 @@ class Manager:
         self._timeouts = _chosen_timeouts(timeouts, timeout, quorum_timeout, connect_timeout, heartbeat_interval)
         self._timeout = self._timeouts.collective
         self._quorum_timeout = self._timeouts.quorum
-        self._connect_timeout = self._timeouts.connect
         assert self._timeouts.commit is not None
         self._vote_timeout = self._timeouts.commit
         retries = config.QUORUM_RETRIES.read()
@@ -154,8 +144,6 @@ class Manager:
         self._pg = pg
         self._min_replica_size = min_replica_size
         self._use_async_quorum = use_async_quorum
-        self._fixed = min_replica_size if world_size_mode is WorldSizeMode.FIXED_WITH_SPARES else None
-        self._init_sync = init_sync
         self._max_retries = max_retries
 
         self._state = ReplicaState()
@@ -164,22 +152,14 @@ class Manager:
         if load_state_dict is not None and state_dict is not None:
             self._state.register("default", load_state_dict, state_dict)
 
-        self._step = 0
-        self._batches_committed = 0
-        self._commit_failures = 0
-        self._quorum_failures = 0
-        self._quorum_id: int | None = None
-        self._participation = _NOBODY
-        self._healing = False
+        self._progress = Progress()
         self._error = StepError(self._on_first_error)
         self._voted = True
         self._works = StepFutures(self._error)
-        self._watch = FailureWatch()
         self._left: str | None = None
         self._drain = config.DRAIN.read() if config.DRAIN.is_set() else drain
         if self._drain:
             listen_for_sigterm()
-        self._stop = threading.Event()
 
         self._group = join_group(
             rank=rank,
@@ -191,18 +171,30 @@ class Manager:
             port=port,
             hostname=hostname,
             heartbeat_interval=self._timeouts.heartbeat_interval,
-            connect_timeout=self._connect_timeout,
+            connect_timeout=self._timeouts.connect,
             quorum_retries=quorum_retries if retries is None else retries,
             sessions=self._proactive,
         )
-        self._log = RankLogger(logger, self._group.replica_id, self._group.rank, lambda: self._step)
+        self._log = RankLogger(logger, self._group.replica_id, self._group.rank, lambda: self._progress.step)
         self._transport = checkpoint_transport or self._default_transport()
-        self._recovery = Recovery(
-            self._transport, self._state, self._group.rank, self._timeout, self._connect_timeout, self._log
+        self._begin = QuorumPhase(
+            group=self._group,
+            pg=pg,
+            transport=self._transport,
+            state=self._state,
+            recovery=Recovery(
+                self._transport, self._state, self._group.rank, self._timeout, self._timeouts.connect, self._log
+            ),
+            progress=self._progress,
+            error=self._error,
+            log=self._log,
+            use_async_quorum=use_async_quorum,
+            fixed_world_size=min_replica_size if world_size_mode is WorldSizeMode.FIXED_WITH_SPARES else None,
+            init_sync=init_sync,
         )
         self._worker = Worker("torchft-quorum")
         self._quorum: concurrent.futures.Future[None] | None = None
-        self._group.listen(self._watch.hear, self._check_timeouts)
+        self._group.listen(self._begin.watch.hear, self._check_timeouts)
         leave_at_the_end(self)
 
     def _check_timeouts(self, heartbeat_timeout: timedelta, join_timeout: timedelta) -> None:
@@ -243,12 +235,11 @@ class Manager:
 
     def state_dict(self) -> dict[str, int]:
         """``{"step", "batches_committed"}``: save it with a checkpoint of the model."""
-        return {"step": self._step, "batches_committed": self._batches_committed}
+        return self._progress.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Continues from what :meth:`state_dict` returned."""
-        self._step = int(state_dict["step"])
-        self._batches_committed = int(state_dict["batches_committed"])
+        self._progress.load_state_dict(state_dict)
 
     def allow_state_dict_read(self) -> None:
         """Ends what :meth:`disallow_state_dict_read` began."""
@@ -279,28 +270,26 @@ class Manager:
             RuntimeError: it has left before.
         """
         self._wait_for_worker()
-        self._watch.exit()
+        self._begin.clear()
         if self._drain and drain_requested():
             self.leave("drained on SIGTERM")
             raise Drained("SIGTERM")
         if self._left is not None:
             raise RuntimeError(f"this group has left the job ({self._left}): there is no further step")
         if not self._voted and self._error.current is not None:
-            self._commit_failures += 1  # the loop left the last step without a vote
+            self._progress.failures += 1  # the loop left the last step without a vote
         self._voted = False
         self._error.begin()
-        self._healing = False
-        self._participation = _NOBODY
         self._works.clear()
         deadline = Deadline(timeout or self._quorum_timeout)
         if self._use_async_quorum:
-            self._quorum = self._worker.submit(lambda: self._run_quorum(allow_heal, shrink_only, deadline))
+            self._quorum = self._worker.submit(lambda: self._begin.run(allow_heal, shrink_only, deadline))
             return
         self._quorum = _DONE  # in this thread: handing it to another one and back takes as long as half a quorum
-        self._run_quorum(allow_heal, shrink_only, deadline)
-        if self._healing:
-            self._apply_pending_state_dict()
-            self._healing = False
+        self._begin.run(allow_heal, shrink_only, deadline)
+        if self._begin.healing:
+            self._begin.apply_healed_state()
+            self._begin.healing = False
 
     def wait_quorum(self) -> None:
         """Waits until the quorum of this step is there and the process group can be used.
@@ -311,88 +300,12 @@ class Manager:
         if self._quorum is None:
             raise RuntimeError("no quorum to wait for: call start_quorum() first (the optimizer's zero_grad does)")
         self._wait_for_worker()
-        if self._error.current is not None and self._participation is _NOBODY:
+        if self._error.current is not None and self._begin.failed:
             raise self._error.current
 
     def _wait_for_worker(self) -> None:
         if self._quorum is not None:
             self._quorum.result()  # each wait inside has a deadline of its own
-
-    def _run_quorum(self, allow_heal: bool, shrink_only: bool, deadline: Deadline) -> None:
-        """On the background thread where the quorum is asynchronous. Whatever fails becomes the step's error."""
-        if self._quorum_failures:  # a quorum that fails at once must not make the loop spin
-            self._stop.wait(min(0.05 * 2.0**self._quorum_failures, _MAX_QUORUM_PAUSE, deadline.remaining()))
-        try:
-            usable = self._state.usable and not self._state.pending
-            quorum = self._group.client._quorum(
-                group_rank=self._group.rank,
-                step=self._step if usable else _NO_STATE,
-                checkpoint_metadata=self._transport.metadata(),
-                shrink_only=shrink_only,
-                timeout=timedelta(seconds=deadline.remaining()),
-                commit_failures=self._commit_failures,
-                init_sync=self._init_sync,
-            )
-        except Exception as e:
-            self._quorum_failures += 1
-            self.report_error(e)
-            return
-        self._quorum_failures = 0
-        try:
-            part = participation(
-                replica_rank=quorum.replica_rank,
-                replica_world_size=quorum.replica_world_size,
-                max_replica_rank=quorum.max_replica_rank,
-                max_world_size=quorum.max_world_size,
-                only_up_to_date=self._use_async_quorum or not allow_heal,
-                fixed_world_size=self._fixed,
-            )
-            # From here on a death among the members is this step's error, and ends what is waited for below.
-            self._watch.enter(quorum.replica_ids, quorum.quorum_id, quorum.max_step, self._on_death())
-            if self._error.current is not None:
-                return  # reported meanwhile: this group has left the step, the others will not meet it
-            if quorum.quorum_id != self._quorum_id:
-                self._configure(quorum)
-            if allow_heal:
-                self._recovery.serve(quorum, self.state_dict())
-                if quorum.heal:
-                    self._healing = True
-                    self.load_state_dict(self._recovery.heal(quorum, self._step, self._error))
-            self._participation = part
-        except Exception as e:
-            self.report_error(e)
-
-    def _on_death(self) -> Callable[[Notice], None]:
-        report = self._error.reporter()
-
-        def act(notice: Notice) -> None:
-            report(ReplicaLost(f"replica {notice.replica_id} is no longer there: {notice.cause}"))
-            self._recovery.drop(notice.replica_id, notice.cause)
-
-        return act
-
-    def _configure(self, quorum: QuorumResult) -> None:
-        address = f"{quorum.store_address}/torchft/{quorum.quorum_id}/{self._group.rank}"
-        self._log.info("reconfiguring for quorum_id=%d store_prefixed_addr=%r", quorum.quorum_id, address)
-        self._quorum_id = None
-        self._pg.configure(
-            address,
-            self._group.replica_id,
-            quorum.replica_rank,
-            quorum.replica_world_size,
-            quorum_id=quorum.quorum_id,
-            group_rank=self._group.rank,
-            group_world_size=self._group.world_size,
-        )
-        self._quorum_id = quorum.quorum_id
-
-    def _apply_pending_state_dict(self) -> None:
-        """On the training thread."""
-        if not self._state.pending:
-            return  # the transfer failed: the step has its error
-        self._log.info("applying pending state dict")
-        self._state.apply()
-        self._log.info("Loaded state dict.")
 
     # --------------------------------------------------------- the reduction
 
@@ -459,35 +372,37 @@ class Manager:
             raise RuntimeError("no step to commit: call start_quorum() first (the optimizer's zero_grad does)")
         self._wait_for_worker()
         self._works.wait(self._timeout, self._pg.abort)
-        if self._healing:
-            self._apply_pending_state_dict()
+        if self._begin.healing:
+            self._begin.apply_healed_state()
         if (broken := self._pg.errored()) is not None:
             self.report_error(broken)
         participants = self.num_participants()
         few = participants < self._min_replica_size
         mine = self._error.current is None and not few
         try:
-            commit = self._group.client.should_commit(self._group.rank, self._step, mine, timeout or self._vote_timeout)
+            commit = self._group.client.should_commit(
+                self._group.rank, self._progress.step, mine, timeout or self._vote_timeout
+            )
         except Exception as e:
             self.report_error(e)
             commit = False
-        self._watch.exit()
+        self._begin.watch.exit()
         self._transport.disallow_checkpoint()
         self._voted = True
         if commit:
-            self._step += 1
-            self._batches_committed += participants
-            self._commit_failures = 0
+            self._progress.step += 1
+            self._progress.batches_committed += participants
+            self._progress.failures = 0
             self._log.debug("committed with %d participants", participants)
             return True
-        self._commit_failures += 1
+        self._progress.failures += 1
         cause: object = self._error.current or "another rank of this group failed"
         if few and self._error.current is None:
             cause = f"{participants} participants, min_replica_size is {self._min_replica_size}"
-        self._log.warning("the step is not committed (%d in a row): %s", self._commit_failures, cause)
-        if self._max_retries is not None and self._commit_failures > self._max_retries:
+        self._log.warning("the step is not committed (%d in a row): %s", self._progress.failures, cause)
+        if self._max_retries is not None and self._progress.failures > self._max_retries:
             raise RuntimeError(
-                f"{self._commit_failures} steps in a row were not committed, max_retries is {self._max_retries}. "
+                f"{self._progress.failures} steps in a row were not committed, max_retries is {self._max_retries}. "
                 f"Last cause: {cause}"
             ) from self._error.current
         return False
@@ -503,7 +418,7 @@ class Manager:
         self._log.debug("where it came from", exc_info=e)
         if self._proactive:
             # Others wait for what this group will not send any more: tell them now, not after their timeout.
-            self._quorum_id = None
+            self._begin.invalidate()
             self._pg.abort()
 
     def errored(self) -> Exception | None:
@@ -512,21 +427,21 @@ class Manager:
 
     def current_step(self) -> int:
         """The step this group works on: as many steps are committed."""
-        return self._step
+        return self._progress.step
 
     def batches_committed(self) -> int:
         """Batches committed over all participants and steps."""
-        return self._batches_committed
+        return self._progress.batches_committed
 
     def participating_rank(self) -> int | None:
         """This group's index among the participants; None: it contributes zeros. Waits for the quorum."""
         self._wait_for_worker()
-        return None if self._healing else self._participation.rank
+        return None if self._begin.healing else self._begin.participation.rank
 
     def num_participants(self) -> int:
         """Participants of this step, 0 when its quorum failed. Waits for the quorum."""
         self._wait_for_worker()
-        return self._participation.world_size
+        return self._begin.participation.world_size
 
     def is_participating(self) -> bool:
         """Whether this group's gradients count in this step. Waits for the quorum."""
@@ -553,7 +468,7 @@ class Manager:
         self._left = reason
         forget(self)
         self._log.info("leaving: %s", reason)
-        return self._group.leave(reason, self._step, _LEAVE_TIMEOUT)
+        return self._group.leave(reason, self._progress.step, _LEAVE_TIMEOUT)
 
     def shutdown(self, wait: bool = True) -> None:
         """Leaves, and ends servers, transfers and threads. Idempotent.
@@ -562,7 +477,7 @@ class Manager:
             wait: let a quorum under way end first, at most for its deadline.
         """
         self.leave("manager.shutdown() was called")
-        self._stop.set()
+        self._begin.stop()
         if wait and self._quorum is not None:
             concurrent.futures.wait([self._quorum], timeout=seconds(self._quorum_timeout))
         self._group.close()

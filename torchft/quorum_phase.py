@@ -1,0 +1,211 @@
+"""How a step begins: quorum, process group, and the state, for those who give it and those who need it.
+
+The idea
+    Everything between ``start_quorum`` and the first collective happens here, in one call that never raises: what
+    fails becomes the error of the step. The manager runs it on its background thread (asynchronous quorum) or on
+    the training thread, and reads the result when it is over.
+
+Rules
+    - Nothing here decides: who is in, who heals from whom and who participates are computed in ``torchft.core``.
+    - From the moment the quorum is known, the death of a member is the step's error, and ends what is waited for.
+    - While the live state may be half written, this replica asks with step -1: it is nobody's source.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from torchft.checkpointing import CheckpointTransport
+from torchft.coordination import QuorumResult
+from torchft.coordination.types import Notice
+from torchft.core.participation import Participation, participation
+from torchft.failure_watch import FailureWatch, ReplicaLost
+from torchft.group import Group
+from torchft.process_group import ProcessGroup
+from torchft.recovery import Recovery
+from torchft.runtime.deadline import Deadline
+from torchft.runtime.logs import RankLogger
+from torchft.state import ReplicaState
+from torchft.step_error import StepError
+
+__all__ = ["Progress", "QuorumPhase"]
+
+_NOBODY = Participation(None, 0)
+_NO_STATE = -1
+_MAX_PAUSE = 2.0
+
+
+@dataclass
+class Progress:
+    """How far a replica is."""
+
+    step: int = 0
+    """Steps committed, and the index of the one under way."""
+    batches_committed: int = 0
+    """Over all participants."""
+    failures: int = 0
+    """Steps in a row that were not committed."""
+
+    def state_dict(self) -> dict[str, int]:
+        """What a healing replica takes over."""
+        return {"step": self.step, "batches_committed": self.batches_committed}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.step = int(state_dict["step"])
+        self.batches_committed = int(state_dict["batches_committed"])
+
+
+class QuorumPhase:
+    """The beginnings of one rank's steps, one after the other.
+
+    Args:
+        group: who asks.
+        pg: reconfigured when the members change.
+        transport, state, recovery: give and take the state.
+        progress: of this replica; a heal moves it.
+        error: of the step under way.
+        log: of the manager.
+        use_async_quorum: a group that heals does not take part in that step.
+        fixed_world_size: the most participants there may be; None: no limit.
+        init_sync: at step 0 all groups take the primary's state.
+    """
+
+    def __init__(
+        self,
+        *,
+        group: Group,
+        pg: ProcessGroup,
+        transport: CheckpointTransport[dict[str, Any]],
+        state: ReplicaState,
+        recovery: Recovery,
+        progress: Progress,
+        error: StepError,
+        log: RankLogger,
+        use_async_quorum: bool,
+        fixed_world_size: int | None,
+        init_sync: bool,
+    ) -> None:
+        self._group = group
+        self._pg = pg
+        self._transport = transport
+        self._state = state
+        self._recovery = recovery
+        self._progress = progress
+        self._error = error
+        self._log = log
+        self._use_async_quorum = use_async_quorum
+        self._fixed = fixed_world_size
+        self._init_sync = init_sync
+        self._configured: int | None = None  # the quorum that the process group stands for
+        self._failures = 0
+        self._stop = threading.Event()
+        self.watch = FailureWatch()
+        """Hears who is no longer there."""
+        self.participation = _NOBODY
+        """In the step under way; nobody while its quorum is not there, or failed."""
+        self.healing = False
+        """This replica takes a peer's state in the step under way."""
+
+    @property
+    def failed(self) -> bool:
+        """There is no quorum to work with."""
+        return self.participation is _NOBODY
+
+    def clear(self) -> None:
+        """The next step begins."""
+        self.watch.exit()
+        self.healing = False
+        self.participation = _NOBODY
+
+    def invalidate(self) -> None:
+        """The process group was aborted: the next quorum configures it anew, whatever its id."""
+        self._configured = None
+
+    def stop(self) -> None:
+        """Ends a pause between two attempts."""
+        self._stop.set()
+
+    def run(self, allow_heal: bool, shrink_only: bool, deadline: Deadline) -> None:
+        """Begins a step. Whatever fails becomes its error."""
+        if self._failures:  # a quorum that fails at once must not make the loop spin
+            self._stop.wait(min(0.05 * 2.0**self._failures, _MAX_PAUSE, deadline.remaining()))
+        try:
+            quorum = self._ask(shrink_only, deadline)
+        except Exception as e:
+            self._failures += 1
+            self._error.report(e)
+            return
+        self._failures = 0
+        try:
+            self._prepare(quorum, allow_heal)
+        except Exception as e:
+            self._error.report(e)
+
+    def _ask(self, shrink_only: bool, deadline: Deadline) -> QuorumResult:
+        usable = self._state.usable and not self._state.pending
+        return self._group.client._quorum(
+            group_rank=self._group.rank,
+            step=self._progress.step if usable else _NO_STATE,
+            checkpoint_metadata=self._transport.metadata(),
+            shrink_only=shrink_only,
+            timeout=timedelta(seconds=deadline.remaining()),
+            commit_failures=self._progress.failures,
+            init_sync=self._init_sync,
+        )
+
+    def _prepare(self, quorum: QuorumResult, allow_heal: bool) -> None:
+        part = participation(
+            replica_rank=quorum.replica_rank,
+            replica_world_size=quorum.replica_world_size,
+            max_replica_rank=quorum.max_replica_rank,
+            max_world_size=quorum.max_world_size,
+            only_up_to_date=self._use_async_quorum or not allow_heal,
+            fixed_world_size=self._fixed,
+        )
+        self.watch.enter(quorum.replica_ids, quorum.quorum_id, quorum.max_step, self._on_death())
+        if self._error.current is not None:
+            return  # reported meanwhile: this group has left the step, the others will not meet it
+        if quorum.quorum_id != self._configured:
+            self._configure(quorum)
+        if allow_heal:
+            self._recovery.serve(quorum, self._progress.state_dict())
+            if quorum.heal:
+                self.healing = True
+                self._progress.load_state_dict(self._recovery.heal(quorum, self._progress.step, self._error))
+        self.participation = part
+
+    def _on_death(self) -> Callable[[Notice], None]:
+        report = self._error.reporter()
+
+        def act(notice: Notice) -> None:
+            report(ReplicaLost(f"replica {notice.replica_id} is no longer there: {notice.cause}"))
+            self._recovery.drop(notice.replica_id, notice.cause)
+
+        return act
+
+    def _configure(self, quorum: QuorumResult) -> None:
+        address = f"{quorum.store_address}/torchft/{quorum.quorum_id}/{self._group.rank}"
+        self._log.info("reconfiguring for quorum_id=%d store_prefixed_addr=%r", quorum.quorum_id, address)
+        self._configured = None
+        self._pg.configure(
+            address,
+            self._group.replica_id,
+            quorum.replica_rank,
+            quorum.replica_world_size,
+            quorum_id=quorum.quorum_id,
+            group_rank=self._group.rank,
+            group_world_size=self._group.world_size,
+        )
+        self._configured = quorum.quorum_id
+
+    def apply_healed_state(self) -> None:
+        """Writes the state that was received, if one was. On the training thread."""
+        if not self._state.pending:
+            return  # the transfer failed: the step has its error
+        self._log.info("applying pending state dict")
+        self._state.apply()
+        self._log.info("Loaded state dict.")
