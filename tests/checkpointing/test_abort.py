@@ -1,0 +1,244 @@
+"""An abort from another thread: what waits for a stopped process ends at once, and what comes next works."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from torchft.checkpointing import CheckpointTransport, HTTPTransport, PGTransport
+from torchft.checkpointing.transport import TransferAborted
+from torchft.process_group.gloo import ProcessGroupGloo
+
+LONG = timedelta(seconds=60)
+SIZE = 512 << 20  # takes long enough to be stopped in the middle
+SOON = 1.0
+
+HTTP_SOURCE = """
+import sys, torch
+from datetime import timedelta
+from torchft.checkpointing import HTTPTransport
+t = HTTPTransport(timedelta(seconds=60), hostname="127.0.0.1", snapshot="lock")
+t.send_checkpoint([1], 7, {"w": torch.ones(int(sys.argv[1]), dtype=torch.uint8)}, timedelta(seconds=60))
+print(t.metadata(), flush=True)
+sys.stdin.read()
+"""
+
+PG_SOURCE = """
+import sys, torch
+from datetime import timedelta
+from torchft.checkpointing import PGTransport
+from torchft.process_group.gloo import ProcessGroupGloo
+t = timedelta(seconds=60)
+w = torch.ones(int(sys.argv[1]), dtype=torch.uint8)
+pg = ProcessGroupGloo(t)
+pg.configure(sys.argv[2], "source", 0, 2)
+PGTransport(pg, t, torch.device("cpu")).send_checkpoint([1], 7, {"w": w}, t)
+sys.stdin.read()
+"""
+
+STOPPING_READER = """
+import os, signal, sys, threading, torch
+from datetime import timedelta
+from torchft.checkpointing import HTTPTransport
+live = torch.zeros(int(sys.argv[1]), dtype=torch.uint8)
+def stop_when_bytes_came():
+    while not live[0]:
+        pass
+    os.kill(os.getpid(), signal.SIGSTOP)
+threading.Thread(target=stop_when_bytes_came, daemon=True).start()
+t = HTTPTransport(timedelta(seconds=60), state_dict=lambda: {"w": live}, hostname="127.0.0.1")
+t.recv_checkpoint(0, sys.argv[2], 7, timedelta(seconds=60))
+"""
+
+
+@contextmanager
+def child(code: str, *args: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=os.getcwd()
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_until(happened: Callable[[], object]) -> None:
+    limit = time.monotonic() + 30
+    pause = threading.Event()
+    while not happened():
+        assert time.monotonic() < limit, "it did not happen within 30s"
+        pause.wait(0.001)
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2) as executor:
+        yield executor
+
+
+@pytest.fixture
+def receiver() -> Iterator[HTTPTransport[Any]]:
+    transport: HTTPTransport[Any] = HTTPTransport(LONG, hostname="127.0.0.1")
+    yield transport
+    transport.shutdown()
+
+
+def assert_aborted(receiving: Future[Any], abort: Callable[[], None]) -> None:
+    assert not receiving.done()
+    began = time.monotonic()
+    abort()
+    with pytest.raises(TransferAborted, match="the transfer was aborted: a member died"):
+        receiving.result(30)
+    assert time.monotonic() - began < SOON
+
+
+def assert_receives(receiver: CheckpointTransport[Any], pool: ThreadPoolExecutor) -> None:
+    """From a source that has nothing to do with what was aborted."""
+    source: HTTPTransport[Any] = HTTPTransport(LONG, hostname="127.0.0.1")
+    try:
+        source.send_checkpoint([1], 8, {"w": torch.full((20 << 20,), 2, dtype=torch.uint8)}, LONG)
+        got = pool.submit(receiver.recv_checkpoint, 0, source.metadata(), 8, LONG).result(30)
+        assert int(got["w"][-1]) == 2
+    finally:
+        source.shutdown()
+
+
+def test_http_source_stopped_in_the_middle(pool: ThreadPoolExecutor) -> None:
+    live = torch.zeros(SIZE, dtype=torch.uint8)
+    receiver: HTTPTransport[Any] = HTTPTransport(LONG, state_dict=lambda: {"w": live}, hostname="127.0.0.1")
+    try:
+        with child(HTTP_SOURCE, str(SIZE)) as source:
+            assert source.stdout is not None
+            metadata = source.stdout.readline().strip()
+            receiving = pool.submit(receiver.recv_checkpoint, 0, metadata, 7, LONG)
+            wait_until(lambda: live[0])
+            os.kill(source.pid, signal.SIGSTOP)
+            os.waitpid(source.pid, os.WUNTRACED)
+            assert_aborted(receiving, lambda: receiver.abort("a member died"))
+            assert not live[-1]  # it was in the middle
+        assert_receives(receiver, pool)
+    finally:
+        receiver.shutdown()
+
+
+def test_http_receiver_that_waits_for_the_step(receiver: HTTPTransport[Any], pool: ThreadPoolExecutor) -> None:
+    source: HTTPTransport[Any] = HTTPTransport(LONG, hostname="127.0.0.1")
+    try:
+        receiving = pool.submit(receiver.recv_checkpoint, 0, source.metadata(), 7, LONG)
+        wait_until(lambda: source._server._connections)
+        assert_aborted(receiving, lambda: receiver.abort("a member died"))
+    finally:
+        source.shutdown()
+    assert_receives(receiver, pool)
+
+
+def test_http_receiver_that_connects(receiver: HTTPTransport[Any], pool: ThreadPoolExecutor) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        target = listener.getsockname()
+        waiting = [socket.socket() for _ in range(4)]  # the queue of connections is full, so no further one is made
+        for sock in waiting:
+            sock.setblocking(False)
+            sock.connect_ex(target)
+        receiving = pool.submit(receiver.recv_checkpoint, 0, f"torchft-http/1 http://127.0.0.1:{target[1]}", 7, LONG)
+        wait_until(lambda: any(t._sockets for t in receiver._receiving._running))
+        assert_aborted(receiving, lambda: receiver.abort("a member died"))
+        for sock in waiting:
+            sock.close()
+    assert_receives(receiver, pool)
+
+
+def test_http_reader_stopped_in_the_middle_holds_up_nobody(pool: ThreadPoolExecutor) -> None:
+    source: HTTPTransport[Any] = HTTPTransport(LONG, snapshot="lock", hostname="127.0.0.1")
+    try:
+        weights = torch.ones(SIZE, dtype=torch.uint8)
+        source.send_checkpoint([1], 7, {"w": weights}, LONG)
+        with child(STOPPING_READER, str(SIZE), source.metadata()) as reader:
+            _, status = os.waitpid(reader.pid, os.WUNTRACED)
+            assert os.WIFSTOPPED(status)
+            closing = pool.submit(source.disallow_checkpoint)
+            with pytest.raises(TimeoutError):
+                closing.result(0.2)
+            began = time.monotonic()
+            source.abort("a member died")
+            closing.result(30)
+            assert time.monotonic() - began < SOON
+        source.send_checkpoint([1], 8, {"w": weights}, LONG)
+        receiver: HTTPTransport[Any] = HTTPTransport(LONG, hostname="127.0.0.1")
+        assert int(receiver.recv_checkpoint(0, source.metadata(), 8, LONG)["w"][-1]) == 1
+        receiver.shutdown()
+    finally:
+        source.shutdown()
+
+
+def test_pg_source_stopped_in_the_middle(pool: ThreadPoolExecutor) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    live = torch.zeros(SIZE, dtype=torch.uint8)
+    group, other = ProcessGroupGloo(LONG), ProcessGroupGloo(LONG)
+    receiver: PGTransport[Any] = PGTransport(group, LONG, torch.device("cpu"), lambda: {"w": live})
+    try:
+        address = f"127.0.0.1:{store.port}/first"
+        with child(PG_SOURCE, str(SIZE), address) as source:
+            group.configure(address, "receiver", 1, 2)
+            receiving = pool.submit(receiver.recv_checkpoint, 0, "<n/a>", 7, LONG)
+            wait_until(lambda: live[0])
+            os.kill(source.pid, signal.SIGSTOP)
+            os.waitpid(source.pid, os.WUNTRACED)
+
+            def abort() -> None:
+                receiver.abort("a member died")
+                group.abort()
+
+            assert_aborted(receiving, abort)
+            assert not live[-1]  # it was in the middle
+        address = f"127.0.0.1:{store.port}/second"
+        configuring = pool.submit(other.configure, address, "source", 0, 2)
+        group.configure(address, "receiver", 1, 2)
+        configuring.result(30)
+        sender: PGTransport[Any] = PGTransport(other, LONG, torch.device("cpu"))
+        sending = pool.submit(sender.send_checkpoint, [1], 8, {"w": torch.full_like(live, 2)}, LONG)
+        assert receiver.recv_checkpoint(0, "<n/a>", 8, LONG)["w"] is live
+        sending.result(30)
+        assert int(live[-1]) == 2
+    finally:
+        group.shutdown()
+        other.shutdown()
+
+
+def test_pg_send_that_is_aborted_ends(pool: ThreadPoolExecutor) -> None:
+    """The receiver never takes anything; the group is aborted after the transport, as the Manager does it."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    address = f"127.0.0.1:{store.port}/pg"
+    groups = [ProcessGroupGloo(LONG) for _ in range(2)]
+    try:
+        configuring = pool.submit(groups[1].configure, address, "receiver", 1, 2)
+        groups[0].configure(address, "source", 0, 2)
+        configuring.result(30)
+        source: PGTransport[Any] = PGTransport(groups[0], LONG, torch.device("cpu"))
+        sending = pool.submit(source.send_checkpoint, [1], 7, {"w": torch.ones(64 << 20, dtype=torch.uint8)}, LONG)
+        wait_until(lambda: source._running._running)
+
+        def abort() -> None:
+            source.abort("a member died")
+            groups[0].abort()
+
+        assert_aborted(sending, abort)
+    finally:
+        for group in groups:
+            group.shutdown()
