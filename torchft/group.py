@@ -51,6 +51,7 @@ class GroupClient(Protocol):
         timeout: timedelta,
         commit_failures: int,
         init_sync: bool = True,
+        timed_out: bool = False,
     ) -> QuorumResult: ...
 
     def should_commit(self, group_rank: int, step: int, should_commit: bool, timeout: timedelta) -> bool: ...

@@ -38,7 +38,7 @@ from torchft.runtime.deadline import Deadline, seconds
 from torchft.runtime.logs import RankLogger
 from torchft.runtime.worker import Worker
 from torchft.state import ReplicaState
-from torchft.step_error import StepError
+from torchft.step_error import StepError, waited_in_vain
 from torchft.timeouts import Timeouts
 from torchft.work import CompletedWork, FutureWork
 
@@ -396,6 +396,8 @@ class Manager:
             self._log.debug("committed with %d participants", participants)
             return True
         self._progress.failures += 1
+        if not self._begin.failed:
+            self._progress.timed_out = waited_in_vain(self._error.current)
         cause: object = self._error.current or "another rank of this group failed"
         if few and self._error.current is None:
             cause = f"{participants} participants, min_replica_size is {self._min_replica_size}"

@@ -30,7 +30,7 @@ from torchft.recovery import Recovery
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.logs import RankLogger
 from torchft.state import ReplicaState
-from torchft.step_error import StepError
+from torchft.step_error import StepError, waited_in_vain
 
 __all__ = ["Progress", "QuorumPhase"]
 
@@ -49,6 +49,8 @@ class Progress:
     """Over all participants."""
     failures: int = 0
     """Steps in a row that were not committed."""
+    timed_out: bool = False
+    """In the last step it waited for the other groups in vain."""
 
     def state_dict(self) -> dict[str, int]:
         """What a healing replica takes over."""
@@ -140,9 +142,11 @@ class QuorumPhase:
             self._error.report(e)
             return
         self._failures = 0
+        self._progress.timed_out = False
         try:
             self._prepare(quorum, allow_heal)
         except Exception as e:
+            self._progress.timed_out = waited_in_vain(e)
             self._error.report(e)
 
     def _ask(self, shrink_only: bool, deadline: Deadline) -> QuorumResult:
@@ -155,6 +159,7 @@ class QuorumPhase:
             timeout=timedelta(seconds=deadline.remaining()),
             commit_failures=self._progress.failures,
             init_sync=self._init_sync,
+            timed_out=self._progress.timed_out,
         )
 
     def _prepare(self, quorum: QuorumResult, allow_heal: bool) -> None:

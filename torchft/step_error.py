@@ -10,7 +10,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-__all__ = ["StepError"]
+__all__ = ["StepError", "waited_in_vain"]
+
+
+def waited_in_vain(error: Exception | None) -> bool:
+    """Whether a step failed because another group did not answer in time, though its connections stand.
+
+    Backends have no error of their own for it: gloo's and NCCL's say it in words.
+    """
+    if error is None:
+        return False
+    text = str(error).lower()
+    return isinstance(error, TimeoutError) or "timed out" in text or "timeout" in text
 
 
 class StepError:

@@ -7,7 +7,7 @@ with the answers as they are now: a scenario passes when that changes nothing.
 Events (times in ms; ``name=value`` pairs are optional)::
 
     options min_replicas=2 join_timeout=0.1 heartbeat_timeout=5    a new membership; both times in seconds
-    heartbeat A | request A step=3 commit_failures=1 shrink_only=true | withdraw A | fail A cause...
+    heartbeat A | request A step=3 commit_failures=1 shrink_only=true timed_out=true | withdraw A | fail A cause...
     attach A active=true | beat A | detach A | left A 7 cause... | spare      sessions; 7: the step where it left
     tick 500      time passes and the machine is told         after 500     time passes, nobody says so
     state         who is healthy, who waits
@@ -196,6 +196,7 @@ def _member(replica_id: str, options: dict[str, str]) -> Member:
         step=int(options.get("step", "0")),
         shrink_only=options.get("shrink_only") == "true",
         commit_failures=int(options.get("commit_failures", "0")),
+        timed_out=options.get("timed_out") == "true",
     )
 
 

@@ -38,6 +38,7 @@ class Model:
     sessions: set[str] = field(default_factory=set)
     buried: set[str] = field(default_factory=set)
     broken: bool = False
+    asked_at: dict[str, int] = field(default_factory=dict)
     possible_since: int | None = None
 
     def happen(self, what: str, member: Member, now: int) -> None:
@@ -53,6 +54,7 @@ class Model:
             self.sessions.discard(rid)
         if what == "request":
             self.asked[rid] = member
+            self.asked_at[rid] = now
             self.buried.discard(rid)
         if what in ("withdraw", "failed"):
             self.asked.pop(rid, None)
@@ -63,6 +65,13 @@ class Model:
             for r in sorted(set(silent) - self.sessions):
                 self.announced_dead.append(r)
                 del self.last_sign[r]
+            before = set(self.previous or [])
+            in_vain = [self.asked_at[r] for r in before if r in self.asked and self.asked[r].timed_out]
+            if in_vain and now >= min(in_vain) + HEARTBEAT_TIMEOUT:
+                for r in self.previous or []:
+                    if r in self.last_sign and r not in self.asked:
+                        self.announced_dead.append(r)
+                        del self.last_sign[r]
         self.buried.update(self.announced_dead)
         self.broken = self.broken or bool(set(self.announced_dead) & set(self.previous or []))
 
@@ -99,6 +108,7 @@ members = st.builds(
     step=st.integers(-1, 3),
     shrink_only=st.sampled_from([False] * 7 + [True]),
     commit_failures=st.sampled_from([0] * 7 + [1, 2]),
+    timed_out=st.sampled_from([False] * 3 + [True]),
 )
 events = st.tuples(
     st.sampled_from(

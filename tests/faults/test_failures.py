@@ -189,3 +189,14 @@ def test_an_exception_in_the_loop_is_told_to_the_others(make: Make) -> None:
     goes_on(job, [a], at)
     assert "it left: InjectedFault" in a.log
     assert_identical(job.finish(), 1)
+
+
+def test_a_group_that_hangs_alive_is_left_behind_after_the_collectives_timeout(make: Make) -> None:
+    job = make(heartbeat_timeout_ms=1000)
+    a = job.start("a", "--timeout", "4")
+    b = job.start("b", "--timeout", "60", "--hang-at", "20")
+    job.until(lambda: b.of("hangs"), "the hang")
+    goes_on(job, [a], b.of("hangs")[0]["time"])
+    assert any("hangs" in line for line in a.log.splitlines() if "is no longer there" in line), a.log[-3000:]
+    b.kill()
+    assert_identical(job.finish(), 1)

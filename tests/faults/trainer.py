@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--stop-instead", action="store_true", help="--die only stops the process (SIGSTOP)")
     parser.add_argument("--faults", default="", help="a plan of torchft.testing.faults, for this process")
     parser.add_argument("--leave", type=int, default=0, help="leave before this step")
+    parser.add_argument("--hang-at", type=int, default=0, help="never come back from the forward pass of this step")
     parser.add_argument("--drain", action="store_true", help="SIGTERM ends it between two steps")
     parser.add_argument("--fork", type=int, default=0, help="so many children that live on, as data loaders do")
     parser.add_argument("--state-mb", type=int, default=0, help="ballast that a joiner has to receive")
@@ -155,6 +156,9 @@ def main() -> None:
             break
         batch = torch.randn(16, 64, generator=generator)
         optimizer.zero_grad()
+        if args.hang_at and manager.num_participants() > 1 and step >= args.hang_at:
+            emit("hangs", step=step)
+            threading.Event().wait()
         if args.step_seconds:
             time.sleep(args.step_seconds)
         model(batch).square().mean().backward()

@@ -48,6 +48,7 @@ class ManagerClient:
         timeout: timedelta,
         commit_failures: int,
         init_sync: bool = True,
+        timed_out: bool = False,
     ) -> types.QuorumResult:
         """Asks for the group's next quorum, with all ranks of the group, and waits for it.
 
@@ -59,6 +60,7 @@ class ManagerClient:
             timeout: how long to wait.
             commit_failures: steps in a row that did not commit.
             init_sync: at step 0 all groups take the primary's state.
+            timed_out: in its last step it waited for the other groups in vain: those that do not ask soon, hang.
 
         Raises:
             TimeoutError: no quorum in time.
@@ -71,6 +73,7 @@ class ManagerClient:
             shrink_only=shrink_only,
             init_sync=init_sync,
             commit_failures=commit_failures,
+            timed_out=timed_out,
         )
         try:
             response = self._stub.Quorum(request, timeout=seconds(timeout))

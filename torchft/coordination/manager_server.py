@@ -143,6 +143,7 @@ class ManagerServer:
         timeout: timedelta,
         commit_failures: int,
         init_sync: bool = True,
+        timed_out: bool = False,
     ) -> types.QuorumResult:
         """A rank of this process asks for the group's next quorum and waits for it.
 
@@ -155,6 +156,7 @@ class ManagerServer:
             shrink_only=shrink_only,
             init_sync=init_sync,
             commit_failures=commit_failures,
+            timed_out=timed_out,
         )
         ask = Ask(group_rank, request, Deadline(timeout))
         complete = self._come(ask)
@@ -240,6 +242,7 @@ class ManagerServer:
             world_size=self._world_size,
             shrink_only=any(a.request.shrink_only for a in asks),
             commit_failures=max(a.request.commit_failures for a in asks),
+            timed_out=any(a.request.timed_out for a in asks),
         )
         quorum = self._lighthouse.quorum(member, Deadline(max(a.remaining() for a in asks)))
         new = quorum.quorum_id != self._quorum_id

@@ -167,6 +167,7 @@ def member_from_wire(member: pb.QuorumMember) -> membership.Member:
         shrink_only=member.shrink_only,
         data=member.data,
         commit_failures=member.commit_failures,
+        timed_out=member.timed_out,
     )
 
 
@@ -180,6 +181,7 @@ def member_to_wire(member: membership.Member) -> pb.QuorumMember:
         shrink_only=member.shrink_only,
         data=member.data,
         commit_failures=member.commit_failures,
+        timed_out=member.timed_out,
     )
 
 

@@ -12,7 +12,9 @@ Rules, checked after each request and each tick, with H = the healthy who wait, 
     3. Otherwise form when the candidates are at least ``min_replicas``, H is more than half of the healthy (no
        split brain), and all healthy wait or this has been possible for ``join_timeout`` (decision 5: counted from
        the moment when a quorum became possible, not from when the first of H began to wait).
-    4. ``quorum_id`` grows when the set of ids differs from the previous quorum's, a member could not commit, or
+    4. When a member of the previous quorum has asked, saying that it waited for the others in vain, each of them
+       that lives but does not ask within ``heartbeat_timeout`` hangs, and counts as dead.
+    5. ``quorum_id`` grows when the set of ids differs from the previous quorum's, a member could not commit, or
        one of the previous quorum has been declared dead since. So a death is a fact about all quorums up to an id.
 
 Invariants
@@ -52,6 +54,8 @@ class Member:
     """JSON of the group's own."""
     commit_failures: int = 0
     """Steps in a row that it could not commit."""
+    timed_out: bool = False
+    """It waited for the others of its last step in vain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +126,7 @@ class Membership:
         self._dead: dict[str, None] = {}  # in the order of their deaths
         self._broken = False
         self._waiters: dict[str, Member] = {}
+        self._asked_at: dict[str, float] = {}
         self._possible_since: float | None = None
         self._status = ""
 
@@ -164,6 +169,7 @@ class Membership:
         self._last_sign[member.replica_id] = now
         self._dead.pop(member.replica_id, None)
         self._waiters[member.replica_id] = member
+        self._asked_at[member.replica_id] = now
         return self.tick(now)
 
     def withdraw(self, replica_id: str, now: float) -> Outcome:
@@ -184,7 +190,7 @@ class Membership:
 
     def tick(self, now: float) -> Outcome:
         """Time has passed."""
-        dead = self._expire(now)
+        dead = self._expire(now) + self._hung(now)
         quorum, status = self._decide(now)
         if status == self._status:
             return Outcome(quorum, dead)
@@ -205,6 +211,9 @@ class Membership:
         """When time alone may change something, if nothing else happens before; None: it cannot."""
         limit = self.options.heartbeat_timeout
         times = [at + limit for rid, at in self._last_sign.items() if rid not in self._sessions]
+        complaint = self._complaint()
+        if complaint is not None and self._missing():
+            times.append(complaint + limit)
         if self._possible_since is not None:
             times.append(self._possible_since + self.options.join_timeout)
         return min(times, default=None)
@@ -222,6 +231,25 @@ class Membership:
             (rid, now - at) for rid, at in self._last_sign.items() if now - at > limit and rid not in self._sessions
         ]
         return tuple(self._bury(rid, f"no heartbeat for {for_s:.1f} s", 0) for rid, for_s in sorted(silent))
+
+    def _complaint(self) -> float | None:
+        """When a member of the previous quorum asked because it had waited for the others in vain."""
+        members = () if self.previous is None else self.previous.replica_ids
+        return min(
+            (self._asked_at[r] for r in members if r in self._waiters and self._waiters[r].timed_out), default=None
+        )
+
+    def _missing(self) -> list[str]:
+        """Those of the previous quorum that live and do not ask."""
+        members = () if self.previous is None else self.previous.replica_ids
+        return [r for r in members if r in self._last_sign and r not in self._waiters]
+
+    def _hung(self, now: float) -> tuple[Death, ...]:
+        complaint = self._complaint()
+        if complaint is None or now - complaint < self.options.heartbeat_timeout:
+            return ()
+        cause = f"it lives but hangs: others waited for it in vain, and {now - complaint:.1f} s later it has not asked"
+        return tuple(self._bury(rid, cause, 0) for rid in self._missing())
 
     def _bury(self, replica_id: str, cause: str, step: int) -> Death:
         del self._last_sign[replica_id]

@@ -14,7 +14,10 @@ Invariants
 
 from __future__ import annotations
 
+import os
+import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -153,6 +156,32 @@ class LosableCollective(Work):
             self._future.set_exception(error)
 
 
+class _Waiter(threading.Thread):
+    """A thread that carries out one wait after the other: starting one for each takes longer than a small message."""
+
+    def __init__(self) -> None:
+        super().__init__(name="torchft-p2p", daemon=True)
+        self.jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            self.jobs.get()()
+            _idle.append(self)
+
+
+_idle: deque[_Waiter] = deque()
+
+
+def _in_background(job: Callable[[], None]) -> None:
+    """On a thread that does nothing else meanwhile: as many as there are waits at the same time."""
+    try:
+        waiter = _idle.pop()
+    except IndexError:
+        waiter = _Waiter()
+    waiter.jobs.put(job)
+
+
 class LosablePointToPoint(Work):
     """A send or a receive of the backend, which a thread waits for.
 
@@ -174,7 +203,7 @@ class LosablePointToPoint(Work):
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._error: Exception | None = None
-        self._waiter: threading.Thread | None = None
+        self._begun = False
         self._future: Future[Any] | None = None
 
     def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
@@ -210,11 +239,11 @@ class LosablePointToPoint(Work):
 
     def _begin(self, timeout: timedelta) -> None:
         with self._lock:  # the backend's buffer takes one waiter
-            if self._waiter is not None:
+            if self._begun:
                 return
-            self._waiter = threading.Thread(target=self._run, args=(timeout,), name="torchft-p2p", daemon=True)
+            self._begun = True
         self._ending.listen(self._finish)
-        self._waiter.start()
+        _in_background(lambda: self._run(timeout))
 
     def _run(self, timeout: timedelta) -> None:
         error: Exception | None = None
@@ -242,3 +271,6 @@ class LosablePointToPoint(Work):
             future.set_exception(self._error)
         else:
             future.set_result(self._tensors)
+
+
+os.register_at_fork(after_in_child=_idle.clear)  # a child has none of the threads
