@@ -32,6 +32,7 @@ from torchft.checkpointing.http_wire import HeadReader, parse_range, send_views,
 from torchft.checkpointing.manifest import Manifest
 from torchft.checkpointing.offer import Offer, Withdrawn
 from torchft.checkpointing.transfers import shut_down
+from torchft.runtime.fork import close_in_children_fd
 from torchft.runtime.deadline import Deadline
 
 __all__ = ["SnapshotServer"]
@@ -84,6 +85,7 @@ class SnapshotServer:
         self._sealers: set[threading.Thread] = set()
         self._listener = _listen(port)
         self.port: int = self._listener.getsockname()[1]
+        close_in_children_fd(self._listener)
         self._acceptor = threading.Thread(target=self._accept, name="torchft-http-accept", daemon=True)
         self._acceptor.start()
 

@@ -20,7 +20,7 @@ from torchft.coordination.lighthouse_client import LIGHTHOUSE_HINT
 from torchft.coordination.proto import session_pb2
 from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
-from torchft.coordination.session_client import SessionClient, SessionEvents
+from torchft.coordination.session_client import SessionClient, SessionEvents, SessionLost
 from torchft.runtime.deadline import Deadline, seconds
 from torchft.runtime.life import life_address
 from torchft.runtime.logs import RankLogger
@@ -97,17 +97,18 @@ class LighthouseLink:
         with self._lock:
             self._asked = True
         self._begin_heartbeats()
-        request = pb.LighthouseQuorumRequest(requester=member)
 
-        def attempt() -> pb.LighthouseQuorumResponse:
+        def attempt() -> pb.Quorum:
+            if self._session is not None and self._session.stands:
+                return self._session.ask(member, deadline)
             # wait_for_ready: a lighthouse that restarts is waited for; only a call that broke is a failure.
-            response: pb.LighthouseQuorumResponse = self._stub.Quorum(
-                request, timeout=deadline.remaining(), wait_for_ready=True
-            )
-            return response
+            request = pb.LighthouseQuorumRequest(requester=member)
+            response = self._stub.Quorum(request, timeout=deadline.remaining(), wait_for_ready=True)
+            quorum: pb.Quorum = response.quorum
+            return quorum
 
         try:
-            response = retry(
+            return retry(
                 attempt,
                 deadline=deadline,
                 retryable=_worth_another_call,
@@ -129,7 +130,13 @@ class LighthouseLink:
                 timeout=deadline.timeout,
                 hint=LIGHTHOUSE_HINT,
             ) from e
-        return response.quorum
+        except TimeoutError as e:
+            raise TimeoutError(
+                f"quorum at the lighthouse {self._address} did not end within {deadline.timeout:g} s ({e}). "
+                f"{LIGHTHOUSE_HINT}"
+            ) from None
+        except RuntimeError as e:
+            raise RuntimeError(f"quorum: the lighthouse at {self._address}: {e}. {LIGHTHOUSE_HINT}") from e
 
     def tell_timeouts(self, listener: Callable[[timedelta, timedelta], None]) -> None:
         """Calls ``listener`` once with the lighthouse's heartbeat and join timeouts, as soon as they are known."""
@@ -208,10 +215,14 @@ class LighthouseLink:
 
 
 def _worth_another_call(error: Exception) -> bool:
-    return isinstance(error, grpc.Call) and error.code() in (
-        grpc.StatusCode.UNAVAILABLE,
-        grpc.StatusCode.ABORTED,
-        grpc.StatusCode.INTERNAL,
-        grpc.StatusCode.UNKNOWN,
-        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    return isinstance(error, SessionLost) or (
+        isinstance(error, grpc.Call)
+        and error.code()
+        in (
+            grpc.StatusCode.UNAVAILABLE,
+            grpc.StatusCode.ABORTED,
+            grpc.StatusCode.INTERNAL,
+            grpc.StatusCode.UNKNOWN,
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+        )
     )

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
+from typing import Protocol
 
 import grpc
 import grpc.aio
@@ -21,7 +22,7 @@ from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
 from torchft.coordination.server import GrpcServer
 from torchft.coordination.session_server import Link, SessionService
-from torchft.core.membership import Membership, Options, Outcome
+from torchft.core.membership import Member, Membership, Options, Outcome
 from torchft.runtime import loop
 from torchft.runtime.life import life_address
 from torchft.runtime.net import advertised_host, format_address
@@ -94,13 +95,50 @@ class LighthouseServer:
         self._server.stop()
 
 
+class _Asker(Protocol):
+    """Somebody who waits for a quorum."""
+
+    def succeed(self, quorum: pb.Quorum) -> None: ...
+
+    def fail(self, cause: str) -> None: ...
+
+
+class _Call:
+    """By a call of its own."""
+
+    def __init__(self) -> None:
+        self.answer: asyncio.Future[pb.LighthouseQuorumResponse] = asyncio.get_running_loop().create_future()
+
+    def succeed(self, quorum: pb.Quorum) -> None:
+        if not self.answer.done():
+            self.answer.set_result(pb.LighthouseQuorumResponse(quorum=quorum))
+
+    def fail(self, cause: str) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(RuntimeError(cause))
+
+
+class _Question:
+    """On a session: half the processor time of a call."""
+
+    def __init__(self, link: Link, request_id: int) -> None:
+        self.link = link
+        self.request_id = request_id
+
+    def succeed(self, quorum: pb.Quorum) -> None:
+        self.link.send(session_pb2.SessionDown(answer=session_pb2.Answer(request_id=self.request_id, quorum=quorum)))
+
+    def fail(self, cause: str) -> None:
+        self.link.send(session_pb2.SessionDown(answer=session_pb2.Answer(request_id=self.request_id, error=cause)))
+
+
 class _Service(pb_grpc.LighthouseServiceServicer):
     """The handlers. Everything runs on the loop, so nothing needs a lock."""
 
     def __init__(self, options: Options, tick: float) -> None:
         self._core = Membership(options)
         self._tick = tick
-        self._answers: dict[str, asyncio.Future[pb.LighthouseQuorumResponse]] = {}
+        self._answers: dict[str, _Asker] = {}
         self._subscribers: set[asyncio.Queue[pb.FailureNotification]] = set()
         self._status_since = 0.0
         self._status_told = True
@@ -153,21 +191,28 @@ class _Service(pb_grpc.LighthouseServiceServicer):
         member = types.member_from_wire(request.requester)
         replica_id = member.replica_id
 
-        earlier = self._answers.pop(replica_id, None)
-        if earlier is not None and not earlier.done():
-            earlier.set_exception(RuntimeError(f"replica {replica_id} asked again"))
-        answer: asyncio.Future[pb.LighthouseQuorumResponse] = asyncio.get_running_loop().create_future()
-        self._answers[replica_id] = answer
-        self._carry_out(self._core.request(member, self._now()))
+        asker = _Call()
+        self._ask(member, asker)
         try:
-            return await answer
+            return await asker.answer
         except RuntimeError as e:
             await context.abort(grpc.StatusCode.ABORTED, str(e))
             raise  # not reached: abort raises
         finally:
-            if self._answers.get(replica_id) is answer:  # cancelled: deadline, or the caller is gone
-                del self._answers[replica_id]
-                self._carry_out(self._core.withdraw(replica_id, self._now()))
+            self._withdraw(replica_id, asker)  # cancelled: deadline, or the caller is gone
+
+    def _ask(self, member: Member, asker: _Asker) -> None:
+        earlier = self._answers.pop(member.replica_id, None)
+        if earlier is not None:
+            earlier.fail(f"replica {member.replica_id} asked again")
+        self._answers[member.replica_id] = asker
+        self._carry_out(self._core.request(member, self._now()))
+
+    def _withdraw(self, replica_id: str, asker: _Asker | None) -> None:
+        """Nothing happens if it was answered, or another one asks for this replica by now."""
+        if asker is not None and self._answers.get(replica_id) is asker:
+            del self._answers[replica_id]
+            self._carry_out(self._core.withdraw(replica_id, self._now()))
 
     async def Heartbeat(
         self,
@@ -214,7 +259,26 @@ class _Service(pb_grpc.LighthouseServiceServicer):
         self._carry_out(self._core.detach(link.replica_id, self._now()))
         self._carry_out(self._core.failed(link.replica_id, f"it left: {reason}", self._now(), step))
 
+    def ready(self, link: Link, request_id: int, member: pb.QuorumMember) -> None:
+        asker = _Question(link, request_id)
+        try:
+            types.check_member(member)
+            if member.replica_id != link.replica_id:
+                raise ValueError(f"this is the session of {link.replica_id}, not of {member.replica_id}")
+        except ValueError as e:
+            asker.fail(str(e))
+            return
+        self._ask(types.member_from_wire(member), asker)
+
+    def withdrawn(self, link: Link, request_id: int) -> None:
+        asker = self._answers.get(link.replica_id)
+        if isinstance(asker, _Question) and (asker.link, asker.request_id) == (link, request_id):
+            self._withdraw(link.replica_id, asker)
+
     def lost(self, link: Link) -> None:
+        asker = self._answers.get(link.replica_id)
+        if isinstance(asker, _Question) and asker.link is link:
+            self._withdraw(link.replica_id, asker)
         self._carry_out(self._core.detach(link.replica_id, self._now()))
 
     def gone(self, link: Link, cause: str) -> None:
@@ -236,19 +300,19 @@ class _Service(pb_grpc.LighthouseServiceServicer):
             told = types.Notice(death.replica_id, death.cause, death.quorum_id, death.step)
             self.sessions.broadcast(told.to_wire())
             waiting = self._answers.pop(death.replica_id, None)
-            if waiting is not None and not waiting.done():  # it lives after all, or its connection does
-                waiting.set_exception(RuntimeError(f"replica {death.replica_id} was declared dead: {death.cause}"))
+            if waiting is not None:  # it lives after all, or its connection does
+                waiting.fail(f"replica {death.replica_id} was declared dead: {death.cause}")
             notice = pb.FailureNotification(replica_id=death.replica_id, error_message=death.cause)
             for queue in self._subscribers:
                 if queue.full():
                     queue.get_nowait()  # a subscriber that does not read loses the oldest, never our memory
                 queue.put_nowait(notice)
         if outcome.quorum is not None:
-            response = pb.LighthouseQuorumResponse(quorum=types.quorum_to_wire(outcome.quorum, time.time()))
+            quorum = types.quorum_to_wire(outcome.quorum, time.time())
             for member in outcome.quorum.participants:
-                answer = self._answers.pop(member.replica_id, None)
-                if answer is not None and not answer.done():
-                    answer.set_result(response)
+                asker = self._answers.pop(member.replica_id, None)
+                if asker is not None:
+                    asker.succeed(quorum)
             self._log_quorum(outcome)
         self._log_status(outcome)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torchft.coordination.proto import session_pb2 as pb
+from torchft.coordination.proto import torchft_pb2
 from torchft.coordination.session_server import Link, SessionService
 from torchft.runtime.life import life_address
 
@@ -53,6 +54,12 @@ class RankSessions:
 
     def silent(self, link: Link, cause: str) -> None:
         self._server.rank_died(link.rank, cause)
+
+    def ready(self, link: Link, request_id: int, member: torchft_pb2.QuorumMember) -> None:
+        link.send(pb.SessionDown(answer=pb.Answer(request_id=request_id, error="ranks ask by ManagerService.Quorum")))
+
+    def withdrawn(self, link: Link, request_id: int) -> None:
+        """Nothing was asked for."""
 
     def reported(self, replica_id: str, cause: str) -> bool:
         return False

@@ -13,6 +13,7 @@ Rules
 
 from __future__ import annotations
 
+import concurrent.futures
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -24,15 +25,21 @@ import grpc
 from torchft.coordination.channel import reason
 from torchft.coordination.proto import session_pb2 as pb
 from torchft.coordination.proto import session_pb2_grpc as pb_grpc
+from torchft.coordination.proto import torchft_pb2
 from torchft.coordination.types import Notice
+from torchft.runtime.deadline import Deadline
 from torchft.runtime.life import Sign, examine_now
 from torchft.runtime.logs import RankLogger
 from torchft.runtime.retry import Backoff
 
-__all__ = ["SessionClient", "SessionEvents"]
+__all__ = ["SessionClient", "SessionEvents", "SessionLost"]
 
 _BEATS = 5
 """Signs of life per heartbeat timeout."""
+
+
+class SessionLost(RuntimeError):
+    """The stream ended while an answer was waited for."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,9 @@ class SessionClient:
         self._log = log
         self._interval = 1.0
         self._life_address = ""
+        self._lock = threading.Lock()
+        self._request_id = 0
+        self._answers: dict[int, concurrent.futures.Future[torchft_pb2.Quorum]] = {}
         self._outbox: queue.SimpleQueue[pb.SessionUp | None] = queue.SimpleQueue()
         self._call: Any = None
         self._stands = threading.Event()
@@ -87,6 +97,34 @@ class SessionClient:
     def stands(self) -> bool:
         """The server has answered, and the stream has not ended since."""
         return self._stands.is_set()
+
+    def ask(self, member: torchft_pb2.QuorumMember, deadline: Deadline) -> torchft_pb2.Quorum:
+        """Asks for the next quorum and waits for it.
+
+        Raises:
+            TimeoutError: the deadline passed.
+            SessionLost: the session ended meanwhile.
+            RuntimeError: the server refused.
+        """
+        with self._lock:
+            self._request_id += 1
+            request_id = self._request_id
+            answer: concurrent.futures.Future[torchft_pb2.Quorum] = concurrent.futures.Future()
+            if not self._stands.is_set():
+                raise SessionLost(f"there is no session with the {self._server} right now")
+            self._answers[request_id] = answer
+            outbox = self._outbox
+        outbox.put(pb.SessionUp(ready=pb.Ready(request_id=request_id, member=member)))
+        try:
+            return answer.result(deadline.remaining())
+        except concurrent.futures.TimeoutError:
+            if answer.done():
+                raise
+            outbox.put(pb.SessionUp(withdraw=pb.Withdraw(request_id=request_id)))
+            raise TimeoutError(f"no answer within {deadline.timeout:g} s") from None
+        finally:
+            with self._lock:
+                self._answers.pop(request_id, None)
 
     def report(self, replica_id: str, cause: str) -> None:
         """Tells the server that a replica is dead. Nothing happens while the session does not stand."""
@@ -143,6 +181,7 @@ class SessionClient:
             finally:
                 outbox.put(None)
             if self._closed.is_set() or self._left.is_set():
+                self._fail_answers("it was closed")
                 return
             self._lost(cause)
             self._closed.wait(backoff.delay())
@@ -162,7 +201,9 @@ class SessionClient:
     def _take(self, message: pb.SessionDown) -> bool:
         """Returns whether it was the welcome."""
         kind = message.WhichOneof("kind")
-        if kind == "notice":
+        if kind == "answer":
+            self._answered(message.answer)
+        elif kind == "notice":
             self._events.notice(Notice.from_wire(message.notice))
         elif kind == "left":
             self._left.set()
@@ -177,9 +218,26 @@ class SessionClient:
             return True
         return False
 
+    def _fail_answers(self, cause: str) -> None:
+        with self._lock:
+            self._stands.clear()
+            answers, self._answers = self._answers, {}
+        for answer in answers.values():
+            answer.set_exception(SessionLost(f"the session with the {self._server} was lost: {cause}"))
+
+    def _answered(self, message: pb.Answer) -> None:
+        with self._lock:
+            answer = self._answers.pop(message.request_id, None)
+        if answer is None:
+            return  # nobody waits for it any more
+        if message.error:
+            answer.set_exception(RuntimeError(message.error))
+        else:
+            answer.set_result(message.quorum)
+
     def _lost(self, cause: str) -> None:
         if self._stands.is_set():
             self._log.warning("the session with the %s was lost (%s); connecting again", self._server, cause)
-        self._stands.clear()
+        self._fail_answers(cause)
         if self._life_address and examine_now(self._life_address) is Sign.GONE:
             self._events.gone(f"the process of the {self._server} has ended")

@@ -27,6 +27,7 @@ import grpc.aio
 
 from torchft.coordination.proto import session_pb2 as pb
 from torchft.coordination.proto import session_pb2_grpc as pb_grpc
+from torchft.coordination.proto import torchft_pb2
 from torchft.runtime.life import Sign, examine
 
 __all__ = ["Link", "SessionOwner", "SessionService"]
@@ -91,6 +92,12 @@ class SessionOwner(Protocol):
 
     def silent(self, link: Link, cause: str) -> None:
         """A lost member did not come back for ``heartbeat_timeout`` since its last sign."""
+
+    def ready(self, link: Link, request_id: int, member: torchft_pb2.QuorumMember) -> None:
+        """A member asks for the next quorum. The answer goes to the link."""
+
+    def withdrawn(self, link: Link, request_id: int) -> None:
+        """A member no longer waits for the answer."""
 
     def reported(self, replica_id: str, cause: str) -> bool:
         """Somebody says that a replica is dead. Returns whether it counted as alive."""
@@ -185,7 +192,12 @@ class SessionService(pb_grpc.SessionServiceServicer):
                     del self._links[link.key]  # the others are told, it knows
                 self._owner.left(link, message.leave.reason[:_MAX_TEXT], message.leave.step)
                 return True
-            if kind == "report":
+            if kind == "ready":
+                self._owner.ready(link, message.ready.request_id, message.ready.member)
+                continue
+            if kind == "withdraw":
+                self._owner.withdrawn(link, message.withdraw.request_id)
+            elif kind == "report":
                 self._owner.reported(message.report.replica_id, message.report.cause[:_MAX_TEXT])
             self._owner.beat(link)
 

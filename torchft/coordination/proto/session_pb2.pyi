@@ -1,3 +1,4 @@
+from torchft.coordination.proto import torchft_pb2 as _torchft_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Mapping as _Mapping
@@ -37,17 +38,35 @@ class Report(_message.Message):
     cause: str
     def __init__(self, replica_id: _Optional[str] = ..., cause: _Optional[str] = ...) -> None: ...
 
+class Ready(_message.Message):
+    __slots__ = ("request_id", "member")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    request_id: int
+    member: _torchft_pb2.QuorumMember
+    def __init__(self, request_id: _Optional[int] = ..., member: _Optional[_Union[_torchft_pb2.QuorumMember, _Mapping]] = ...) -> None: ...
+
+class Withdraw(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: int
+    def __init__(self, request_id: _Optional[int] = ...) -> None: ...
+
 class SessionUp(_message.Message):
-    __slots__ = ("hello", "beat", "leave", "report")
+    __slots__ = ("hello", "beat", "leave", "report", "ready", "withdraw")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     BEAT_FIELD_NUMBER: _ClassVar[int]
     LEAVE_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    WITHDRAW_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     beat: Beat
     leave: Leave
     report: Report
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ...) -> None: ...
+    ready: Ready
+    withdraw: Withdraw
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., withdraw: _Optional[_Union[Withdraw, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("life_address", "heartbeat_timeout_ms", "join_timeout_ms")
@@ -75,15 +94,27 @@ class Left(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class Answer(_message.Message):
+    __slots__ = ("request_id", "quorum", "error")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    QUORUM_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    request_id: int
+    quorum: _torchft_pb2.Quorum
+    error: str
+    def __init__(self, request_id: _Optional[int] = ..., quorum: _Optional[_Union[_torchft_pb2.Quorum, _Mapping]] = ..., error: _Optional[str] = ...) -> None: ...
+
 class SessionDown(_message.Message):
-    __slots__ = ("welcome", "notice", "left")
+    __slots__ = ("welcome", "notice", "left", "answer")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     NOTICE_FIELD_NUMBER: _ClassVar[int]
     LEFT_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     notice: Notice
     left: Left
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ..., left: _Optional[_Union[Left, _Mapping]] = ...) -> None: ...
+    answer: Answer
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ..., left: _Optional[_Union[Left, _Mapping]] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ...) -> None: ...
 
 class ReportAnswer(_message.Message):
     __slots__ = ("known",)
