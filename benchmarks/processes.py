@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-__all__ = ["CHILDREN", "IMPLEMENTATIONS", "OURS", "PEER", "Child", "ChildError", "Cluster", "Event", "Implementation"]
+__all__ = [
+    "CHILDREN",
+    "IMPLEMENTATIONS",
+    "OURS",
+    "PEER",
+    "Child",
+    "ChildError",
+    "ChildTooSlowError",
+    "Cluster",
+    "Event",
+    "Implementation",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 CHILDREN = Path(__file__).resolve().parent / "children"
@@ -40,12 +52,18 @@ class ChildError(RuntimeError):
     """A child died, took too long or is not what it should be. The message ends with what it last wrote."""
 
 
+class ChildTooSlowError(ChildError):
+    """A child that lives did not say in time what was waited for."""
+
+
 @dataclass(frozen=True)
 class Implementation:
     """A `torchft` to run: its name, and the folder that goes to the front of PYTHONPATH."""
 
     name: str
     path: Path
+    commands: Path
+    """The folder of its command line tools."""
 
     def environment(self) -> dict[str, str]:
         """The environment of a child: the caller's, without its torchft settings."""
@@ -60,8 +78,8 @@ class Implementation:
         }
 
 
-OURS = Implementation("ours", ROOT)
-PEER = Implementation("peer", ROOT / ".peer")
+OURS = Implementation("ours", ROOT, Path(sys.executable).parent)
+PEER = Implementation("peer", ROOT / ".peer", ROOT / ".peer" / "bin")
 IMPLEMENTATIONS = {i.name: i for i in (OURS, PEER)}
 
 
@@ -116,7 +134,8 @@ class Child:
         """The first event of that name for which ``where`` holds, waiting up to ``timeout`` seconds for it.
 
         Raises:
-            ChildError: the child ended, or the time passed, without saying so.
+            ChildTooSlowError: the time passed without it.
+            ChildError: the child ended without saying so.
         """
         end = time.monotonic() + timeout
         seen = 0
@@ -130,7 +149,7 @@ class Child:
                     raise self.error(f"ended before it said {event!r}")
                 left = end - time.monotonic()
                 if left <= 0:
-                    raise self.error(f"did not say {event!r} within {timeout:g} s")
+                    raise ChildTooSlowError(self._described(f"did not say {event!r} within {timeout:g} s"))
                 self._said.wait(left)
 
     def hello(self, timeout: float = 90.0) -> Event:
@@ -141,10 +160,11 @@ class Child:
         return said
 
     def tell(self, word: str) -> None:
-        """Writes one line to the child's standard input."""
+        """Writes one line to the child's standard input. One that has died does not hear it."""
         assert self._process.stdin is not None
-        self._process.stdin.write(word.encode() + b"\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(word.encode() + b"\n")
+            self._process.stdin.flush()
 
     def kill(self) -> float:
         """SIGKILL, now. Returns the monotonic time just before it."""
@@ -152,6 +172,17 @@ class Child:
         os.kill(self._process.pid, signal.SIGKILL)
         self._process.wait(30)
         return at
+
+    def pause(self) -> float:
+        """SIGSTOP, now. Returns the monotonic time just before it. `close` ends a stopped child as any other."""
+        at = time.monotonic()
+        self._process.send_signal(signal.SIGSTOP)
+        return at
+
+    def resume(self) -> float:
+        """SIGCONT, now. Returns the monotonic time just after it."""
+        self._process.send_signal(signal.SIGCONT)
+        return time.monotonic()
 
     def alive(self) -> bool:
         return self._process.poll() is None
@@ -169,9 +200,12 @@ class Child:
         return self._log.read_bytes()[-last:].decode(errors="replace")
 
     def error(self, what: str) -> ChildError:
+        return ChildError(self._described(what))
+
+    def _described(self, what: str) -> str:
         code = self._process.poll()
         state = "running" if code is None else f"exit code {code}"
-        return ChildError(f"{self.name} ({self._impl.name}, {state}) {what}; its stderr ends:\n{self.stderr()}")
+        return f"{self.name} ({self._impl.name}, {state}) {what}; its stderr ends:\n{self.stderr()}"
 
     def close(self) -> None:
         """Ends the child whatever it does, and gives back its pipes."""
@@ -221,6 +255,22 @@ class Cluster:
         child = self.spawn(impl, CHILDREN / "lighthouse.py", min_replicas, join_timeout_ms, heartbeat_timeout_ms)
         child.hello()
         return str(child.wait("address", 30)["address"])
+
+    def lighthouse_command(self, impl: Implementation, *args: object) -> str:
+        """Starts `torchft_lighthouse --min_replicas 1` as a user does, with its own defaults; returns its address."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        command = (impl.commands / "torchft_lighthouse", "--min_replicas", 1, "--bind", f"[::]:{port}", *args)
+        child = self.spawn(impl, CHILDREN / "orphan.py", *command, name="torchft_lighthouse")
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                return f"http://localhost:{port}"
+            except OSError:
+                if not child.alive() or time.monotonic() > deadline:
+                    raise child.error(f"does not listen at port {port}") from None
+                time.sleep(0.05)  # its socket is all there is to see
 
     def __enter__(self) -> Self:
         return self

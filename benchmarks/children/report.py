@@ -5,6 +5,9 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
+
+from orphan import die_with_parent
 
 import torchft
 
@@ -14,17 +17,22 @@ def say(event: str, t: float | None = None, **fields: object) -> None:
     print(json.dumps({"event": event, "t": time.monotonic() if t is None else t, **fields}), flush=True)
 
 
-def hello() -> threading.Event:
+def hello(heard: Callable[[str], object] | None = None) -> threading.Event:
     """Names the torchft that was imported. Returns the event that the parent's word `stop` sets.
 
-    A parent that is gone closes the pipe, and this process then ends: no child outlives its run.
+    Every other line is given to `heard`, on a thread of its own. No child outlives its run: a parent that is gone
+    closes the pipe, and this process ends.
     """
+    die_with_parent()
     stop = threading.Event()
 
     def listen() -> None:
         for line in sys.stdin:
-            if line.strip() == "stop":
+            word = line.strip()
+            if word == "stop":
                 stop.set()
+            elif word and heard is not None:
+                heard(word)
         os._exit(3)
 
     threading.Thread(target=listen, name="listen", daemon=True).start()

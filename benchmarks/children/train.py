@@ -1,12 +1,19 @@
-"""One replica group of one process that trains until it is told to stop, for kills and joins.
+"""One replica group (or one rank of it) that trains until it is told to stop, for faults and joins.
 
 A step computes for `--step-ms` (asleep, as a CPU is that waits for its GPU) and averages the gradients of a tiny
 model: with `manager.allreduce` parameter by parameter, or with `--ddp` through DistributedDataParallel. The state that
 a joiner must receive is `--state-mb` of tensors. Says `quorum` when it first asks for one, and `step` after every step:
 the manager's step, whether it committed and with how many participants.
+
+Each process has data of its own, so groups are equal only if what they exchange makes them equal.
+
+It does what it is told between two steps: `stop`, or `until N` (train to step N, say `end` with a hash of the model,
+and wait for `stop`), `raise` (an exception that nobody catches) and `leave`.
 """
 
 import argparse
+import hashlib
+import os
 import time
 from datetime import timedelta
 
@@ -38,24 +45,59 @@ class State:
         for name, tensor in self.ballast.items():
             tensor.copy_(state["ballast"][name])
 
+    def digest(self) -> str:
+        digest = hashlib.sha256()
+        for tensor in self.model.state_dict().values():
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
-def main() -> None:
+
+class Orders:
+    """What the parent asked for and the loop has still to do."""
+
+    def __init__(self) -> None:
+        self.until: int | None = None
+        self.act = ""
+
+    def hear(self, line: str) -> None:
+        word, _, number = line.partition(" ")
+        if word == "until":
+            self.until = int(number)
+        else:
+            self.act = word
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--replica", type=int, required=True)
     parser.add_argument("--lighthouse", required=True)
+    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--world-size", type=int, default=1)
+    parser.add_argument("--store-port", type=int, default=0, help="of the group's store; 0: host it")
     parser.add_argument("--sync", action="store_true")
     parser.add_argument("--ddp", action="store_true")
     parser.add_argument("--step-ms", type=float, default=20.0)
     parser.add_argument("--state-mb", type=int, default=0)
     parser.add_argument("--transport", choices=("http", "pg"), default="http")
-    args = parser.parse_args()
+    parser.add_argument("--timeout", type=float, default=0.0, help="of everything, seconds; 0: the defaults")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
     torch.set_num_threads(1)
-    stop = hello()
+    orders = Orders()
+    stop = hello(orders.hear)
 
     state = State(args.state_mb)
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    pg = ProcessGroupGloo()
-    timeout = timedelta(seconds=60)
+    store = None
+    if not args.store_port:
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    limits = {}
+    timeout = timedelta(seconds=args.timeout or 60)
+    if args.timeout:
+        limits = {"timeout": timeout, "quorum_timeout": timeout}
+    pg = ProcessGroupGloo(timeout=timeout) if args.timeout else ProcessGroupGloo()
     transport = None  # the manager's default: HTTP
     if args.transport == "pg":
 
@@ -69,21 +111,32 @@ def main() -> None:
         state_dict=state.save,
         min_replica_size=1,
         use_async_quorum=not args.sync,
-        rank=0,
-        world_size=1,
+        rank=args.rank,
+        world_size=args.world_size,
         store_addr="localhost",
-        store_port=store.port,
+        store_port=args.store_port if store is None else store.port,
         lighthouse_addr=args.lighthouse,
         replica_id=f"group{args.replica}",
         checkpoint_transport=transport,
+        **limits,
     )
     model = DistributedDataParallel(manager, state.model) if args.ddp else state.model
     optimizer = Optimizer(manager, torch.optim.SGD(state.model.parameters(), lr=1e-3))
-    x = torch.randn(16, 32)
+    x = torch.randn(16, 32, generator=torch.Generator().manual_seed(os.getpid()))
 
     say("quorum")
     while not stop.is_set():
         before = manager.current_step()
+        if orders.until is not None and before >= orders.until:
+            say("end", step=before, hash=state.digest())
+            stop.wait()
+            break
+        if orders.act == "raise":
+            raise RuntimeError("told to fail")
+        if orders.act == "leave":
+            if hasattr(manager, "leave"):  # elsewhere there is only to go
+                manager.leave("told to leave")
+            break
         optimizer.zero_grad()
         loss = model(x).square().mean()
         time.sleep(args.step_ms / 1e3)
@@ -99,7 +152,6 @@ def main() -> None:
             participants=manager.num_participants(),
         )
     manager.shutdown()
-    say("end")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ here would end within the tests' deadlines if it waited for one of those.
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import pytest
 
 from tests.faults.job import Job, Trainer
 from tests.faults.test_kills import assert_identical, together
-from torchft.testing.faults import busy
+from torchft.testing.faults import Link, busy
 
 MINUTE = ("--timeout", "60")
 SOON = 15.0
@@ -200,3 +201,43 @@ def test_a_group_that_hangs_alive_is_left_behind_after_the_collectives_timeout(m
     assert any("hangs" in line for line in a.log.splitlines() if "is no longer there" in line), a.log[-3000:]
     b.kill()
     assert_identical(job.finish(), 1)
+
+
+@pytest.mark.slow
+def test_faults_at_random_times_lose_steps_and_never_the_state(make: Make) -> None:
+    job = make(heartbeat_timeout_ms=1000)
+    generator = random.Random(7)
+    names = ["a", "b", "c"]
+    alive = dict(zip(names, start(job, *names), strict=True))
+    for fault in generator.sample(["kill", "kill", "kill", "stop", "stop", "exit"], 6):
+        name = generator.choice(names)
+        others = [t for n, t in alive.items() if n != name]
+        target = max(t.step for t in others) + generator.randint(1, 30)
+        job.until(lambda o=others, s=target: max(t.step for t in o) >= s, "some steps")
+        victim = alive[name]
+        if fault == "stop":
+            at = victim.signal(signal.SIGSTOP)
+            goes_on(job, others, at)
+            victim.signal(signal.SIGCONT)
+        else:
+            victim.exits.add(-signal.SIGTERM)
+            at = victim.kill() if fault == "kill" else victim.signal(signal.SIGTERM)
+            goes_on(job, others, at)
+            alive[name] = job.start(name, *MINUTE)
+        job.until(lambda: together(*alive.values()), f"{name} back in after {fault}")
+    assert_identical(job.finish(), 3)
+
+
+def test_a_lighthouse_connection_that_is_cut_again_and_again_costs_no_step(make: Make) -> None:
+    job = make(heartbeat_timeout_ms=5000)
+    a = job.start("a", *MINUTE)
+    with Link(job.lighthouse.address().removeprefix("http://")) as link:
+        b = job.start("b", *MINUTE, "--quorum-retries", "20", TORCHFT_LIGHTHOUSE=f"http://{link.address}")
+        job.until(lambda: together(a, b), "training together")
+        for _ in range(5):
+            link.cut()
+            at = time.time()
+            goes_on(job, [a, b], at)
+    assert "counts as dead" not in a.log
+    assert "is no longer there" not in a.log
+    assert not a.failures() + b.failures()

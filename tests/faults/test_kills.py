@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 
 from tests.faults.job import Job, Trainer
@@ -64,23 +62,3 @@ def test_three_groups_go_on_when_one_is_killed_in_the_middle_of_backward(job: Jo
     for survivor in (a, b):
         failed = [e for e in survivor.of("step") if e["error"] and e["time"] >= victim.of("dies")[0]["time"] - 0.5]
         assert 1 <= len(failed) <= 2, failed
-
-
-@pytest.mark.slow
-def test_kills_at_random_times_lose_steps_and_never_the_state(job: Job) -> None:
-    generator = random.Random(7)
-    names = ["a", "b", "c"]
-    alive = {n: job.start(n) for n in names}
-    job.until(lambda: together(*alive.values()), "training together")
-    for _ in range(6):
-        name = generator.choice(names)
-        others = [t for n, t in alive.items() if n != name]
-        mark = max(t.step for t in others)
-        target = mark + generator.randint(1, 30)
-        job.until(lambda o=others, s=target: max(t.step for t in o) >= s, "some steps")
-        alive[name].kill()
-        at = max(t.step for t in others)
-        job.until(lambda o=others, s=at: min(t.step for t in o) >= s + 3, f"the others going on without {name}")
-        alive[name] = job.start(name)
-        job.until(lambda: together(*alive.values()), f"{name} back in")
-    assert_identical(job.finish(), 3)

@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--faults", default="", help="a plan of torchft.testing.faults, for this process")
     parser.add_argument("--leave", type=int, default=0, help="leave before this step")
     parser.add_argument("--hang-at", type=int, default=0, help="never come back from the forward pass of this step")
+    parser.add_argument("--quorum-retries", type=int, default=0)
     parser.add_argument("--drain", action="store_true", help="SIGTERM ends it between two steps")
     parser.add_argument("--fork", type=int, default=0, help="so many children that live on, as data loaders do")
     parser.add_argument("--state-mb", type=int, default=0, help="ballast that a joiner has to receive")
@@ -106,6 +107,7 @@ def main() -> None:
         quorum_timeout=timeout,
         replica_id=args.name,
         checkpoint_transport=transport,
+        quorum_retries=args.quorum_retries,
         drain=args.drain,
         proactive_recovery=not args.heartbeat_only,
     )

@@ -1,0 +1,10 @@
+"""What is measured, by subject. Each case starts its own processes and ends them, so the order of cases is free."""
+
+from __future__ import annotations
+
+from benchmarks.cases import faults, rejoin, soak, steps
+from benchmarks.cases.base import Case, Figures, Run, larger_is_better
+
+__all__ = ["CASES", "Case", "Figures", "Run", "larger_is_better"]
+
+CASES: tuple[Case, ...] = (*steps.CASES, *faults.CASES, *rejoin.CASES, *soak.CASES)
