@@ -24,7 +24,7 @@ _REMEMBERED = 1024
 
 
 class ReplicaLost(RuntimeError):
-    """A member of this step's quorum is no longer there. The message says why."""
+    """A member of this step's quorum is no longer there, or gave the step up. The message says why."""
 
 
 class FailureWatch:

@@ -28,6 +28,7 @@ from torch.futures import Future
 
 from torchft import config
 from torchft.checkpointing import CheckpointTransport, HTTPTransport
+from torchft.collectives import check_quantizable
 from torchft.departure import Drained, drain_requested, forget, leave_at_the_end, listen_for_sigterm
 from torchft.group import join_group
 from torchft.process_group import ProcessGroup
@@ -322,29 +323,29 @@ class Manager:
 
         Args:
             tensor: any shape, on the process group's device.
-            should_quantize: not available yet.
+            should_quantize: send one byte an element (:mod:`torchft.collectives`); SUM and AVG of floating point.
+                All groups must say the same.
             reduce_op: AVG is SUM divided by :meth:`num_participants`; floating point only.
 
         Returns:
             Work whose future's value is ``tensor``.
 
         Raises:
-            ValueError: AVG of a tensor that is not floating point.
+            ValueError: AVG of a tensor that is not floating point, or one that cannot be quantized.
         """
         average = reduce_op == ReduceOp.AVG
         if average and not tensor.is_floating_point():
             raise ValueError(f"AVG needs a floating point tensor, not {tensor.dtype}; use ReduceOp.SUM")
         if should_quantize:
-            raise NotImplementedError("should_quantize=True is not available in this version: leave it False")
+            check_quantizable([tensor], reduce_op)
         self._wait_for_worker()
         if self._error.current is not None:
             return CompletedWork(tensor)
         if not self.is_participating():
             tensor.zero_()
         divisor = self.num_participants() if average else 1
-        out = self._works.reduce(
-            self._pg, tensor, ReduceOp.SUM if average else reduce_op, divisor, seconds(self._timeout)
-        )
+        op = ReduceOp.SUM if average else reduce_op
+        out = self._works.reduce(self._pg, tensor, op, divisor, seconds(self._timeout), should_quantize)
         return FutureWork(out)
 
     def wrap_future(self, fut: Future[T], default: T, timeout: timedelta | None = None) -> Future[T]:
@@ -426,6 +427,11 @@ class Manager:
     def errored(self) -> Exception | None:
         """The error of this step, None while there is none."""
         return self._error.current
+
+    @property
+    def use_async_quorum(self) -> bool:
+        """Whether quorum and healing run beside the forward pass."""
+        return self._use_async_quorum
 
     def current_step(self) -> int:
         """The step this group works on: as many steps are committed."""

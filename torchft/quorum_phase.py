@@ -187,8 +187,9 @@ class QuorumPhase:
         report = self._error.reporter()
 
         def act(notice: Notice) -> None:
-            report(ReplicaLost(f"replica {notice.replica_id} is no longer there: {notice.cause}"))
-            self._recovery.drop(notice.replica_id, notice.cause)
+            report(ReplicaLost(str(notice)))
+            if not notice.lives:
+                self._recovery.drop(notice.replica_id, notice.cause)
 
         return act
 

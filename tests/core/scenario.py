@@ -7,7 +7,8 @@ with the answers as they are now: a scenario passes when that changes nothing.
 Events (times in ms; ``name=value`` pairs are optional)::
 
     options min_replicas=2 join_timeout=0.1 heartbeat_timeout=5    a new membership; both times in seconds
-    heartbeat A | request A step=3 commit_failures=1 shrink_only=true timed_out=true | withdraw A | fail A cause...
+    heartbeat A | withdraw A | fail A cause...
+    request A step=3 commit_failures=1 shrink_only=true timed_out=true attempt=9
     attach A active=true | beat A | detach A | left A 7 cause... | spare      sessions; 7: the step where it left
     tick 500      time passes and the machine is told         after 500     time passes, nobody says so
     state         who is healthy, who waits
@@ -122,6 +123,10 @@ class Runner:
             f"dead {d.replica_id}, quorums up to {d.quorum_id}{f', before step {d.step}' if d.step else ''}: {d.cause}"
             for d in outcome.dead
         ]
+        if outcome.again is not None:
+            lines.append(f"again quorum {outcome.again.quorum_id}")
+        if outcome.broken is not None:
+            lines.append(f"{outcome.broken.replica_id} breaks quorum {outcome.broken.quorum_id}")
         if outcome.quorum is not None:
             self.quorum = outcome.quorum
             members = " ".join(f"{m.replica_id}={m.step}" for m in outcome.quorum.participants)
@@ -197,6 +202,7 @@ def _member(replica_id: str, options: dict[str, str]) -> Member:
         shrink_only=options.get("shrink_only") == "true",
         commit_failures=int(options.get("commit_failures", "0")),
         timed_out=options.get("timed_out") == "true",
+        attempt=int(options.get("attempt", "0")),
     )
 
 

@@ -32,8 +32,8 @@ from torchft.checkpointing.http_wire import HeadReader, parse_range, send_views,
 from torchft.checkpointing.manifest import Manifest
 from torchft.checkpointing.offer import Offer, Withdrawn
 from torchft.checkpointing.transfers import shut_down
-from torchft.runtime.fork import close_in_children_fd
 from torchft.runtime.deadline import Deadline
+from torchft.runtime.fork import close_in_children_fd
 
 __all__ = ["SnapshotServer"]
 

@@ -8,6 +8,7 @@ The idea
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -98,9 +99,15 @@ class LighthouseLink:
             self._asked = True
         self._begin_heartbeats()
 
+        # The same number however often it is sent: a request whose answer was lost is answered by the same quorum.
+        member.attempt = random.getrandbits(62) + 1
+
         def attempt() -> pb.Quorum:
             if self._session is not None and self._session.stands:
-                return self._session.ask(member, deadline)
+                try:
+                    return self._session.ask(member, deadline)
+                except SessionLost as e:
+                    self._log.info("%s; asking again", e)
             # wait_for_ready: a lighthouse that restarts is waited for; only a call that broke is a failure.
             request = pb.LighthouseQuorumRequest(requester=member)
             response = self._stub.Quorum(request, timeout=deadline.remaining(), wait_for_ready=True)
@@ -215,14 +222,10 @@ class LighthouseLink:
 
 
 def _worth_another_call(error: Exception) -> bool:
-    return isinstance(error, SessionLost) or (
-        isinstance(error, grpc.Call)
-        and error.code()
-        in (
-            grpc.StatusCode.UNAVAILABLE,
-            grpc.StatusCode.ABORTED,
-            grpc.StatusCode.INTERNAL,
-            grpc.StatusCode.UNKNOWN,
-            grpc.StatusCode.RESOURCE_EXHAUSTED,
-        )
+    return isinstance(error, grpc.Call) and error.code() in (
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
     )

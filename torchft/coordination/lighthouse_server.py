@@ -22,7 +22,7 @@ from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
 from torchft.coordination.server import GrpcServer
 from torchft.coordination.session_server import Link, SessionService
-from torchft.core.membership import Member, Membership, Options, Outcome
+from torchft.core.membership import Death, Member, Membership, Options, Outcome
 from torchft.runtime import loop
 from torchft.runtime.life import life_address
 from torchft.runtime.net import advertised_host, format_address
@@ -206,7 +206,18 @@ class _Service(pb_grpc.LighthouseServiceServicer):
         if earlier is not None:
             earlier.fail(f"replica {member.replica_id} asked again")
         self._answers[member.replica_id] = asker
-        self._carry_out(self._core.request(member, self._now()))
+        outcome = self._core.request(member, self._now())
+        if outcome.again is not None:
+            del self._answers[member.replica_id]
+            logger.info("replica %s asks again: the answer was lost on the way", member.replica_id)
+            asker.succeed(types.quorum_to_wire(outcome.again, time.time()))
+        if outcome.broken is not None:
+            self._tell(outcome.broken, lives=True)
+        self._carry_out(outcome)
+
+    def _tell(self, death: Death, lives: bool = False) -> None:
+        notice = types.Notice(death.replica_id, death.cause, death.quorum_id, death.step, lives)
+        self.sessions.broadcast(notice.to_wire())
 
     def _withdraw(self, replica_id: str, asker: _Asker | None) -> None:
         """Nothing happens if it was answered, or another one asks for this replica by now."""
@@ -297,8 +308,7 @@ class _Service(pb_grpc.LighthouseServiceServicer):
     def _carry_out(self, outcome: Outcome) -> None:
         for death in outcome.dead:
             logger.info("replica %s is no longer there: %s", death.replica_id, death.cause)
-            told = types.Notice(death.replica_id, death.cause, death.quorum_id, death.step)
-            self.sessions.broadcast(told.to_wire())
+            self._tell(death)
             waiting = self._answers.pop(death.replica_id, None)
             if waiting is not None:  # it lives after all, or its connection does
                 waiting.fail(f"replica {death.replica_id} was declared dead: {death.cause}")

@@ -274,7 +274,7 @@ class ManagerServer:
 
     def _on_notice(self, notice: types.Notice) -> None:
         """The lighthouse says that somebody is no longer there: all ranks of the group are told."""
-        self._log.info("replica %s is no longer there: %s", notice.replica_id, notice.cause)
+        self._log.log(logging.DEBUG if notice.lives else logging.INFO, "%s", notice)
         self._tell(notice)
 
     def _tell(self, notice: types.Notice) -> None:

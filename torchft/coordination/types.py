@@ -61,7 +61,7 @@ class QuorumMember:
 
 @dataclass(frozen=True)
 class Notice:
-    """A replica that is no longer there, as the members are told."""
+    """A replica that is no longer there, or that broke its quorum, as the members are told."""
 
     replica_id: str
     cause: str
@@ -69,15 +69,25 @@ class Notice:
     """This quorum and all before it are broken if the replica is a member."""
     step: int = 0
     """It left in good order with all steps below this committed."""
+    lives: bool = False
+    """It is still there, but could not finish its step: its quorum is broken."""
+
+    def __str__(self) -> str:
+        what = "breaks its quorum" if self.lives else "is no longer there"
+        return f"replica {self.replica_id} {what}: {self.cause}"
 
     @classmethod
     def from_wire(cls, message: session_pb2.Notice) -> Notice:
-        return cls(message.replica_id, message.cause, message.quorum_id, message.step)
+        return cls(message.replica_id, message.cause, message.quorum_id, message.step, message.lives)
 
     def to_wire(self) -> session_pb2.SessionDown:
         return session_pb2.SessionDown(
             notice=session_pb2.Notice(
-                replica_id=self.replica_id, cause=self.cause, quorum_id=self.quorum_id, step=self.step
+                replica_id=self.replica_id,
+                cause=self.cause,
+                quorum_id=self.quorum_id,
+                step=self.step,
+                lives=self.lives,
             )
         )
 
@@ -168,6 +178,7 @@ def member_from_wire(member: pb.QuorumMember) -> membership.Member:
         data=member.data,
         commit_failures=member.commit_failures,
         timed_out=member.timed_out,
+        attempt=member.attempt,
     )
 
 
@@ -182,6 +193,7 @@ def member_to_wire(member: membership.Member) -> pb.QuorumMember:
         data=member.data,
         commit_failures=member.commit_failures,
         timed_out=member.timed_out,
+        attempt=member.attempt,
     )
 
 

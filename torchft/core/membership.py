@@ -23,6 +23,7 @@ Invariants
     - A session alone makes nobody healthy: a replica counts from its first request on, and one that was declared
       dead from its next request on.
     - A quorum answers exactly its members; who was left out goes on waiting.
+    - A request with a number is answered by one quorum, however often it is sent.
     - ``quorum_id`` never goes back, and two quorums with the same id have the same members.
 """
 
@@ -56,6 +57,8 @@ class Member:
     """Steps in a row that it could not commit."""
     timed_out: bool = False
     """It waited for the others of its last step in vain."""
+    attempt: int = 0
+    """The same when a request is sent again because its answer may have been lost; 0: it has no number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,10 @@ class Outcome:
 
     quorum: Quorum | None = None
     """Answer each member of it."""
+    again: Quorum | None = None
+    """Answer whoever asked just now, and nobody else, with the quorum that it is a member of already."""
+    broken: Death | None = None
+    """Tell everybody that a quorum is broken by this replica, which lives."""
     dead: tuple[Death, ...] = ()
     """Replicas that just turned from healthy to not."""
     status: str | None = None
@@ -165,12 +172,29 @@ class Membership:
         return Outcome()
 
     def request(self, member: Member, now: float) -> Outcome:
-        """A replica asks for a quorum and waits. A second request of the same replica replaces the first."""
+        """A replica asks for a quorum and waits. A second request of the same replica replaces the first.
+
+        A request that is sent again after it was answered gets the same answer: the first one was lost on the way.
+        One of a member that could not finish its step breaks the quorum for all its members: they would wait for
+        it in vain.
+        """
         self._last_sign[member.replica_id] = now
         self._dead.pop(member.replica_id, None)
+        answered = self._answered(member.replica_id)
+        if answered is not None and member.attempt and member.attempt == answered.attempt:
+            return Outcome(again=self.previous)
+        broken = None
+        if answered is not None and member.commit_failures > 0 and member.step <= answered.step:
+            broken = Death(member.replica_id, "it could not finish the step and asks again", self.quorum_id)
         self._waiters[member.replica_id] = member
         self._asked_at[member.replica_id] = now
-        return self.tick(now)
+        outcome = self.tick(now)
+        return outcome if broken is None else replace(outcome, broken=broken)
+
+    def _answered(self, replica_id: str) -> Member | None:
+        """What a replica said when it was taken into the previous quorum."""
+        members = () if self.previous is None else self.previous.participants
+        return next((m for m in members if m.replica_id == replica_id), None)
 
     def withdraw(self, replica_id: str, now: float) -> Outcome:
         """A replica no longer waits: its call ended or ran into its deadline. It may well be alive."""
@@ -193,9 +217,9 @@ class Membership:
         dead = self._expire(now) + self._hung(now)
         quorum, status = self._decide(now)
         if status == self._status:
-            return Outcome(quorum, dead)
+            return Outcome(quorum=quorum, dead=dead)
         self._status = status
-        return Outcome(quorum, dead, status)
+        return Outcome(quorum=quorum, dead=dead, status=status)
 
     # ------------------------------------------------------------ queries
 

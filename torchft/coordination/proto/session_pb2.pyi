@@ -79,16 +79,18 @@ class Welcome(_message.Message):
     def __init__(self, life_address: _Optional[str] = ..., heartbeat_timeout_ms: _Optional[int] = ..., join_timeout_ms: _Optional[int] = ...) -> None: ...
 
 class Notice(_message.Message):
-    __slots__ = ("replica_id", "cause", "quorum_id", "step")
+    __slots__ = ("replica_id", "cause", "quorum_id", "step", "lives")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     CAUSE_FIELD_NUMBER: _ClassVar[int]
     QUORUM_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
+    LIVES_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     cause: str
     quorum_id: int
     step: int
-    def __init__(self, replica_id: _Optional[str] = ..., cause: _Optional[str] = ..., quorum_id: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
+    lives: bool
+    def __init__(self, replica_id: _Optional[str] = ..., cause: _Optional[str] = ..., quorum_id: _Optional[int] = ..., step: _Optional[int] = ..., lives: bool = ...) -> None: ...
 
 class Left(_message.Message):
     __slots__ = ()
