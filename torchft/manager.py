@@ -195,7 +195,7 @@ class Manager:
         )
         self._worker = Worker("torchft-quorum")
         self._quorum: concurrent.futures.Future[None] | None = None
-        self._group.listen(self._begin.watch.hear, self._check_timeouts)
+        self._group.listen(self._begin.hear, self._check_timeouts)
         leave_at_the_end(self)
 
     def _check_timeouts(self, heartbeat_timeout: timedelta, join_timeout: timedelta) -> None:
@@ -377,6 +377,7 @@ class Manager:
             self._begin.apply_healed_state()
         if (broken := self._pg.errored()) is not None:
             self.report_error(broken)
+        self._begin.watch.exit()  # all it had to say is said: who dies or leaves from now on is no matter of this step
         participants = self.num_participants()
         few = participants < self._min_replica_size
         mine = self._error.current is None and not few
@@ -387,7 +388,6 @@ class Manager:
         except Exception as e:
             self.report_error(e)
             commit = False
-        self._begin.watch.exit()
         self._transport.disallow_checkpoint()
         self._voted = True
         if commit:

@@ -127,6 +127,12 @@ class QuorumPhase:
         """The process group was aborted: the next quorum configures it anew, whatever its id."""
         self._configured = None
 
+    def hear(self, notice: Notice) -> None:
+        """A replica is no longer there, or broke its quorum. From any thread."""
+        self.watch.hear(notice)
+        if not notice.lives:
+            self._recovery.drop(notice.replica_id, notice.cause)
+
     def stop(self) -> None:
         """Ends a pause between two attempts."""
         self._stop.set()
@@ -188,8 +194,6 @@ class QuorumPhase:
 
         def act(notice: Notice) -> None:
             report(ReplicaLost(str(notice)))
-            if not notice.lives:
-                self._recovery.drop(notice.replica_id, notice.cause)
 
         return act
 
