@@ -239,6 +239,53 @@ def test_average_needs_floating_point_and_sum_does_not(pair: Groups) -> None:
     assert pair.together(lambda: count(a), lambda: count(b)) == [2, 2]
 
 
+def test_quantized_reductions_mean_what_exact_ones_do(pair: Groups) -> None:
+    a, b = pair.replica("a"), pair.replica("b")
+
+    def step(r: Replica, value: float) -> list[float]:
+        r.optimizer.zero_grad()
+        with pytest.raises(ValueError, match="SUM or AVG"):
+            r.manager.allreduce(torch.ones(2), should_quantize=True, reduce_op=ReduceOp.MAX)
+        with pytest.raises(ValueError, match="floating point"):
+            r.manager.allreduce(torch.ones(2, dtype=torch.int32), should_quantize=True, reduce_op=ReduceOp.SUM)
+        tensors = [torch.full((100 + i,), value + i) for i in range(12)]
+        works = [
+            r.manager.allreduce(t, should_quantize=i % 3 != 0, reduce_op=ReduceOp.SUM if i % 2 else ReduceOp.AVG)
+            for i, t in enumerate(tensors)
+        ]
+        for work, tensor in zip(works, tensors, strict=True):
+            assert work.wait(TIMEOUT)
+            assert work.get_future().value() is tensor
+        r.optimizer.step()
+        assert all(t.unique().numel() == 1 for t in tensors)
+        return [float(t[0]) for t in tensors]
+
+    def both(x: float, y: float) -> list[float]:
+        mine, theirs = pair.together(lambda: step(a, x), lambda: step(b, y))
+        assert mine == theirs
+        return mine
+
+    # In the first step one of them heals: it contributes zeros.
+    healed = both(1.0, 1.0)
+    assert healed == pytest.approx([(1.0 + i) / (1 if i % 2 else 2) for i in range(12)], rel=1e-6)
+    summed = both(1.0, 4.0)
+    assert summed == pytest.approx([(5.0 + 2 * i) / (1 if i % 2 else 2) for i in range(12)], rel=1e-6)
+    assert a.manager.current_step() == b.manager.current_step() == 2
+
+    # An error in the middle costs the step, and nothing that waits for its turn is issued in the next one.
+    def failing() -> None:
+        a.optimizer.zero_grad()
+        works = [a.manager.allreduce(torch.ones(5000), should_quantize=True) for _ in range(20)]
+        a.manager.report_error(RuntimeError("bad batch"))
+        assert all(w.wait(TIMEOUT) for w in works)
+        a.optimizer.step()
+
+    pair.together(failing, lambda: step(b, 1.0))
+    assert [a.manager.current_step(), b.manager.current_step()] == [2, 2]
+    assert both(2.0, 4.0)[:2] == pytest.approx([3.0, 8.0], rel=1e-6)
+    assert a.manager.current_step() == b.manager.current_step() == 3
+
+
 def test_wrap_future_gives_the_default_and_costs_the_step(groups: Groups) -> None:
     a = groups.replica("a")
     a.optimizer.zero_grad()

@@ -3,6 +3,10 @@
 The sum comes from the process group, the division is done here when it arrives, and a failure or a timeout is
 handed to the step instead of to whoever waits: torch DDP's reducer never sees a failed bucket, so it comes out of a
 failed step as good as new.
+
+What a step issues goes through a lane (:mod:`torchft.lane`), in which a quantized collective, which has two
+steps, keeps its place among the others. A step has a lane of its own, closed at its end: nothing of it is issued in
+the next one.
 """
 
 from __future__ import annotations
@@ -16,7 +20,9 @@ import torch
 from torch.distributed import AllreduceOptions, ReduceOp
 from torch.futures import Future
 
+from torchft.collectives import allreduce_quantized
 from torchft.futures import future_timeout, future_wait
+from torchft.lane import Lane
 from torchft.process_group import ProcessGroup
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.loop import call_later
@@ -40,17 +46,35 @@ class StepFutures:
         self._error = error
         self._futures: list[Future[Any]] = []
         self._collectives: list[Future[Any]] = []  # those whose end means that nothing writes to the tensor
+        self._lane = Lane()
 
     def clear(self) -> None:
-        """Forgets them all: the next step begins."""
+        """Forgets them all, and issues nothing of them any more: the next step begins."""
+        self._lane.close()
+        self._lane = Lane()
         self._futures.clear()
         self._collectives.clear()
 
     def reduce(
-        self, pg: ProcessGroup, tensor: torch.Tensor, op: ReduceOp.RedOpType, divisor: int, timeout: float
+        self,
+        pg: ProcessGroup,
+        tensor: torch.Tensor,
+        op: ReduceOp.RedOpType,
+        divisor: int,
+        timeout: float,
+        quantized: bool = False,
     ) -> Future[torch.Tensor]:
-        """As :func:`reduce`, with the step's error for what fails."""
-        out, collective = reduce(pg, tensor, op, divisor=divisor, timeout=timeout, on_error=self._error.reporter())
+        """As :func:`reduce`, in the step's lane, and with the step's error for what fails."""
+        out, collective = reduce(
+            pg,
+            tensor,
+            op,
+            divisor=divisor,
+            timeout=timeout,
+            on_error=self._error.reporter(),
+            lane=self._lane,
+            quantized=quantized,
+        )
         self._futures.append(out)
         self._collectives.append(collective)
         return out
@@ -117,6 +141,8 @@ def reduce(
     divisor: int,
     timeout: float,
     on_error: Callable[[Exception], None],
+    lane: Lane,
+    quantized: bool = False,
 ) -> tuple[Future[torch.Tensor], Future[Any]]:
     """Reduces ``tensor`` in place over ``pg``.
 
@@ -127,15 +153,21 @@ def reduce(
         divisor: the result is divided by it, where it is not 1.
         timeout: seconds after which the step has an error, whatever the group's own timeout is.
         on_error: told what failed, at most once, before the future completes.
+        lane: where it has its turn.
+        quantized: send one byte an element; SUM only, floating point only.
 
     Returns:
         A future of ``tensor``, which never fails; and the collective's own, which is done when the collective no
         longer touches the tensor.
     """
-    options = AllreduceOptions()
-    options.reduceOp = ReduceOp(op)
     try:
-        fut: Future[Any] = pg.allreduce([tensor], options).get_future()
+        if quantized:
+            fut: Future[Any] = allreduce_quantized([tensor], op, pg, divisor=divisor, lane=lane).get_future()
+            divisor = 1
+        else:
+            options = AllreduceOptions()
+            options.reduceOp = ReduceOp(op)
+            fut = lane.run(lambda: pg.allreduce([tensor], options), tensor.device)
     except Exception as e:
         on_error(e)
         failed = completed_future(tensor)
