@@ -64,7 +64,6 @@ class Averaging:
         cap_bytes: int | None = None,
         should_quantize: bool = False,
     ) -> None:
-        self._views: list[torch.Tensor] = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in like[:0]]
         views: dict[int, torch.Tensor] = {}
         self._works: list[Work] = []
         self.nbytes = 0
@@ -72,7 +71,7 @@ class Averaging:
         for bucket in bucket_layout(like, cap_bytes):
             sizes = [like[i].numel() for i in bucket]
             flat = torch.empty(sum(sizes), dtype=like[bucket[0]].dtype, device=like[bucket[0]].device)
-            for i, piece in zip(bucket, flat.split(sizes), strict=True):
+            for i, piece in zip(bucket, torch.split(flat, sizes), strict=True):
                 views[i] = piece.view(like[i].shape)
                 fill(i, views[i])
             # A bucket starts as soon as it is full: the next one is packed meanwhile.

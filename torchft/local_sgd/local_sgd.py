@@ -74,6 +74,7 @@ class LocalSGD:
         self._steps = InnerSteps(optimizer, self._after_step)
         self._window = Window(manager)
         self._done = 0
+        self._loaded = False
         self.bytes_reduced = 0
         """Handed to the all-reduce by this rank so far."""
         manager.register_state_dict_fn("LocalSGD", self.load_state_dict, self.state_dict)
@@ -101,6 +102,7 @@ class LocalSGD:
         """
         self._parameters.load_state_dict(state["parameters"])
         self._parameters.restore()
+        self._loaded = True
 
     def _after_step(self) -> None:
         self._done += 1
@@ -110,10 +112,12 @@ class LocalSGD:
                 self._synchronise()
 
     def _synchronise(self) -> None:
-        self._healed_in_step = False
+        self._loaded = False
+        self._window.begin_step()
+        if self._loaded:  # healed; what was registered after this object may have written the parameters since
+            self._parameters.restore()
         committed = False
         try:
-            self._window.begin_step()
             local = self._parameters.local()
             averaging = Averaging(self._manager, local, lambda i, into: into.copy_(local[i]))
             self.bytes_reduced += averaging.nbytes
@@ -122,6 +126,7 @@ class LocalSGD:
         finally:
             if not committed:
                 self._parameters.restore()
-        for parameter, average in zip(self._parameters.local(), averages, strict=True):
-            parameter.copy_(average)
-        self._parameters.save()
+        if committed:
+            for parameter, average in zip(self._parameters.local(), averages, strict=True):
+                parameter.copy_(average)
+            self._parameters.save()

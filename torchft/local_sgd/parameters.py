@@ -12,7 +12,6 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
