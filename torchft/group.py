@@ -29,7 +29,7 @@ from torchft.coordination.proto import session_pb2 as pb
 from torchft.coordination.session_client import SessionClient, SessionEvents
 from torchft.coordination.types import ANY_QUORUM, Notice
 from torchft.runtime.deadline import seconds
-from torchft.runtime.fork import close_in_children
+from torchft.runtime.fork import Registration, close_in_children
 from torchft.runtime.life import life_address
 from torchft.runtime.logs import RankLogger
 from torchft.runtime.net import advertised_host, parse_address
@@ -37,6 +37,9 @@ from torchft.runtime.net import advertised_host, parse_address
 __all__ = ["Group", "GroupClient", "join_group"]
 
 logger = logging.getLogger(__name__)
+
+_hosted: dict[int, Registration] = {}
+"""What keeps the stores hosted here out of forked children, by their ports."""
 
 
 class GroupClient(Protocol):
@@ -97,6 +100,8 @@ class Group:
         """Ends the server, or the connection to it."""
         if self.server is not None:
             self.server.shutdown()
+            if (hosted := _hosted.pop(self.store.port, None)) is not None:
+                hosted.forget()
             return
         if self.session is not None:
             self.session.close()
@@ -209,7 +214,8 @@ def _open_store(
             )
         host = advertised_host(parse_address(lighthouse_addr) if lighthouse_addr else None)
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
-        close_in_children(own=[store.port])
+        # Found again by its port when the group is closed: the store's type takes no further attribute.
+        _hosted[store.port] = close_in_children(own=[store.port])
         return store, f"{host}:{store.port}"
     try:
         store = TCPStore(addr, port, is_master=False, wait_for_workers=False, timeout=timeout)

@@ -158,7 +158,13 @@ def _in_child(look: list[socket.socket]) -> list[bool]:
         os.close(reading)
 
 
-def test_addresses_fit_in_every_notation() -> None:
+@pytest.fixture
+def nothing_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever tests of other modules have left."""
+    monkeypatch.setattr(fork, "_registered", ())
+
+
+def test_addresses_fit_in_every_notation(nothing_registered: None) -> None:
     with ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         client = stack.enter_context(socket.create_connection(server.getsockname()))
@@ -225,7 +231,7 @@ def test_a_name_that_does_not_resolve_is_left_out_and_nonsense_is_refused() -> N
     assert not Endpoints((), ())
 
 
-def test_a_child_starts_with_nothing_registered() -> None:
+def test_a_child_starts_with_nothing_registered(nothing_registered: None) -> None:
     registration = close_in_children(own=[1])
     reading, writing = os.pipe()
     pid = os.fork()

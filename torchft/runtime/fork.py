@@ -110,6 +110,12 @@ class Registration:
         self._own: frozenset[Address] = frozenset()
         self._others: frozenset[Address] = frozenset()
 
+    @property
+    def over(self) -> bool:
+        """The socket that it is about is closed, or gone."""
+        held = None if self.held is None else self.held()
+        return self.held is not None and (held is None or held.fileno() < 0)
+
     def add(self, own: Iterable[Endpoint] = (), others: Iterable[Endpoint] = ()) -> None:
         """Registers more addresses; arguments as for :func:`close_in_children`."""
         own, others = _resolved(own), _resolved(others)
@@ -130,7 +136,7 @@ _registered: tuple[Registration, ...] = ()
 def _enter(added: tuple[Registration, ...]) -> None:
     global _registered
     with _lock:
-        _registered = tuple(r for r in _registered + added if r.live)
+        _registered = tuple(r for r in _registered + added if r.live and not r.over)
 
 
 def close_in_children(own: Iterable[Endpoint] = (), others: Iterable[Endpoint] = ()) -> Registration:
