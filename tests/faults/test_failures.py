@@ -112,7 +112,7 @@ def test_a_group_that_stops_while_the_process_group_is_built_does_not_hold_the_o
 @pytest.mark.slow
 def test_a_group_that_holds_its_gil_for_twenty_seconds_is_waited_for(make: Make, tmp_path: Path) -> None:
     job = make(heartbeat_timeout_ms=1000)
-    a = job.start("a", *MINUTE)
+    (a,) = start(job, "a")  # first, or b would meet its fault alone
     b = job.start("b", *MINUTE, "--faults", f"hold_gil(20s)@every=20steps,once={tmp_path}/held")
 
     def waited() -> bool:
@@ -164,8 +164,8 @@ def test_a_dead_rank_0_ends_its_group_too(make: Make) -> None:
 
 def test_who_leaves_between_two_steps_costs_nobody_a_step(make: Make) -> None:
     job = make()
-    a, b = job.start("a", *MINUTE), job.start("b", *MINUTE)
-    c = job.start("c", *MINUTE, "--leave", "15")
+    a, b = start(job, "a", "b")
+    c = job.start("c", *MINUTE, "--leave", str(a.step + 15))
     job.until(lambda: c.of("left"), "the departure")
     left = c.of("left")[0]["time"]
     goes_on(job, [a, b], left)
@@ -187,7 +187,7 @@ def test_sigterm_with_drain_ends_a_group_between_two_steps_with_code_0(make: Mak
 
 def test_an_exception_in_the_loop_is_told_to_the_others(make: Make) -> None:
     job = make()
-    a = job.start("a", *MINUTE)
+    (a,) = start(job, "a")
     b = job.start("b", *MINUTE, "--faults", "raise@every=20steps")
     b.exits.add(1)
     job.until(lambda: b.process.poll() == 1, "the exception")
