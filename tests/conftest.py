@@ -7,9 +7,14 @@ looks for new ones.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from tests.groups import Groups
 
 settings.register_profile(
     "fixed", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
@@ -24,3 +29,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="rewrite the expected output of the scenario files (tests/core/scenarios) with what happens now",
     )
+
+
+@pytest.fixture
+def groups() -> Iterator[Groups]:
+    """Replica groups in threads, and their lighthouse."""
+    from tests.groups import running  # not above: it imports torch, which many tests do without
+
+    with running() as g:
+        yield g
+
+
+@pytest.fixture
+def pair() -> Iterator[Groups]:
+    """The same, with a lighthouse that waits for two groups."""
+    from tests.groups import running
+
+    with running(min_replicas=2) as g:
+        yield g

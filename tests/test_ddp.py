@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from tests.groups import TIMEOUT, Groups, Replica, running
+from tests.groups import TIMEOUT, Groups, Replica
 from torchft.checkpointing.pg_transport import PGTransport
 from torchft.ddp import DistributedDataParallel, PureDistributedDataParallel
 from torchft.optim import OptimizerWrapper
 from torchft.process_group import FakeProcessGroupWrapper, ProcessGroupGloo
-
-
-@pytest.fixture
-def pair() -> Iterator[Groups]:
-    with running(min_replicas=2) as g:
-        yield g
-
-
-@pytest.fixture
-def groups() -> Iterator[Groups]:
-    with running() as g:
-        yield g
 
 
 class Branches(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -12,25 +11,12 @@ import torch
 from torch.distributed import ReduceOp
 from torch.futures import Future
 
-from tests.groups import TIMEOUT, Groups, Replica, running
+from tests.groups import TIMEOUT, Groups, Replica
 from torchft.checkpointing.pg_transport import PGTransport
 from torchft.coordination import LighthouseServer
 from torchft.manager import Manager, WorldSizeMode
 from torchft.process_group import FakeProcessGroupWrapper, ProcessGroupGloo
 from torchft.testing.wait import wait_until
-
-
-@pytest.fixture
-def groups() -> Iterator[Groups]:
-    with running() as g:
-        yield g
-
-
-@pytest.fixture
-def pair() -> Iterator[Groups]:
-    """A lighthouse that waits for two groups."""
-    with running(min_replicas=2) as g:
-        yield g
 
 
 def test_one_group_trains_alone(groups: Groups) -> None:

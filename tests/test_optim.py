@@ -1,17 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from tests.groups import Groups, running
-
-
-@pytest.fixture
-def groups() -> Iterator[Groups]:
-    with running() as g:
-        yield g
+from tests.groups import Groups
 
 
 def test_it_steps_only_when_the_step_is_committed(groups: Groups) -> None:

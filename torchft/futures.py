@@ -17,9 +17,19 @@ from torch.futures import Future
 from torchft.runtime.deadline import seconds
 from torchft.runtime.loop import call_later
 
-__all__ = ["context_timeout", "future_timeout", "future_wait"]
+__all__ = ["context_timeout", "future_timeout", "future_wait", "hand_on"]
 
 T = TypeVar("T")
+
+
+def hand_on(ended: Future[Any], out: Future[Any]) -> None:
+    """``out`` ends as ``ended`` did."""
+    try:
+        value = ended.value()
+    except Exception as e:
+        out.set_exception(e)
+    else:
+        out.set_result(value)
 
 
 def future_timeout(fut: Future[T], timeout: timedelta) -> Future[T]:
@@ -40,14 +50,8 @@ def future_timeout(fut: Future[T], timeout: timedelta) -> Future[T]:
 
     def done(completed: Future[Any]) -> None:
         timer.cancel()
-        if not claim.acquire(blocking=False):
-            return
-        try:
-            value = completed.value()
-        except Exception as e:
-            out.set_exception(e)
-        else:
-            out.set_result(value)
+        if claim.acquire(blocking=False):
+            hand_on(completed, out)
 
     fut.add_done_callback(done)
     return out

@@ -38,9 +38,6 @@ __all__ = ["Group", "GroupClient", "join_group"]
 
 logger = logging.getLogger(__name__)
 
-_hosted: dict[int, Registration] = {}
-"""What keeps the stores hosted here out of forked children, by their ports."""
-
 
 class GroupClient(Protocol):
     """What a rank asks of its group's server, whether it sits in this process or not."""
@@ -73,6 +70,8 @@ class Group:
     store: TCPStore
     session: SessionClient | None = None
     """To rank 0, in the other ranks' processes."""
+    hosted: Registration | None = None
+    """What keeps the store out of forked children, where this process hosts it."""
     _listener: Callable[[Notice], None] = field(default=lambda _: None)
 
     def listen(self, on_notice: Callable[[Notice], None], on_welcome: Callable[[timedelta, timedelta], None]) -> None:
@@ -100,8 +99,8 @@ class Group:
         """Ends the server, or the connection to it."""
         if self.server is not None:
             self.server.shutdown()
-            if (hosted := _hosted.pop(self.store.port, None)) is not None:
-                hosted.forget()
+            if self.hosted is not None:
+                self.hosted.forget()
             return
         if self.session is not None:
             self.session.close()
@@ -140,7 +139,7 @@ def join_group(
             "no lighthouse: set TORCHFT_LIGHTHOUSE=http://host:29510 or pass lighthouse_addr. One is started by "
             "`torchft_lighthouse --min_replicas 1`."
         )
-    store, address = _open_store(store_addr, store_port, rank, world_size, lighthouse_addr, connect_timeout)
+    store, address, hosted = _open_store(store_addr, store_port, rank, world_size, lighthouse_addr, connect_timeout)
     prefix = f"torchft/group/{config.RESTART_COUNT.read()}"
 
     if rank == 0:
@@ -162,7 +161,7 @@ def join_group(
         if world_size > 1:
             store.set(f"{prefix}/replica_id", unique)
             store.set(f"{prefix}/manager_address", server.address())
-        return Group(unique, rank, world_size, server, server, store)
+        return Group(unique, rank, world_size, server, server, store, hosted=hosted)
 
     try:
         store.wait([f"{prefix}/manager_address"], connect_timeout)
@@ -202,8 +201,8 @@ def _open_store(
     world_size: int,
     lighthouse_addr: str | None,
     timeout: timedelta,
-) -> tuple[TCPStore, str]:
-    """The group's store, and its address as other groups are told it."""
+) -> tuple[TCPStore, str, Registration | None]:
+    """The group's store, its address as other groups are told it, and what keeps it out of children if it is ours."""
     addr = addr or config.MASTER_ADDR.read()
     port = config.MASTER_PORT.read() if port is None else port
     if addr is None or port is None:
@@ -214,9 +213,7 @@ def _open_store(
             )
         host = advertised_host(parse_address(lighthouse_addr) if lighthouse_addr else None)
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
-        # Found again by its port when the group is closed: the store's type takes no further attribute.
-        _hosted[store.port] = close_in_children(own=[store.port])
-        return store, f"{host}:{store.port}"
+        return store, f"{host}:{store.port}", close_in_children(own=[store.port])
     try:
         store = TCPStore(addr, port, is_master=False, wait_for_workers=False, timeout=timeout)
     except Exception as e:
@@ -225,4 +222,4 @@ def _open_store(
             f"{timeout.total_seconds():g} s. torchrun hosts it; without torchrun host a TCPStore there, or leave "
             f"MASTER_ADDR and MASTER_PORT unset in a group of one rank. ({e})"
         ) from e
-    return store, f"{addr}:{port}"
+    return store, f"{addr}:{port}", None

@@ -25,6 +25,7 @@ import torch
 from torch.distributed import Work
 from torch.futures import Future
 
+from torchft.futures import hand_on
 from torchft.process_group.base import ProcessGroup, ProcessGroupError
 
 __all__ = ["Lane", "after_this", "future_on", "lane_of"]
@@ -93,7 +94,7 @@ class Lane:
                 return
             finally:
                 self.leave()
-            future.add_done_callback(lambda done: _copy(done, out))
+            future.add_done_callback(lambda done: hand_on(done, out))
 
         self.enter(begin)
         return out
@@ -141,12 +142,3 @@ def after_this(device: torch.device) -> Callable[[], None]:
         return lambda: None
     event = torch.accelerator.current_stream(device).record_event()
     return lambda: torch.accelerator.current_stream(device).wait_event(event)
-
-
-def _copy(done: Future[Any], out: Future[Any]) -> None:
-    try:
-        value = done.value()
-    except Exception as e:
-        out.set_exception(e)
-    else:
-        out.set_result(value)

@@ -40,7 +40,7 @@ from torchft.runtime.logs import RankLogger
 from torchft.runtime.worker import Worker
 from torchft.state import ReplicaState
 from torchft.step_error import StepError, waited_in_vain
-from torchft.timeouts import Timeouts
+from torchft.timeouts import Timeouts, effective
 from torchft.work import CompletedWork, FutureWork
 
 __all__ = ["Manager", "WorldSizeMode"]
@@ -135,7 +135,7 @@ class Manager:
     ) -> None:
         if min_replica_size < 1:
             raise ValueError(f"min_replica_size is {min_replica_size}: a step needs at least one participant")
-        self._timeouts = _chosen_timeouts(timeouts, timeout, quorum_timeout, connect_timeout, heartbeat_interval)
+        self._timeouts = effective(timeouts, timeout, quorum_timeout, connect_timeout, heartbeat_interval)
         self._timeout = self._timeouts.collective
         self._quorum_timeout = self._timeouts.quorum
         assert self._timeouts.commit is not None
@@ -492,19 +492,3 @@ class Manager:
         self._transport.shutdown(wait=wait)
         self._worker.shutdown(timeout=5.0 if wait else 0.0)
         self._pg.shutdown()
-
-
-def _chosen_timeouts(
-    given: Timeouts | None, timeout: timedelta, quorum: timedelta, connect: timedelta, heartbeat_interval: timedelta
-) -> Timeouts:
-    """What the environment says, else ``given``, else the arguments. The lighthouse's own are known later."""
-    collective = config.TIMEOUT_SEC.read()
-    return Timeouts(
-        collective=collective or (given.collective if given else timeout),
-        commit=given.commit if given and collective is None else None,
-        quorum=config.QUORUM_TIMEOUT_SEC.read() or (given.quorum if given else quorum),
-        connect=config.CONNECT_TIMEOUT_SEC.read() or (given.connect if given else connect),
-        heartbeat_interval=given.heartbeat_interval if given else heartbeat_interval,
-        heartbeat_timeout=None,
-        join_timeout=None,
-    )

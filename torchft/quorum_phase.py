@@ -14,7 +14,6 @@ Rules
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -177,7 +176,10 @@ class QuorumPhase:
             only_up_to_date=self._use_async_quorum or not allow_heal,
             fixed_world_size=self._fixed,
         )
-        self.watch.enter(quorum.replica_ids, quorum.quorum_id, quorum.max_step, self._on_death())
+        report = self._error.reporter()
+        self.watch.enter(
+            quorum.replica_ids, quorum.quorum_id, quorum.max_step, lambda notice: report(ReplicaLost(str(notice)))
+        )
         if self._error.current is not None:
             return  # reported meanwhile: this group has left the step, the others will not meet it
         if quorum.quorum_id != self._configured:
@@ -188,14 +190,6 @@ class QuorumPhase:
                 self.healing = True
                 self._progress.load_state_dict(self._recovery.heal(quorum, self._progress.step, self._error))
         self.participation = part
-
-    def _on_death(self) -> Callable[[Notice], None]:
-        report = self._error.reporter()
-
-        def act(notice: Notice) -> None:
-            report(ReplicaLost(str(notice)))
-
-        return act
 
     def _configure(self, quorum: QuorumResult) -> None:
         address = f"{quorum.store_address}/torchft/{quorum.quorum_id}/{self._group.rank}"

@@ -108,29 +108,27 @@ class StepFutures:
         Raises:
             RuntimeError: something is pending even then. Its buffers must not be used again.
         """
+        collectives = list(self._collectives)
+        self._wait_for([*self._futures, *collectives], timeout)
+        self.clear()
+        if all(future.done() for future in collectives):
+            return
+        abort()
+        self._wait_for(collectives, _ABORT_GRACE)
+        if not all(future.done() for future in collectives):
+            raise RuntimeError(
+                f"a collective still runs {_ABORT_GRACE.total_seconds():g} s after the process group was aborted, "
+                f"and may write to gradients at any time: this process cannot go on safely and must be restarted"
+            )
+
+    def _wait_for(self, futures: list[Future[Any]], timeout: timedelta) -> None:
         deadline = Deadline(timeout)
-        for future in (*self._futures, *self._collectives):
+        for future in futures:
             if not future.done():
                 try:
                     future_wait(future, timedelta(seconds=deadline.remaining()))
                 except Exception as e:
                     self._error.report(e)
-        pending = [future for future in self._collectives if not future.done()]
-        self.clear()
-        if not pending:
-            return
-        abort()
-        deadline = Deadline(_ABORT_GRACE)
-        for future in pending:
-            try:
-                future_wait(future, timedelta(seconds=deadline.remaining()))
-            except Exception as e:
-                self._error.report(e)
-            if not future.done():
-                raise RuntimeError(
-                    f"a collective still runs {_ABORT_GRACE.total_seconds():g} s after the process group was aborted, "
-                    f"and may write to gradients at any time: this process cannot go on safely and must be restarted"
-                )
 
 
 def reduce(

@@ -20,7 +20,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
-__all__ = ["Timeouts", "suggest"]
+from torchft import config
+
+__all__ = ["Timeouts", "effective", "suggest"]
 
 _ZERO = timedelta(0)
 
@@ -130,4 +132,26 @@ def suggest(*, step_seconds: float, state_bytes: int = 0, bytes_per_second: floa
     quorum = max(timedelta(seconds=60), 2 * join_timeout + 2 * heartbeat_timeout, collective)
     return Timeouts(
         collective=collective, quorum=quorum, heartbeat_timeout=heartbeat_timeout, join_timeout=join_timeout
+    )
+
+
+def effective(
+    given: Timeouts | None, timeout: timedelta, quorum: timedelta, connect: timedelta, heartbeat_interval: timedelta
+) -> Timeouts:
+    """What a Manager uses: the environment's, else those ``given``, else its arguments.
+
+    The lighthouse's own are not known yet.
+
+    Raises:
+        ValueError: two of them contradict each other, or one is not positive.
+    """
+    collective = config.TIMEOUT_SEC.read()
+    return Timeouts(
+        collective=collective or (given.collective if given else timeout),
+        commit=given.commit if given and collective is None else None,
+        quorum=config.QUORUM_TIMEOUT_SEC.read() or (given.quorum if given else quorum),
+        connect=config.CONNECT_TIMEOUT_SEC.read() or (given.connect if given else connect),
+        heartbeat_interval=given.heartbeat_interval if given else heartbeat_interval,
+        heartbeat_timeout=None,
+        join_timeout=None,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from itertools import count
 from typing import Any
@@ -11,24 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.groups import TIMEOUT, Groups, Replica, running
+from tests.groups import TIMEOUT, Groups, Replica
 from tests.local_sgd.job import Goal, inner_step, raw, replace_model
 from torchft.local_sgd import DiLoCo
 from torchft.process_group import FakeProcessGroupWrapper, ProcessGroupGloo
 
 EVERY = 6
-
-
-@pytest.fixture
-def groups() -> Iterator[Groups]:
-    with running() as g:
-        yield g
-
-
-@pytest.fixture
-def pair() -> Iterator[Groups]:
-    with running(min_replicas=2) as g:
-        yield g
 
 
 class Walker:

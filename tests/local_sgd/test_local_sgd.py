@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 
 import pytest
 import torch
 from torch import nn
 
-from tests.groups import TIMEOUT, Groups, Replica, running
+from tests.groups import TIMEOUT, Groups, Replica
 from tests.local_sgd.job import Goal, gradient, imagined, inner_step, raw, replace_model, uneven_model, values
 from torchft.local_sgd import LocalSGD
 from torchft.manager import Manager
@@ -17,18 +17,6 @@ from torchft.optim import OptimizerWrapper
 from torchft.process_group import FakeProcessGroupWrapper, ProcessGroupGloo
 
 EVERY = 3
-
-
-@pytest.fixture
-def groups() -> Iterator[Groups]:
-    with running() as g:
-        yield g
-
-
-@pytest.fixture
-def pair() -> Iterator[Groups]:
-    with running(min_replicas=2) as g:
-        yield g
 
 
 def replica(groups: Groups, name: str, seed: int, use_async_quorum: bool = True, **kwargs: object) -> Replica:

@@ -18,9 +18,11 @@ Everything here runs on the background loop, so nothing needs a lock.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
-from typing import Protocol
+from collections.abc import Coroutine
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
@@ -118,10 +120,6 @@ class SessionService(pb_grpc.SessionServiceServicer):
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
-    def links(self) -> list[Link]:
-        """The members that are there."""
-        return list(self._links.values())
-
     def broadcast(self, message: pb.SessionDown) -> None:
         """Tells all members."""
         for link in self._links.values():
@@ -203,8 +201,8 @@ class SessionService(pb_grpc.SessionServiceServicer):
 
     # ---------------------------------------------------------- who is lost
 
-    def _start(self, coroutine: object) -> None:
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine)  # type: ignore[arg-type]
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -215,9 +213,9 @@ class SessionService(pb_grpc.SessionServiceServicer):
     async def _find_out(self, link: Link) -> None:
         """Why a member was lost, unless it comes back."""
         deadline = link.last_sign + self._heartbeat_timeout
-        for look in range(2**31):
+        for pause in itertools.chain(_LOOKS, itertools.repeat(_LOOKS[-1])):
             remaining = max(0.0, deadline - time.monotonic())
-            await asyncio.sleep(min(_LOOKS[min(look, len(_LOOKS) - 1)], remaining))
+            await asyncio.sleep(min(pause, remaining))
             if link.key in self._links:
                 return
             if link.provable and await examine(link.life_address) is Sign.GONE:

@@ -132,8 +132,7 @@ class Membership:
         self._sessions: set[str] = set()
         self._dead: dict[str, None] = {}  # in the order of their deaths
         self._broken = False
-        self._waiters: dict[str, Member] = {}
-        self._asked_at: dict[str, float] = {}
+        self._waiters: dict[str, tuple[Member, float]] = {}  # and since when
         self._possible_since: float | None = None
         self._status = ""
 
@@ -186,8 +185,7 @@ class Membership:
         broken = None
         if answered is not None and member.commit_failures > 0 and member.step <= answered.step:
             broken = Death(member.replica_id, "it could not finish the step and asks again", self.quorum_id)
-        self._waiters[member.replica_id] = member
-        self._asked_at[member.replica_id] = now
+        self._waiters[member.replica_id] = member, now
         outcome = self.tick(now)
         return outcome if broken is None else replace(outcome, broken=broken)
 
@@ -229,7 +227,7 @@ class Membership:
 
     def waiting(self) -> tuple[Member, ...]:
         """Those that wait for a quorum, sorted by replica id."""
-        return tuple(m for _, m in sorted(self._waiters.items()))
+        return tuple(self._waiters[rid][0] for rid in sorted(self._waiters))
 
     def due(self) -> float | None:
         """When time alone may change something, if nothing else happens before; None: it cannot."""
@@ -258,15 +256,15 @@ class Membership:
 
     def _complaint(self) -> float | None:
         """When a member of the previous quorum asked because it had waited for the others in vain."""
-        members = () if self.previous is None else self.previous.replica_ids
-        return min(
-            (self._asked_at[r] for r in members if r in self._waiters and self._waiters[r].timed_out), default=None
-        )
+        waiting = (self._waiters[r] for r in self._previous_ids() if r in self._waiters)
+        return min((since for member, since in waiting if member.timed_out), default=None)
+
+    def _previous_ids(self) -> tuple[str, ...]:
+        return () if self.previous is None else self.previous.replica_ids
 
     def _missing(self) -> list[str]:
         """Those of the previous quorum that live and do not ask."""
-        members = () if self.previous is None else self.previous.replica_ids
-        return [r for r in members if r in self._last_sign and r not in self._waiters]
+        return [r for r in self._previous_ids() if r in self._last_sign and r not in self._waiters]
 
     def _hung(self, now: float) -> tuple[Death, ...]:
         complaint = self._complaint()
@@ -280,17 +278,17 @@ class Membership:
         self._dead[replica_id] = None
         if len(self._dead) > _REMEMBERED_DEAD:
             del self._dead[next(iter(self._dead))]
-        if self.previous is not None and replica_id in self.previous.replica_ids:
+        if replica_id in self._previous_ids():
             self._broken = True
         return Death(replica_id, cause, self.quorum_id, step)
 
     def _decide(self, now: float) -> tuple[Quorum | None, str]:
         options = self.options
-        ready = {rid: m for rid, m in sorted(self._waiters.items()) if rid in self._last_sign}
+        ready = {m.replica_id: m for m in self.waiting() if m.replica_id in self._last_sign}
         possible_since, self._possible_since = self._possible_since, None
         if not ready:
             return None, "nobody asks for a quorum"
-        previous = set(self.previous.replica_ids) if self.previous else set()
+        previous = set(self._previous_ids())
         shrink = self.previous is not None and any(m.shrink_only for m in ready.values())
         candidates = [m for rid, m in ready.items() if not shrink or rid in previous]
         note = " (shrinking: only members of the last quorum)" if shrink else ""

@@ -26,6 +26,7 @@ import torch
 from torch.distributed import Work
 from torch.futures import Future
 
+from torchft.futures import hand_on
 from torchft.process_group.base import ProcessGroupError
 from torchft.runtime.deadline import Deadline
 
@@ -140,15 +141,9 @@ class LosableCollective(Work):
 
     def _copy(self, backends: Future[Any]) -> None:
         self._ending.leave(self._lose)
-        if not self._claim():
-            return
-        assert self._future is not None
-        try:
-            value = backends.value()
-        except Exception as e:
-            self._future.set_exception(e)
-        else:
-            self._future.set_result(value)
+        if self._claim():
+            assert self._future is not None
+            hand_on(backends, self._future)
 
     def _lose(self, error: Exception) -> None:
         if self._claim():
