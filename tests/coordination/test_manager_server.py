@@ -18,6 +18,7 @@ from torchft.coordination import LighthouseServer, ManagerClient, ManagerServer,
 from torchft.coordination.channel import open_channel
 from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
+from torchft.core.assignment import Source
 from torchft.testing.wait import wait_until
 
 Start = Callable[..., ManagerServer]
@@ -103,6 +104,9 @@ def test_all_ranks_of_all_groups_get_their_own_view_of_one_quorum(start: Start, 
         assert views[a, rank].recover_src_replica_rank == 1
         assert views[a, rank].recover_src_manager_address == b.address()
         assert views[b, rank].recover_dst_replica_ranks == [0]
+        assert views[a, rank].recover_sources == [Source(1, b.address())]
+        assert views[b, rank].recover_sources == []
+        assert [v.recovering_replica_ranks for v in (views[a, rank], views[b, rank])] == [[0], [0]]
         assert views[a, rank].store_address == views[b, rank].store_address == "store-b:1"
     assert clients[a, 0]._checkpoint_metadata(1, WAIT) == "metadata-1"
 

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from torchft.core.assignment import AssignmentError, View, assign
+from torchft.core.assignment import MAX_SOURCES, AssignmentError, View, assign
 from torchft.core.membership import Member, Quorum
 
 
 @st.composite
 def quorums(draw: st.DrawFn) -> Quorum:
-    """Up to seven members in any order, at steps that often coincide."""
-    ids = draw(st.lists(st.sampled_from("abcdefghij"), min_size=1, max_size=7, unique=True))
+    """Up to ten members in any order, at steps that often coincide."""
+    ids = draw(st.lists(st.sampled_from("abcdefghij"), min_size=1, max_size=10, unique=True))
     members = [
         Member(
             rid,
@@ -84,6 +84,30 @@ def test_every_recovering_member_has_one_source_that_knows_it(q: Quorum, group_r
         assert steps[server] == views[rid].max_step
     load = [len(view.recover_dst_replica_ranks) for view in views.values() if not view.heal]
     assert max(load) - min(load) <= 1, "the load is spread evenly"
+
+
+@settings(max_examples=300)
+@given(quorums(), st.integers(0, 9), st.booleans())
+def test_healing_member_knows_all_sources_its_own_first(q: Quorum, group_rank: int, init_sync: bool) -> None:
+    assume(usable(q))
+    views = views_of(q, group_rank, init_sync)
+    healing = [v.replica_rank for v in views.values() if v.heal]
+    primary = views[q.participants[0].replica_id].store_address.removesuffix(":2")
+    usual = {v.replica_rank for v in views.values() if v.max_replica_rank is not None and not v.heal}
+    for rid, view in views.items():
+        assert sorted(view.recovering_replica_ranks) == sorted(healing)
+        if not view.heal:
+            assert view.recover_sources == ()
+            continue
+        assert view.recover_sources[0].replica_rank == view.recover_src_replica_rank
+        named = [s.replica_rank for s in view.recover_sources]
+        assert len(set(named)) == len(named) == min(MAX_SOURCES, len(usual))
+        assert set(named) <= usual
+        assert rid not in {view.replica_ids[r] for r in named}
+        for source in view.recover_sources:
+            assert source.manager_address == f"http://{view.replica_ids[source.replica_rank]}:1"
+        if init_sync and view.max_step == 0:
+            assert [view.replica_ids[r] for r in named] == [primary], "all begin from one initialisation"
 
 
 @settings(max_examples=300)

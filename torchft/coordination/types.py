@@ -14,7 +14,7 @@ from typing import Any
 from torchft.coordination.proto import session_pb2
 from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.core import membership
-from torchft.core.assignment import View
+from torchft.core.assignment import Source, View
 
 __all__ = [
     "ANY_QUORUM",
@@ -118,6 +118,10 @@ class QuorumResult:
     heal: bool = False
     commit_failures: int = 0
     replica_ids: list[str] = field(default_factory=list)
+    recover_sources: list[Source] = field(default_factory=list)
+    """Whom this group may take the state from, the assigned one first."""
+    recovering_replica_ranks: list[int] = field(default_factory=list)
+    """All members that heal."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +248,8 @@ def view_to_result(view: View) -> QuorumResult:
         heal=view.heal,
         commit_failures=view.commit_failures,
         replica_ids=list(view.replica_ids),
+        recover_sources=list(view.recover_sources),
+        recovering_replica_ranks=list(view.recovering_replica_ranks),
     )
 
 
@@ -262,6 +268,11 @@ def view_to_wire(view: View) -> pb.ManagerQuorumResponse:
         heal=view.heal,
         commit_failures=view.commit_failures,
         replica_ids=view.replica_ids,
+        recover_sources=[
+            pb.RecoverSource(replica_rank=s.replica_rank, manager_address=s.manager_address)
+            for s in view.recover_sources
+        ],
+        recovering_replica_ranks=view.recovering_replica_ranks,
     )
 
 
@@ -284,6 +295,8 @@ def result_from_wire(response: pb.ManagerQuorumResponse) -> QuorumResult:
         heal=response.heal,
         commit_failures=response.commit_failures,
         replica_ids=list(response.replica_ids),
+        recover_sources=[Source(s.replica_rank, s.manager_address) for s in response.recover_sources],
+        recovering_replica_ranks=list(response.recovering_replica_ranks),
     )
 
 

@@ -13,6 +13,8 @@ Rules, with the members sorted by replica id
       primary, so that all begin from one initialisation.
     - The i-th recovering member is served by ``sources[(i + group_rank) mod n]``, the sources being the
       up-to-date that do not recover themselves.
+    - Any source may serve any recovering member: each is told of at most :data:`MAX_SOURCES`, the one that serves
+      it first, then those that follow in the circle, so that the load stays spread when not all are used.
 """
 
 from __future__ import annotations
@@ -21,11 +23,22 @@ from dataclasses import dataclass
 
 from torchft.core.membership import Member, Quorum
 
-__all__ = ["AssignmentError", "View", "assign"]
+__all__ = ["MAX_SOURCES", "AssignmentError", "Source", "View", "assign"]
+
+MAX_SOURCES = 8
+"""More than these would not make a transfer faster: any network is full before."""
 
 
 class AssignmentError(Exception):
     """The quorum cannot be used by this rank. The message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A member that a recovering one can take the state from."""
+
+    replica_rank: int
+    manager_address: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +58,10 @@ class View:
     recover_src_replica_rank: int | None
     recover_src_manager_address: str
     recover_dst_replica_ranks: tuple[int, ...]
+    recover_sources: tuple[Source, ...]
+    """Whom this group may take the state from, the assigned one first; empty when it does not heal."""
+    recovering_replica_ranks: tuple[int, ...]
+    """All members that heal."""
     commit_failures: int
     """The most failures in a row of any member."""
 
@@ -74,9 +91,11 @@ def assign(quorum: Quorum, replica_id: str, group_rank: int, init_sync: bool) ->
     if init_sync and max_step == 0:
         recovering = [i for i in range(len(members)) if i != primary]
     sources = [i for i in up_to_date if i not in recovering]
-    source_of = {dst: sources[(i + group_rank) % len(sources)] for i, dst in enumerate(recovering)}
+    first_of = {dst: (i + group_rank) % len(sources) for i, dst in enumerate(recovering)}
+    source_of = {dst: sources[first] for dst, first in first_of.items()}
 
     source = source_of.get(me)
+    mine = [] if source is None else [*sources[first_of[me] :], *sources[: first_of[me]]][:MAX_SOURCES]
     return View(
         quorum_id=quorum.quorum_id,
         replica_rank=me,
@@ -90,5 +109,7 @@ def assign(quorum: Quorum, replica_id: str, group_rank: int, init_sync: bool) ->
         recover_src_replica_rank=source,
         recover_src_manager_address="" if source is None else members[source].address,
         recover_dst_replica_ranks=tuple(dst for dst, src in source_of.items() if src == me),
+        recover_sources=tuple(Source(i, members[i].address) for i in mine),
+        recovering_replica_ranks=tuple(recovering),
         commit_failures=max(m.commit_failures for m in members),
     )
