@@ -146,6 +146,13 @@ DRAIN = Setting(
     "On SIGTERM finish the step under way, leave the job and exit with code 0. Wins over `Manager(drain=)`.",
     _flag,
 )
+STATE_DIR = Setting(
+    "TORCHFT_STATE_DIR",
+    "folder",
+    "~/.local/state/torchft",
+    "Where the lighthouse command keeps its state file unless `--state_file` names one.",
+    str,
+)
 
 
 # What torchrun and other launchers set for each process of a group.

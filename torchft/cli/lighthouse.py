@@ -1,17 +1,55 @@
-"""``torchft lighthouse`` and ``torchft_lighthouse``: a lighthouse in a process of its own."""
+"""``torchft lighthouse`` and ``torchft_lighthouse``: a lighthouse in a process of its own.
+
+It remembers its epoch in a state file, so that no quorum id is used twice across restarts. Without ``--state_file``
+that is a file of this user, named after the machine and ``--bind``: another machine may share the home folder, and
+another lighthouse the machine. With any free port (``:0``) there is none: nobody would find this lighthouse again.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
+import re
 import signal
+import socket
 import threading
+from pathlib import Path
 from types import FrameType
 
 import click
 
+from torchft import config
 from torchft.coordination.lighthouse_server import LighthouseServer
+from torchft.runtime.net import split_bind
 
-__all__ = ["lighthouse", "main"]
+__all__ = ["default_state_file", "lighthouse", "main"]
+
+logger = logging.getLogger(__name__)
+
+
+def default_state_file(bind: str) -> Path | None:
+    """Where a lighthouse that listens on ``bind`` remembers its epoch; None: nowhere.
+
+    Raises:
+        ValueError: ``bind`` is not ``host:port``.
+    """
+    host, port = split_bind(bind)
+    if port == 0:
+        return None
+    where = re.sub(r"[^A-Za-z0-9.]+", "_", f"{socket.gethostname()}-{'any' if host in ('::', '0.0.0.0') else host}")
+    try:
+        folder = Path(config.STATE_DIR.read()).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} cannot be written to")
+    except (OSError, RuntimeError) as e:  # RuntimeError: there is no home
+        logger.warning(
+            "no place for a state file (%s): after a restart this lighthouse begins again with the ids it has used. "
+            "Name one (--state_file), or none on purpose (--state_file none).",
+            e,
+        )
+        return None
+    return folder / f"lighthouse-{where}-{port}.json"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -47,6 +85,13 @@ __all__ = ["lighthouse", "main"]
     default=1000,
     help="How often failures are looked for, at the latest.",
 )
+@click.option(
+    "--state_file",
+    "--state-file",
+    help="Where it remembers which quorum ids were used, or 'none'. "
+    "[default: ~/.local/state/torchft/lighthouse-HOST-BIND-PORT.json]",
+    show_default=False,
+)
 @click.option("--verbose", "-v", is_flag=True, help="Log every quorum, not only changes.")
 def lighthouse(
     min_replicas: int,
@@ -55,6 +100,7 @@ def lighthouse(
     quorum_tick_ms: int,
     heartbeat_timeout_ms: int,
     failure_tick_ms: int,
+    state_file: str | None,
     verbose: bool,
 ) -> None:
     """Runs the job's lighthouse: it decides which replica groups form the quorum.
@@ -67,7 +113,13 @@ def lighthouse(
     )
     try:
         server = LighthouseServer(
-            bind, min_replicas, join_timeout_ms, quorum_tick_ms, heartbeat_timeout_ms, failure_tick_ms
+            bind,
+            min_replicas,
+            join_timeout_ms,
+            quorum_tick_ms,
+            heartbeat_timeout_ms,
+            failure_tick_ms,
+            state_file=default_state_file(bind) if state_file is None else None if state_file == "none" else state_file,
         )
     except (RuntimeError, ValueError) as e:
         raise click.ClickException(str(e)) from e

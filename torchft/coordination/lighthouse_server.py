@@ -2,13 +2,14 @@
 
 A shell around :class:`torchft.core.membership.Membership`: each call, each word on a session and each tick is an
 event with the monotonic time, and what comes back is carried out: members answered, deaths announced, reasons
-logged. It keeps nothing on disk and imports no torch.
+logged. On disk it keeps an epoch at most (:mod:`torchft.coordination.record`). It imports no torch.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncIterator
 from typing import Protocol
@@ -20,8 +21,10 @@ from torchft.coordination import types
 from torchft.coordination.proto import session_pb2, session_pb2_grpc
 from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
+from torchft.coordination.record import StateFile
 from torchft.coordination.server import GrpcServer
 from torchft.coordination.session_server import Link, SessionService
+from torchft.core.election import first_id
 from torchft.core.membership import Death, Member, Membership, Options, Outcome
 from torchft.runtime import loop
 from torchft.runtime.life import life_address
@@ -46,9 +49,10 @@ class LighthouseServer:
         heartbeat_timeout_ms: a replica silent for longer is no longer healthy. One whose process is seen to end is
             not waited for that long.
         failure_tick_ms: how often the failures found are sent to subscribers at the latest.
+        state_file: remembers which quorum ids were used, across restarts. None: ids begin at 1 each time.
 
     Raises:
-        RuntimeError: the port is taken.
+        RuntimeError: the port is taken, or the state file cannot be used.
         ValueError: an argument is out of range.
     """
 
@@ -60,21 +64,24 @@ class LighthouseServer:
         quorum_tick_ms: int = 100,
         heartbeat_timeout_ms: int = 5000,
         failure_tick_ms: int = 1000,
+        *,
+        state_file: str | os.PathLike[str] | None = None,
     ) -> None:
         if quorum_tick_ms <= 0 or failure_tick_ms <= 0:
             raise ValueError("quorum_tick_ms and failure_tick_ms must be positive")
         options = Options(min_replicas, join_timeout_ms / 1000, heartbeat_timeout_ms / 1000)
-        self._service = _Service(options, min(quorum_tick_ms, failure_tick_ms) / 1000)
-        self._server = GrpcServer(
-            bind,
-            self._service.register,
-            "lighthouse",
-            options.heartbeat_timeout,
-        )
+        self._record = None if state_file is None else StateFile(state_file)
+        try:
+            epoch = 0 if self._record is None else self._record.advance()
+            self._service = _Service(options, min(quorum_tick_ms, failure_tick_ms) / 1000, epoch)
+            self._server = GrpcServer(bind, self._service.register, "lighthouse", options.heartbeat_timeout)
+        except BaseException:
+            self._close_record()
+            raise
         host = self._server.bound_host or advertised_host()
         self._address = format_address(host, self._server.port)
         self._ticker = loop.submit(self._service.run())
-        logger.info("lighthouse listens on %s, min_replicas=%d", self._address, min_replicas)
+        logger.info("lighthouse listens on %s, min_replicas=%d, epoch %d", self._address, min_replicas, epoch)
 
     def address(self) -> str:
         """``http://host:port`` for clients."""
@@ -93,6 +100,11 @@ class LighthouseServer:
         self._ticker.cancel()
         loop.get_loop().call_soon_threadsafe(self._service.sessions.close)
         self._server.stop()
+        self._close_record()
+
+    def _close_record(self) -> None:
+        if self._record is not None:
+            self._record.close()
 
 
 class _Asker(Protocol):
@@ -135,8 +147,8 @@ class _Question:
 class _Service(pb_grpc.LighthouseServiceServicer):
     """The handlers. Everything runs on the loop, so nothing needs a lock."""
 
-    def __init__(self, options: Options, tick: float) -> None:
-        self._core = Membership(options)
+    def __init__(self, options: Options, tick: float, epoch: int) -> None:
+        self._core = Membership(options, first_id(epoch))
         self._tick = tick
         self._answers: dict[str, _Asker] = {}
         self._subscribers: set[asyncio.Queue[pb.FailureNotification]] = set()
