@@ -111,6 +111,24 @@ def test_a_spare_follows_the_state_and_contributes_nothing(pair: Groups) -> None
     assert float(a.model.bias.grad[0]) == 1.0
 
 
+def test_a_group_tells_the_history_of_its_state_also_of_a_healed_one(pair: Groups) -> None:
+    a, b = pair.replica("a"), pair.replica("b")
+    assert a.manager._progress.lineage == 0
+    pair.together(a.step, b.step)
+    pair.together(a.step, b.step)
+    assert a.manager._progress.lineage == b.manager._progress.lineage > 0
+    late = pair.replica("c")
+    healed = pair.start(late.step)
+    told = set()
+    while not healed.done():
+        pair.together(a.step, b.step)
+        told.add((a.manager.current_step(), a.manager._progress.lineage))
+    healed.result()
+    assert (late.manager.current_step(), late.manager._progress.lineage) in told
+    a.manager.load_state_dict(a.manager.state_dict())
+    assert a.manager._progress.lineage == 0, "what a state from elsewhere comes from is not known"
+
+
 def test_a_step_with_too_few_participants_is_not_committed(groups: Groups) -> None:
     a = groups.replica("a", min_replica_size=2)
     before = a.weights()

@@ -52,6 +52,7 @@ class GroupClient(Protocol):
         commit_failures: int,
         init_sync: bool = True,
         timed_out: bool = False,
+        lineage: int = 0,
     ) -> QuorumResult: ...
 
     def should_commit(self, group_rank: int, step: int, should_commit: bool, timeout: timedelta) -> bool: ...

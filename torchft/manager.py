@@ -392,6 +392,7 @@ class Manager:
         self._voted = True
         if commit:
             self._progress.step += 1
+            self._progress.lineage = self._begin.quorum_id
             self._progress.batches_committed += participants
             self._progress.failures = 0
             self._log.debug("committed with %d participants", participants)

@@ -50,6 +50,8 @@ class Progress:
     """Steps in a row that were not committed."""
     timed_out: bool = False
     """In the last step it waited for the other groups in vain."""
+    lineage: int = 0
+    """The quorum in which the newest step was committed, here or where this state was healed from; 0: not known."""
 
     def state_dict(self) -> dict[str, int]:
         """What a healing replica takes over."""
@@ -58,6 +60,7 @@ class Progress:
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self.step = int(state_dict["step"])
         self.batches_committed = int(state_dict["batches_committed"])
+        self.lineage = 0
 
 
 class QuorumPhase:
@@ -110,6 +113,8 @@ class QuorumPhase:
         """In the step under way; nobody while its quorum is not there, or failed."""
         self.healing = False
         """This replica takes a peer's state in the step under way."""
+        self.quorum_id = 0
+        """Of the step under way."""
 
     @property
     def failed(self) -> bool:
@@ -165,9 +170,11 @@ class QuorumPhase:
             commit_failures=self._progress.failures,
             init_sync=self._init_sync,
             timed_out=self._progress.timed_out,
+            lineage=self._progress.lineage,
         )
 
     def _prepare(self, quorum: QuorumResult, allow_heal: bool) -> None:
+        self.quorum_id = quorum.quorum_id
         part = participation(
             replica_rank=quorum.replica_rank,
             replica_world_size=quorum.replica_world_size,
@@ -189,6 +196,7 @@ class QuorumPhase:
             if quorum.heal:
                 self.healing = True
                 self._progress.load_state_dict(self._recovery.heal(quorum, self._progress.step, self._error))
+                self._progress.lineage = quorum.lineage
         self.participation = part
 
     def _configure(self, quorum: QuorumResult) -> None:

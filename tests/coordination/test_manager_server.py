@@ -111,6 +111,26 @@ def test_all_ranks_of_all_groups_get_their_own_view_of_one_quorum(start: Start, 
     assert clients[a, 0]._checkpoint_metadata(1, WAIT) == "metadata-1"
 
 
+@pytest.mark.parametrize("lighthouse", [2], indirect=True)
+def test_of_two_groups_at_one_step_with_different_histories_the_older_heals(
+    start: Start, pool: ThreadPoolExecutor
+) -> None:
+    a, b = start("a"), start("b", world_size=2)
+    client = ManagerClient(b.address(), WAIT)
+    futures = [
+        pool.submit(lambda: a._quorum(0, 8, "", False, WAIT, 0, lineage=4)),
+        pool.submit(lambda: b._quorum(0, 8, "", False, WAIT, 0, lineage=5)),
+        pool.submit(lambda: client._quorum(1, 8, "", False, WAIT, 0, lineage=5)),
+    ]
+    views = [f.result(10) for f in futures]
+    assert [(v.heal, v.lineage, v.max_step, v.max_world_size) for v in views] == [
+        (True, 5, 8, 1),
+        (False, 5, 8, 1),
+        (False, 5, 8, 1),
+    ]
+    assert views[0].recover_src_manager_address == b.address()
+
+
 def test_the_group_is_as_far_as_its_last_rank(start: Start, pool: ThreadPoolExecutor) -> None:
     server = start("a", world_size=2)
     one = ask(pool, ManagerClient(server.address(), WAIT), 1, step=4)

@@ -8,11 +8,12 @@ Events (times in ms; ``name=value`` pairs are optional)::
 
     options min_replicas=2 join_timeout=0.1 heartbeat_timeout=5    a new membership; both times in seconds
     heartbeat A | withdraw A | fail A cause...
-    request A step=3 commit_failures=1 shrink_only=true timed_out=true attempt=9
+    request A step=3 commit_failures=1 shrink_only=true timed_out=true attempt=9 lineage=5
     attach A active=true | beat A | detach A | left A 7 cause... | spare      sessions; 7: the step where it left
     tick 500      time passes and the machine is told         after 500     time passes, nobody says so
     state         who is healthy, who waits
-    quorum 7 A=3 B=3 C=-1      a quorum of these members at these steps, for the next line (or the one formed last)
+    quorum 7 A=3 B=3.5 C=-1    a quorum of these members at these steps (and lineages), for the next line (or the one
+                  formed last)
     assign A group_rank=0 init_sync=true      its view, in full
     group 3       a new commit vote of three ranks: vote 0 step=5 yes | leave 1 cause... | reset
     gather 3      a new gathering of three ranks: come 0 VALUE | leave 1 cause... | end cause... | reset
@@ -138,7 +139,10 @@ class Runner:
     # --------------------------------------------------------- assignment
 
     def _given_quorum(self, e: Event) -> list[str]:
-        members = [_member(rid, {"step": step}) for rid, step in e.options.items()]
+        members = [
+            _member(rid, dict(zip(("step", "lineage"), state.split("."), strict=False)))
+            for rid, state in e.options.items()
+        ]
         self.quorum = Quorum(int(e.words[0]), tuple(members))
         return []
 
@@ -203,6 +207,7 @@ def _member(replica_id: str, options: dict[str, str]) -> Member:
         commit_failures=int(options.get("commit_failures", "0")),
         timed_out=options.get("timed_out") == "true",
         attempt=int(options.get("attempt", "0")),
+        lineage=int(options.get("lineage", "0")),
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from torchft.core.assignment import MAX_SOURCES, AssignmentError, View, assign
+from torchft.core.assignment import MAX_SOURCES, AssignmentError, View, assign, of_group
 from torchft.core.membership import Member, Quorum
 
 
@@ -21,6 +21,7 @@ def quorums(draw: st.DrawFn) -> Quorum:
             store_address=f"{rid}:2",
             step=draw(st.integers(-1, 2)),
             commit_failures=draw(st.integers(0, 3)),
+            lineage=draw(st.sampled_from([0, 5, 5, 5, 7])),
         )
         for rid in ids
     ]
@@ -42,8 +43,11 @@ def test_view_is_the_one_the_protocol_describes(quorum: Quorum, group_rank: int,
     members = sorted(quorum.participants, key=lambda m: m.replica_id)
     max_step = max(m.step for m in members)
     up_to_date = [m for m in members if m.step == max_step]
+    told = [m.lineage for m in up_to_date]
+    if all(told):
+        up_to_date = [m for m in up_to_date if m.lineage == max(told)]
     primary = up_to_date[group_rank % len(up_to_date)]
-    recovering = [m for m in members if m.step < max_step or (init_sync and max_step == 0 and m != primary)]
+    recovering = [m for m in members if m not in up_to_date or (init_sync and max_step == 0 and m != primary)]
     not_recovering = [m for m in up_to_date if m not in recovering]
     for rank, me in enumerate(members):
         view = assign(quorum, me.replica_id, group_rank, init_sync)
@@ -62,6 +66,26 @@ def test_view_is_the_one_the_protocol_describes(quorum: Quorum, group_rank: int,
             assert view.recover_src_manager_address == source.address
         else:
             assert (view.recover_src_replica_rank, view.recover_src_manager_address) == (None, "")
+
+
+@settings(max_examples=300)
+@given(quorums(), st.integers(0, 9))
+def test_after_a_heal_all_members_tell_one_lineage(quorum: Quorum, group_rank: int) -> None:
+    assume(usable(quorum))
+    told = {m.replica_id: m.lineage for m in quorum.participants}
+    views = views_of(quorum, group_rank, init_sync=False)
+    assert len({view.lineage for view in views.values()}) == 1
+    at_max = [m.lineage for m in quorum.participants if m.step == max(n.step for n in quorum.participants)]
+    if 0 not in at_max:
+        assert {view.lineage if view.heal else told[rid] for rid, view in views.items()} == {max(at_max)}
+
+
+def test_group_is_as_far_as_its_last_rank_and_has_no_state_if_its_ranks_come_from_different_ones() -> None:
+    assert of_group([(7, 5)]) == (7, 5)
+    assert of_group([(7, 5), (7, 5)]) == (7, 5)
+    assert of_group([(8, 6), (7, 5)]) == (7, 5)
+    assert of_group([(-1, 5), (7, 5)]) == (-1, 5)
+    assert of_group([(7, 5), (7, 6)]) == (-1, 0)
 
 
 @settings(max_examples=300)
@@ -132,13 +156,13 @@ def test_all_members_agree_on_the_facts_whatever_the_order(q: Quorum, group_rank
 @given(quorums(), st.booleans())
 def test_group_ranks_agree_on_who_takes_part(quorum: Quorum, init_sync: bool) -> None:
     assume(usable(quorum))
-    n = sum(m.step == max(p.step for p in quorum.participants) for m in quorum.participants)
+    n = assign(quorum, quorum.participants[0].replica_id, 0, init_sync).max_world_size
     for rid in (m.replica_id for m in quorum.participants):
         views = [assign(quorum, rid, rank, init_sync) for rank in range(n)]
         participation = {(v.quorum_id, v.replica_rank, v.max_replica_rank, v.max_world_size, v.max_step) for v in views}
         assert len(participation) == 1
     stores = {assign(quorum, quorum.participants[0].replica_id, rank, init_sync).store_address for rank in range(n)}
-    assert len(stores) == n, "each of those at the newest step hosts one rank's rendezvous"
+    assert len(stores) == n, "each of the up-to-date hosts one rank's rendezvous"
 
 
 @given(quorums(), st.integers(0, 9), st.booleans())

@@ -49,6 +49,7 @@ class ManagerClient:
         commit_failures: int,
         init_sync: bool = True,
         timed_out: bool = False,
+        lineage: int = 0,
     ) -> types.QuorumResult:
         """Asks for the group's next quorum, with all ranks of the group, and waits for it.
 
@@ -61,6 +62,7 @@ class ManagerClient:
             commit_failures: steps in a row that did not commit.
             init_sync: at step 0 all groups take the primary's state.
             timed_out: in its last step it waited for the other groups in vain: those that do not ask soon, hang.
+            lineage: the quorum in which its newest step was committed, by it or by whom it healed from; 0: not known.
 
         Raises:
             TimeoutError: no quorum in time.
@@ -74,6 +76,7 @@ class ManagerClient:
             init_sync=init_sync,
             commit_failures=commit_failures,
             timed_out=timed_out,
+            lineage=lineage,
         )
         try:
             response = self._stub.Quorum(request, timeout=seconds(timeout))

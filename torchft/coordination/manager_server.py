@@ -29,7 +29,7 @@ from torchft.coordination.manager_service import Ask, register
 from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.coordination.rank_sessions import RANK_HEARTBEAT_TIMEOUT, RankSessions
 from torchft.coordination.server import GrpcServer
-from torchft.core.assignment import assign
+from torchft.core.assignment import assign, of_group
 from torchft.core.commit import CommitVote, Decision, Gather, Gathered
 from torchft.core.membership import Quorum
 from torchft.runtime import loop
@@ -144,6 +144,7 @@ class ManagerServer:
         commit_failures: int,
         init_sync: bool = True,
         timed_out: bool = False,
+        lineage: int = 0,
     ) -> types.QuorumResult:
         """A rank of this process asks for the group's next quorum and waits for it.
 
@@ -157,6 +158,7 @@ class ManagerServer:
             init_sync=init_sync,
             commit_failures=commit_failures,
             timed_out=timed_out,
+            lineage=lineage,
         )
         ask = Ask(group_rank, request, Deadline(timeout))
         complete = self._come(ask)
@@ -234,11 +236,13 @@ class ManagerServer:
                 ask.answer.set_result(quorum)
 
     def _call_lighthouse(self, asks: list[Ask]) -> Quorum:
+        step, lineage = of_group((a.request.step, a.request.lineage) for a in asks)
         member = pb.QuorumMember(
             replica_id=self.replica_id,
             address=self._address,
             store_address=self._store_addr,
-            step=min(a.request.step for a in asks),  # the group is as far as its last rank
+            step=step,
+            lineage=lineage,
             world_size=self._world_size,
             shrink_only=any(a.request.shrink_only for a in asks),
             commit_failures=max(a.request.commit_failures for a in asks),

@@ -122,6 +122,8 @@ class QuorumResult:
     """Whom this group may take the state from, the assigned one first."""
     recovering_replica_ranks: list[int] = field(default_factory=list)
     """All members that heal."""
+    lineage: int = 0
+    """Of the state that whoever heals takes over; 0: not known."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,8 @@ def check_member(member: pb.QuorumMember) -> None:
             raise ValueError(f"{name} is longer than {_MAX_TEXT} characters")
     if member.commit_failures < 0:
         raise ValueError(f"commit_failures is {member.commit_failures}")
+    if member.lineage < 0:
+        raise ValueError(f"lineage is {member.lineage}")
 
 
 def member_from_wire(member: pb.QuorumMember) -> membership.Member:
@@ -183,6 +187,7 @@ def member_from_wire(member: pb.QuorumMember) -> membership.Member:
         commit_failures=member.commit_failures,
         timed_out=member.timed_out,
         attempt=member.attempt,
+        lineage=member.lineage,
     )
 
 
@@ -198,6 +203,7 @@ def member_to_wire(member: membership.Member) -> pb.QuorumMember:
         commit_failures=member.commit_failures,
         timed_out=member.timed_out,
         attempt=member.attempt,
+        lineage=member.lineage,
     )
 
 
@@ -250,6 +256,7 @@ def view_to_result(view: View) -> QuorumResult:
         replica_ids=list(view.replica_ids),
         recover_sources=list(view.recover_sources),
         recovering_replica_ranks=list(view.recovering_replica_ranks),
+        lineage=view.lineage,
     )
 
 
@@ -273,6 +280,7 @@ def view_to_wire(view: View) -> pb.ManagerQuorumResponse:
             for s in view.recover_sources
         ],
         recovering_replica_ranks=view.recovering_replica_ranks,
+        lineage=view.lineage,
     )
 
 
@@ -297,6 +305,7 @@ def result_from_wire(response: pb.ManagerQuorumResponse) -> QuorumResult:
         replica_ids=list(response.replica_ids),
         recover_sources=[Source(s.replica_rank, s.manager_address) for s in response.recover_sources],
         recovering_replica_ranks=list(response.recovering_replica_ranks),
+        lineage=response.lineage,
     )
 
 

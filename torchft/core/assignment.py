@@ -7,9 +7,12 @@ The idea
 Rules, with the members sorted by replica id
     - ``max_step`` over the members; the *up-to-date* are those at it. Nobody is up to date when it is below 0:
       then no member holds usable state, and that is an error.
+    - Histories can part: a member that commits a step while the others give it up, and is then cut off, comes back
+      at a step that they have committed without it. So where those at ``max_step`` tell different *lineages*, only
+      those of the newest are up to date (decision 10). One lineage at one step is one state.
     - The *primary* is ``up_to_date[group_rank mod n]``: its store hosts the rendezvous, and spreading it by group
       rank spreads the load.
-    - *Recovering* are the members below ``max_step``; and, when ``init_sync`` and ``max_step`` is 0, all but the
+    - *Recovering* are the members that are not up to date; and, when ``init_sync`` and ``max_step`` is 0, all but the
       primary, so that all begin from one initialisation.
     - The i-th recovering member is served by ``sources[(i + group_rank) mod n]``, the sources being the
       up-to-date that do not recover themselves.
@@ -19,11 +22,12 @@ Rules, with the members sorted by replica id
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torchft.core.membership import Member, Quorum
 
-__all__ = ["MAX_SOURCES", "AssignmentError", "Source", "View", "assign"]
+__all__ = ["MAX_SOURCES", "AssignmentError", "Source", "View", "assign", "of_group", "up_to_date"]
 
 MAX_SOURCES = 8
 """More than these would not make a transfer faster: any network is full before."""
@@ -62,8 +66,33 @@ class View:
     """Whom this group may take the state from, the assigned one first; empty when it does not heal."""
     recovering_replica_ranks: tuple[int, ...]
     """All members that heal."""
+    lineage: int
+    """Of the state that the up-to-date hold, and that whoever heals takes over; 0: not known."""
     commit_failures: int
     """The most failures in a row of any member."""
+
+
+def up_to_date(members: Sequence[Member]) -> list[int]:
+    """The indices of those that hold the newest state. They all hold the same.
+
+    Where one of those at the newest step does not tell its lineage, nothing can be said, and all of them count.
+    """
+    max_step = max(m.step for m in members)
+    newest = [i for i, m in enumerate(members) if m.step == max_step]
+    lineages = [members[i].lineage for i in newest]
+    return newest if 0 in lineages else [i for i in newest if members[i].lineage == max(lineages)]
+
+
+def of_group(ranks: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """A group's step and lineage, from those of its ranks.
+
+    The group is as far as its last rank. Ranks at one step with different lineages hold parts of different states:
+    together they have none.
+    """
+    states = list(ranks)
+    step = min(step for step, _ in states)
+    lineages = {lineage for s, lineage in states if s == step}
+    return (step, lineages.pop()) if len(lineages) == 1 else (-1, 0)
 
 
 def assign(quorum: Quorum, replica_id: str, group_rank: int, init_sync: bool) -> View:
@@ -84,13 +113,14 @@ def assign(quorum: Quorum, replica_id: str, group_rank: int, init_sync: bool) ->
             f"no member of quorum {quorum.quorum_id} holds a usable state: each lost its own in a heal that did "
             f"not finish. Restart the job from its newest checkpoint. Members: {list(ids)}"
         )
-    up_to_date = [i for i, m in enumerate(members) if m.step == max_step]
-    primary = up_to_date[group_rank % len(up_to_date)]
+    newest = up_to_date(members)
+    primary = newest[group_rank % len(newest)]
+    lineages = {members[i].lineage for i in newest}
 
-    recovering = [i for i, m in enumerate(members) if m.step != max_step]
+    recovering = [i for i in range(len(members)) if i not in newest]
     if init_sync and max_step == 0:
         recovering = [i for i in range(len(members)) if i != primary]
-    sources = [i for i in up_to_date if i not in recovering]
+    sources = [i for i in newest if i not in recovering]
     first_of = {dst: (i + group_rank) % len(sources) for i, dst in enumerate(recovering)}
     source_of = {dst: sources[first] for dst, first in first_of.items()}
 
@@ -103,13 +133,14 @@ def assign(quorum: Quorum, replica_id: str, group_rank: int, init_sync: bool) ->
         replica_ids=ids,
         store_address=members[primary].store_address,
         max_step=max_step,
-        max_replica_rank=up_to_date.index(me) if me in up_to_date else None,
-        max_world_size=len(up_to_date),
+        max_replica_rank=newest.index(me) if me in newest else None,
+        max_world_size=len(newest),
         heal=source is not None,
         recover_src_replica_rank=source,
         recover_src_manager_address="" if source is None else members[source].address,
         recover_dst_replica_ranks=tuple(dst for dst, src in source_of.items() if src == me),
         recover_sources=tuple(Source(i, members[i].address) for i in mine),
         recovering_replica_ranks=tuple(recovering),
+        lineage=lineages.pop() if len(lineages) == 1 else 0,
         commit_failures=max(m.commit_failures for m in members),
     )

@@ -47,6 +47,8 @@ class Member:
     """Of the group's TCPStore, ``host:port``."""
     step: int = 0
     """The newest step it has committed; below 0: it holds no usable state."""
+    lineage: int = 0
+    """Id of the quorum in which it, or whom it healed from, committed the newest step; 0: none, or not known."""
     world_size: int = 1
     """Ranks in the group."""
     shrink_only: bool = False
