@@ -88,7 +88,11 @@ _none_int: int | None = None
 _none_str: str | None = None
 
 LIGHTHOUSE = Setting(
-    "TORCHFT_LIGHTHOUSE", "address", _none_str, "Address of the job's lighthouse, `http://host:29510`.", str
+    "TORCHFT_LIGHTHOUSE",
+    "address",
+    _none_str,
+    "Address of the job's lighthouse, `http://host:29510`; where others stand by, all of them with commas between.",
+    str,
 )
 MANAGER_PORT = Setting(
     "TORCHFT_MANAGER_PORT",

@@ -26,7 +26,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torchft import config
 from torchft.coordination import ManagerClient, ManagerServer, QuorumResult
 from torchft.coordination.proto import session_pb2 as pb
-from torchft.coordination.session_client import SessionClient, SessionEvents
+from torchft.coordination.session_client import OneServer, SessionClient, SessionEvents
 from torchft.coordination.types import ANY_QUORUM, Notice
 from torchft.runtime.deadline import seconds
 from torchft.runtime.fork import Registration, close_in_children
@@ -187,7 +187,7 @@ def _session_to_rank0(group: Group, client: ManagerClient, address: str) -> Sess
         group.hear(Notice(group.replica_id, f"rank 0 of this group is no longer there: {cause}", ANY_QUORUM))
 
     return SessionClient(
-        client.channel,
+        OneServer(client.channel),
         lambda: pb.Hello(replica_id=group.replica_id, group_rank=group.rank, life_address=life),
         SessionEvents(notice=group.hear, gone=gone),
         f"rank 0 of this group at {address}",

@@ -79,7 +79,7 @@ class Manager:
         world_size_mode: see :class:`WorldSizeMode`.
         store_addr, store_port: of the group's TCPStore; ``MASTER_ADDR`` and ``MASTER_PORT`` by default. A group of
             one rank with neither hosts its own.
-        lighthouse_addr: ``http://host:port``; ``TORCHFT_LIGHTHOUSE`` by default.
+        lighthouse_addr: ``http://host:port``, or several with commas between; ``TORCHFT_LIGHTHOUSE`` by default.
         replica_id: the group's name in logs; a unique suffix is added for each life of it.
         port: of the ManagerServer; ``TORCHFT_MANAGER_PORT``, else any, by default.
         hostname: what other groups are told; chosen by the route to the lighthouse where it does not resolve.

@@ -22,7 +22,7 @@ import pytest
 from torchft.coordination import LighthouseClient, LighthouseServer, ManagerClient, ManagerServer
 from torchft.coordination.channel import open_channel
 from torchft.coordination.proto import session_pb2 as pb
-from torchft.coordination.session_client import SessionClient, SessionEvents
+from torchft.coordination.session_client import OneServer, SessionClient, SessionEvents
 from torchft.coordination.types import ANY_QUORUM, Notice
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.life import life_address
@@ -256,7 +256,7 @@ class Session:
         self.gone: list[str] = []
         self.client = ManagerClient(server, TEN)
         self.session = SessionClient(
-            self.client.channel,
+            OneServer(self.client.channel),
             lambda: pb.Hello(replica_id=replica_id, group_rank=rank, **hello),
             SessionEvents(self.notices.append, self.welcomes.append, self.gone.append),
             server,

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import re
 import signal
 import socket
-import threading
 from pathlib import Path
 from types import FrameType
 
@@ -92,6 +92,18 @@ def default_state_file(bind: str) -> Path | None:
     "[default: ~/.local/state/torchft/lighthouse-HOST-BIND-PORT.json]",
     show_default=False,
 )
+@click.option(
+    "--ha",
+    metavar="etcd://HOST:PORT[,HOST:PORT][/JOB]",
+    help="Be one of several lighthouses of the job: they elect in this etcd the one that leads, the others stand by.",
+)
+@click.option(
+    "--ha_lease_ms",
+    "--ha-lease-ms",
+    type=click.IntRange(500),
+    default=5000,
+    help="With --ha: how long a leader that is not heard of keeps the others from leading.",
+)
 @click.option("--verbose", "-v", is_flag=True, help="Log every quorum, not only changes.")
 def lighthouse(
     min_replicas: int,
@@ -101,16 +113,24 @@ def lighthouse(
     heartbeat_timeout_ms: int,
     failure_tick_ms: int,
     state_file: str | None,
+    ha: str | None,
+    ha_lease_ms: int,
     verbose: bool,
 ) -> None:
     """Runs the job's lighthouse: it decides which replica groups form the quorum.
 
     One per job. Point the groups at it with TORCHFT_LIGHTHOUSE=http://HOST:29510. Ctrl-C or SIGTERM ends it.
+
+    Or several on different machines with --ha, and TORCHFT_LIGHTHOUSE=http://A:29510,http://B:29510.
     """
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
         format="%(asctime)s [%(levelname)s] %(name)s - %(message)s",
     )
+    if ha is None and state_file is None:
+        kept = default_state_file(bind)
+    else:
+        kept = None if state_file in (None, "none") else Path(state_file)
     try:
         server = LighthouseServer(
             bind,
@@ -119,19 +139,21 @@ def lighthouse(
             quorum_tick_ms,
             heartbeat_timeout_ms,
             failure_tick_ms,
-            state_file=default_state_file(bind) if state_file is None else None if state_file == "none" else state_file,
+            state_file=kept,
+            ha=ha,
+            ha_lease_ms=ha_lease_ms,
         )
     except (RuntimeError, ValueError) as e:
         raise click.ClickException(str(e)) from e
-    ended = threading.Event()
+    ended: queue.SimpleQueue[int] = queue.SimpleQueue()  # an Event's lock could be held where the signal comes
 
     def end(signum: int, frame: FrameType | None) -> None:
-        ended.set()
+        ended.put(signum)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
     click.echo(f"lighthouse at {server.address()} (export TORCHFT_LIGHTHOUSE={server.address()})", err=True)
-    ended.wait()
+    ended.get()
     click.echo("lighthouse stops", err=True)
     server.shutdown()
 

@@ -21,7 +21,7 @@ from torchft.runtime.fork import close_in_children
 from torchft.runtime.net import parse_address
 from torchft.runtime.retry import retry
 
-__all__ = ["connect", "open_channel", "reason", "server_options", "translate"]
+__all__ = ["connect", "knock", "open_channel", "reason", "server_options", "translate"]
 
 _MAX_MESSAGE = 64 * 1024 * 1024
 
@@ -67,14 +67,28 @@ def server_options(heartbeat_timeout: float) -> list[tuple[str, int]]:
     ]
 
 
-def open_channel(address: str) -> grpc.Channel:
+def open_channel(address: str, pings: tuple[float, float] | None = None) -> grpc.Channel:
     """A channel to ``http://host:port``. Nothing is connected yet.
+
+    Args:
+        address: of the server.
+        pings: while a call is under way, a server that was silent for the first number of seconds is pinged, and its
+            connection ended when the answer takes longer than the second. None: it is waited for.
 
     Raises:
         ValueError: the address is not one.
     """
     target = parse_address(address)
-    channel = grpc.insecure_channel(target, options=_CLIENT_OPTIONS)
+    options = _CLIENT_OPTIONS
+    if pings is not None:
+        options = [
+            *options,
+            ("grpc.keepalive_time_ms", round(1000 * pings[0])),
+            ("grpc.keepalive_timeout_ms", round(1000 * pings[1])),
+            ("grpc.http2.ping_timeout_ms", round(1000 * pings[1])),
+            ("grpc.http2.max_pings_without_data", 0),
+        ]
+    channel = grpc.insecure_channel(target, options=options)
     # The port of any host: looking the name up here could take seconds, and gRPC does it again.
     weakref.finalize(channel, close_in_children(others=[int(target.rpartition(":")[2])]).forget)
     return channel
@@ -94,18 +108,13 @@ def connect(address: str, deadline: Deadline, *, what: str, hint: str) -> grpc.C
         ValueError: the address is not one.
     """
     channel = open_channel(address)
-    # A call of a method that no server has: any answer to it, refusal included, comes from a server. Watching the
-    # channel's state instead takes gRPC's Python a fifth of a second.
-    knock = channel.unary_unary("/torchft.Connect/Knock", None, None)
     try:
         retry(
-            lambda: knock(b"", timeout=deadline.remaining(), wait_for_ready=True),
+            lambda: knock(channel, deadline.remaining()),
             deadline=deadline,
             retryable=lambda e: isinstance(e, grpc.Call) and e.code() == grpc.StatusCode.UNAVAILABLE,
         )
     except grpc.RpcError as e:
-        if isinstance(e, grpc.Call) and e.code() not in _NO_ANSWER:
-            return channel
         channel.close()
         raise TimeoutError(
             f"the {what} at {address} did not answer within {deadline.timeout:g} s of trying to connect "
@@ -115,6 +124,27 @@ def connect(address: str, deadline: Deadline, *, what: str, hint: str) -> grpc.C
         channel.close()
         raise
     return channel
+
+
+def knock(channel: grpc.Channel, timeout: float, wait_for_ready: bool = True) -> None:
+    """Returns when a server answers.
+
+    Args:
+        channel: to it.
+        timeout: seconds.
+        wait_for_ready: a server that is not there yet is waited for.
+
+    Raises:
+        grpc.RpcError: it did not answer.
+    """
+    # A call of a method that no server has: any answer to it, refusal included, comes from a server. Watching the
+    # channel's state instead takes gRPC's Python a fifth of a second.
+    call = channel.unary_unary("/torchft.Connect/Knock", None, None)
+    try:
+        call(b"", timeout=timeout, wait_for_ready=wait_for_ready)
+    except grpc.RpcError as e:
+        if not isinstance(e, grpc.Call) or e.code() in _NO_ANSWER:
+            raise
 
 
 def reason(error: grpc.RpcError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -9,25 +10,22 @@ from typing import Any
 import grpc
 
 from torchft.coordination import types
-from torchft.coordination.channel import connect, translate
-from torchft.coordination.proto import session_pb2, session_pb2_grpc
+from torchft.coordination.channel import translate
+from torchft.coordination.lighthouses import LIGHTHOUSE_HINT, Lighthouses, elsewhere
+from torchft.coordination.proto import session_pb2
 from torchft.coordination.proto import torchft_pb2 as pb
-from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
 from torchft.runtime.deadline import Deadline, seconds
+from torchft.runtime.retry import Backoff
 
-__all__ = ["LIGHTHOUSE_HINT", "LighthouseClient"]
-
-LIGHTHOUSE_HINT = (
-    "Is it running (torchft_lighthouse --min_replicas 1 --bind '[::]:29510'), and does TORCHFT_LIGHTHOUSE name "
-    "its host and port as seen from this machine?"
-)
+__all__ = ["LighthouseClient"]
 
 
 class LighthouseClient:
     """Connected from construction on.
 
     Args:
-        addr: ``http://host:port`` of the lighthouse.
+        addr: ``http://host:port`` of the lighthouse; where standbys stand by, several with commas between: the one that
+            leads is asked.
         connect_timeout: how long a lighthouse that is not there yet is waited for.
 
     Raises:
@@ -36,9 +34,8 @@ class LighthouseClient:
     """
 
     def __init__(self, addr: str, connect_timeout: timedelta) -> None:
-        self._addr = addr
-        self._channel = connect(addr, Deadline(connect_timeout), what="lighthouse", hint=LIGHTHOUSE_HINT)
-        self._stub = pb_grpc.LighthouseServiceStub(self._channel)
+        self._lighthouses = Lighthouses(addr)
+        self._lighthouses.connect(Deadline(connect_timeout))
 
     def quorum(
         self,
@@ -78,12 +75,10 @@ class LighthouseClient:
             data=types.encode_data(data),
         )
         try:
-            response = self._stub.Quorum(
-                pb.LighthouseQuorumRequest(requester=member), timeout=seconds(timeout), wait_for_ready=True
-            )
+            quorum = self._lighthouses.quorum(member, Deadline(timeout))
         except grpc.RpcError as e:
             raise self._translate(e, "quorum", timeout) from e
-        return types.quorum_from_wire(response.quorum)
+        return types.quorum_from_wire(quorum)
 
     def heartbeat(self, replica_id: str, timeout: timedelta = timedelta(seconds=5)) -> None:
         """One sign of life.
@@ -92,7 +87,10 @@ class LighthouseClient:
             TimeoutError, RuntimeError: it did not arrive.
         """
         try:
-            self._stub.Heartbeat(pb.LighthouseHeartbeatRequest(replica_id=replica_id), timeout=seconds(timeout))
+            request = pb.LighthouseHeartbeatRequest(replica_id=replica_id)
+            self._lighthouses.call(
+                lambda place, left, wait: place.lighthouse.Heartbeat(request, timeout=left), Deadline(timeout)
+            )
         except grpc.RpcError as e:
             raise self._translate(e, "heartbeat", timeout) from e
 
@@ -111,13 +109,17 @@ class LighthouseClient:
         """
         report = session_pb2.Report(replica_id=replica_id, cause=cause)
         try:
-            stub = session_pb2_grpc.SessionServiceStub(self._channel)
-            return bool(stub.ReportFailure(report, timeout=seconds(timeout)).known)
+            answer = self._lighthouses.call(
+                lambda place, left, wait: place.sessions.ReportFailure(report, timeout=left), Deadline(timeout)
+            )
+            return bool(answer.known)
         except grpc.RpcError as e:
             raise self._translate(e, "report_failure", timeout) from e
 
     def subscribe_failures(self, timeout: timedelta = timedelta(seconds=5)) -> Iterator[types.FailureNotification]:
         """The failures that the lighthouse finds from now on, as they are found.
+
+        With several lighthouses the subscription goes on at the next leader; what happens in between is not heard of.
 
         Args:
             timeout: how long the subscription lasts. When it has passed, the iterator raises TimeoutError.
@@ -126,27 +128,41 @@ class LighthouseClient:
             TimeoutError: ``timeout`` passed.
             RuntimeError: the lighthouse is gone.
         """
-        call = self._stub.SubscribeFailures(pb.SubscribeFailuresRequest(), timeout=seconds(timeout))
-        return self._notices(call, timeout)
+        deadline = Deadline(timeout)
+        return self._notices(self._subscribe(deadline), deadline, timeout)
 
-    def _notices(self, call: Any, timeout: timedelta) -> Iterator[types.FailureNotification]:
-        try:
-            for notice in call:
-                yield types.FailureNotification(notice.replica_id, notice.error_message)
-        except grpc.RpcError as e:
-            raise self._translate(e, "subscribe_failures", timeout) from e
-        finally:
-            call.cancel()
+    def _subscribe(self, deadline: Deadline) -> Any:
+        stub = self._lighthouses.place().lighthouse
+        return stub.SubscribeFailures(pb.SubscribeFailuresRequest(), timeout=deadline.remaining())
+
+    def _notices(self, call: Any, deadline: Deadline, timeout: timedelta) -> Iterator[types.FailureNotification]:
+        backoff = Backoff(0.02, 1.0)
+        while True:
+            address = self._lighthouses.current
+            try:
+                for notice in call:
+                    yield types.FailureNotification(notice.replica_id, notice.error_message)
+            except grpc.RpcError as e:
+                lost = (
+                    self._lighthouses.several and isinstance(e, grpc.Call) and e.code() == grpc.StatusCode.UNAVAILABLE
+                )
+                if elsewhere(e) is None and not lost:
+                    raise self._translate(e, "subscribe_failures", timeout) from e
+                self._lighthouses.leave(address, elsewhere(e))
+            finally:
+                call.cancel()
+            time.sleep(min(backoff.delay(), deadline.remaining()))
+            call = self._subscribe(deadline)
 
     def close(self) -> None:
         """Closes the connection; calls under way fail."""
-        self._channel.close()
+        self._lighthouses.close()
 
     def _translate(self, error: grpc.RpcError, call: str, timeout: timedelta) -> Exception:
         return translate(
             error,
             what="lighthouse",
-            address=self._addr,
+            address=self._lighthouses.current,
             call=call,
             timeout=seconds(timeout),
             hint=LIGHTHOUSE_HINT,

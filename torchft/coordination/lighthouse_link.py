@@ -4,6 +4,9 @@ The idea
     One session (:mod:`torchft.coordination.session_client`) shows that the group lives and brings the news of
     deaths. A lighthouse that knows no sessions gets heartbeats instead, from the first quorum request on: a group
     that still loads its data keeps nobody waiting.
+
+    Where several lighthouses are named (:mod:`torchft.coordination.lighthouses`), the session finds the one that leads
+    and finds the next one when that is gone; a question that was under way is asked again there.
 """
 
 from __future__ import annotations
@@ -16,11 +19,10 @@ from datetime import timedelta
 import grpc
 
 from torchft.coordination import types
-from torchft.coordination.channel import connect, reason, translate
-from torchft.coordination.lighthouse_client import LIGHTHOUSE_HINT
+from torchft.coordination.channel import reason, translate
+from torchft.coordination.lighthouses import LIGHTHOUSE_HINT, Lighthouses
 from torchft.coordination.proto import session_pb2
 from torchft.coordination.proto import torchft_pb2 as pb
-from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
 from torchft.coordination.session_client import SessionClient, SessionEvents, SessionLost
 from torchft.runtime.deadline import Deadline, seconds
 from torchft.runtime.life import life_address
@@ -35,7 +37,7 @@ class LighthouseLink:
     """Connected from construction until ``close``.
 
     Args:
-        address: ``http://host:port`` of the lighthouse.
+        addresses: ``http://host:port`` of the lighthouse, or several with commas between.
         replica_id: of the group.
         hostname: of this machine as others are told it; chosen by the route when empty.
         connect_timeout: how long a lighthouse that is not there yet is waited for.
@@ -51,7 +53,7 @@ class LighthouseLink:
 
     def __init__(
         self,
-        address: str,
+        addresses: str,
         *,
         replica_id: str,
         hostname: str,
@@ -62,7 +64,7 @@ class LighthouseLink:
         on_notice: Callable[[types.Notice], None],
         log: RankLogger,
     ) -> None:
-        self._address = address
+        self._lighthouses = Lighthouses(addresses)
         self._replica_id = replica_id
         self._heartbeat_interval = seconds(heartbeat_interval)
         self._quorum_retries = quorum_retries
@@ -74,19 +76,27 @@ class LighthouseLink:
         self._needs_heartbeats = not sessions
         self._welcome: session_pb2.Welcome | None = None
         self._on_timeouts: Callable[[timedelta, timedelta], None] | None = None
-        log.info("Creating LighthouseClient: establishing connection to %s", address)
-        self._channel = connect(address, Deadline(connect_timeout), what="lighthouse", hint=LIGHTHOUSE_HINT)
-        self._stub = pb_grpc.LighthouseServiceStub(self._channel)
+        log.info("Creating LighthouseClient: establishing connection to %s", self._lighthouses)
+        self._lighthouses.connect(Deadline(connect_timeout))
         self._session: SessionClient | None = None
         if sessions:
-            life = life_address(parse_address(address), hostname)
+            self._life_address = life_address(parse_address(self._lighthouses.current), hostname)
             self._session = SessionClient(
-                self._channel,
-                lambda: session_pb2.Hello(replica_id=replica_id, life_address=life, active=self._asked),
+                self._lighthouses,
+                self._hello,
                 SessionEvents(notice=on_notice, welcome=self._welcomed, unsupported=self._unsupported),
-                f"lighthouse {address}",
+                f"lighthouse {self._lighthouses}",
                 log,
             )
+
+    def _hello(self) -> session_pb2.Hello:
+        return session_pb2.Hello(
+            replica_id=self._replica_id,
+            life_address=self._life_address,
+            active=self._asked,
+            epoch=self._lighthouses.epoch,
+            unreached=self._lighthouses.unreached,
+        )
 
     def quorum(self, member: pb.QuorumMember, deadline: Deadline) -> pb.Quorum:
         """Asks for the next quorum and waits for it.
@@ -103,16 +113,17 @@ class LighthouseLink:
         member.attempt = random.getrandbits(62) + 1
 
         def attempt() -> pb.Quorum:
-            if self._session is not None and self._session.stands:
+            session = self._session
+            # With several, the session is what finds the one that leads.
+            while session is not None and (session.stands or (self._lighthouses.several and session.wait(deadline))):
                 try:
-                    return self._session.ask(member, deadline)
+                    return session.ask(member, deadline)
                 except SessionLost as e:
                     self._log.info("%s; asking again", e)
-            # wait_for_ready: a lighthouse that restarts is waited for; only a call that broke is a failure.
-            request = pb.LighthouseQuorumRequest(requester=member)
-            response = self._stub.Quorum(request, timeout=deadline.remaining(), wait_for_ready=True)
-            quorum: pb.Quorum = response.quorum
-            return quorum
+                    if not self._lighthouses.several:
+                        break
+            # One that restarts is waited for; only a call that broke is a failure.
+            return self._lighthouses.quorum(member, deadline, self._stop)
 
         try:
             return retry(
@@ -122,7 +133,7 @@ class LighthouseLink:
                 attempts=1 + self._quorum_retries,
                 on_retry=lambda e, delay: self._log.warning(
                     "quorum at the lighthouse %s failed (%s); next attempt in %.2f s",
-                    self._address,
+                    self._lighthouses,
                     reason(e) if isinstance(e, grpc.RpcError) else e,
                     delay,
                 ),
@@ -132,18 +143,18 @@ class LighthouseLink:
             raise translate(
                 e,
                 what="lighthouse",
-                address=self._address,
+                address=str(self._lighthouses),
                 call="quorum",
                 timeout=deadline.timeout,
                 hint=LIGHTHOUSE_HINT,
             ) from e
         except TimeoutError as e:
             raise TimeoutError(
-                f"quorum at the lighthouse {self._address} did not end within {deadline.timeout:g} s ({e}). "
+                f"quorum at the lighthouse {self._lighthouses} did not end within {deadline.timeout:g} s ({e}). "
                 f"{LIGHTHOUSE_HINT}"
             ) from None
         except RuntimeError as e:
-            raise RuntimeError(f"quorum: the lighthouse at {self._address}: {e}. {LIGHTHOUSE_HINT}") from e
+            raise RuntimeError(f"quorum: the lighthouse at {self._lighthouses}: {e}. {LIGHTHOUSE_HINT}") from e
 
     def tell_timeouts(self, listener: Callable[[timedelta, timedelta], None]) -> None:
         """Calls ``listener`` once with the lighthouse's heartbeat and join timeouts, as soon as they are known."""
@@ -180,7 +191,7 @@ class LighthouseLink:
         self._stop.set()
         if self._session is not None:
             self._session.close()
-        self._channel.close()
+        self._lighthouses.close()
         if self._heartbeats is not None:
             self._heartbeats.join(timeout=5)
 
@@ -188,7 +199,8 @@ class LighthouseLink:
 
     def _unsupported(self) -> None:
         self._log.info(
-            "the lighthouse %s knows no sessions: deaths are seen by missing heartbeats and by timeouts", self._address
+            "the lighthouse %s knows no sessions: deaths are seen by missing heartbeats and by timeouts",
+            self._lighthouses,
         )
         with self._lock:
             self._needs_heartbeats = True
@@ -207,17 +219,19 @@ class LighthouseLink:
         failing = False
         while not self._stop.wait(self._heartbeat_interval):
             try:
-                self._stub.Heartbeat(request, timeout=5)
+                self._lighthouses.call(
+                    lambda place, left, wait: place.lighthouse.Heartbeat(request, timeout=left), Deadline(5), self._stop
+                )
             except (grpc.RpcError, ValueError) as e:  # ValueError: the channel was closed by close()
                 if self._stop.is_set():
                     return
                 if not failing:
                     cause = reason(e) if isinstance(e, grpc.RpcError) else str(e)
-                    self._log.warning("heartbeats do not reach the lighthouse %s: %s", self._address, cause)
+                    self._log.warning("heartbeats do not reach the lighthouse %s: %s", self._lighthouses, cause)
                 failing = True
             else:
                 if failing:
-                    self._log.info("heartbeats reach the lighthouse %s again", self._address)
+                    self._log.info("heartbeats reach the lighthouse %s again", self._lighthouses)
                 failing = False
 
 

@@ -18,13 +18,15 @@ import grpc
 import grpc.aio
 
 from torchft.coordination import types
+from torchft.coordination.election import Alone, Seat, Shared
+from torchft.coordination.etcd import EtcdRegister
 from torchft.coordination.proto import session_pb2, session_pb2_grpc
 from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
 from torchft.coordination.record import StateFile
 from torchft.coordination.server import GrpcServer
-from torchft.coordination.session_server import Link, SessionService
-from torchft.core.election import first_id
+from torchft.coordination.session_server import Link, SessionService, refuse_elsewhere
+from torchft.core.election import LeaseOptions, first_id, plausible
 from torchft.core.membership import Death, Member, Membership, Options, Outcome
 from torchft.runtime import loop
 from torchft.runtime.life import life_address
@@ -50,9 +52,12 @@ class LighthouseServer:
             not waited for that long.
         failure_tick_ms: how often the failures found are sent to subscribers at the latest.
         state_file: remembers which quorum ids were used, across restarts. None: ids begin at 1 each time.
+        ha: ``etcd://host:port[,host:port][/job]``: this is one of several lighthouses of the job, which elect there the
+            one that leads. It remembers the ids, too. See docs/high_availability.md.
+        ha_lease_ms: how long a leader that is no longer heard of keeps the others from leading.
 
     Raises:
-        RuntimeError: the port is taken, or the state file cannot be used.
+        RuntimeError: the port is taken, the state file cannot be used, or etcd's client is not installed.
         ValueError: an argument is out of range.
     """
 
@@ -66,22 +71,40 @@ class LighthouseServer:
         failure_tick_ms: int = 1000,
         *,
         state_file: str | os.PathLike[str] | None = None,
+        ha: str | None = None,
+        ha_lease_ms: int = 5000,
     ) -> None:
         if quorum_tick_ms <= 0 or failure_tick_ms <= 0:
             raise ValueError("quorum_tick_ms and failure_tick_ms must be positive")
         options = Options(min_replicas, join_timeout_ms / 1000, heartbeat_timeout_ms / 1000)
-        self._record = None if state_file is None else StateFile(state_file)
+        if ha is not None and state_file is not None:
+            raise ValueError("with ha= etcd remembers the epochs: leave state_file= away")
+        self._service = _Service(options, min(quorum_tick_ms, failure_tick_ms) / 1000)
+        self._seat = self._sit(state_file, ha, LeaseOptions(ha_lease_ms / 1000))
         try:
-            epoch = 0 if self._record is None else self._record.advance()
-            self._service = _Service(options, min(quorum_tick_ms, failure_tick_ms) / 1000, epoch)
             self._server = GrpcServer(bind, self._service.register, "lighthouse", options.heartbeat_timeout)
         except BaseException:
-            self._close_record()
+            self._seat.close()
             raise
         host = self._server.bound_host or advertised_host()
         self._address = format_address(host, self._server.port)
         self._ticker = loop.submit(self._service.run())
-        logger.info("lighthouse listens on %s, min_replicas=%d, epoch %d", self._address, min_replicas, epoch)
+        logger.info("lighthouse listens on %s, min_replicas=%d", self._address, min_replicas)
+        if isinstance(self._seat, Shared):
+            self._seat.start(self._address)
+
+    def _sit(self, state_file: str | os.PathLike[str] | None, ha: str | None, lease: LeaseOptions) -> Alone | Shared:
+        if ha is not None:
+            self._service.seat = Shared(EtcdRegister(ha, lease), lease, self._service)
+            return self._service.seat
+        record = None if state_file is None else StateFile(state_file)
+        try:
+            self._service.seat = Alone(record, self._service)
+            return self._service.seat
+        except BaseException:
+            if record is not None:
+                record.close()
+            raise
 
     def address(self) -> str:
         """``http://host:port`` for clients."""
@@ -90,6 +113,11 @@ class LighthouseServer:
     @property
     def port(self) -> int:
         return self._server.port
+
+    @property
+    def epoch(self) -> int:
+        """Of its reign; 0: it has none, or keeps no record."""
+        return self._seat.epoch
 
     def inject_failure(self, replica_id: str) -> None:
         """Declares a replica dead, as if it had been seen to die. Subscribers are told."""
@@ -100,11 +128,7 @@ class LighthouseServer:
         self._ticker.cancel()
         loop.get_loop().call_soon_threadsafe(self._service.sessions.close)
         self._server.stop()
-        self._close_record()
-
-    def _close_record(self) -> None:
-        if self._record is not None:
-            self._record.close()
+        self._seat.close()
 
 
 class _Asker(Protocol):
@@ -114,20 +138,26 @@ class _Asker(Protocol):
 
     def fail(self, cause: str) -> None: ...
 
+    def moved(self) -> None:
+        """Another lighthouse has to be asked."""
+
 
 class _Call:
     """By a call of its own."""
 
     def __init__(self) -> None:
-        self.answer: asyncio.Future[pb.LighthouseQuorumResponse] = asyncio.get_running_loop().create_future()
+        self.answer: asyncio.Future[pb.Quorum] = asyncio.get_running_loop().create_future()
 
     def succeed(self, quorum: pb.Quorum) -> None:
         if not self.answer.done():
-            self.answer.set_result(pb.LighthouseQuorumResponse(quorum=quorum))
+            self.answer.set_result(quorum)
 
     def fail(self, cause: str) -> None:
         if not self.answer.done():
             self.answer.set_exception(RuntimeError(cause))
+
+    def moved(self) -> None:
+        self.fail("this lighthouse no longer leads")
 
 
 class _Question:
@@ -143,15 +173,20 @@ class _Question:
     def fail(self, cause: str) -> None:
         self.link.send(session_pb2.SessionDown(answer=session_pb2.Answer(request_id=self.request_id, error=cause)))
 
+    def moved(self) -> None:
+        """The end of the session says it."""
+
 
 class _Service(pb_grpc.LighthouseServiceServicer):
     """The handlers. Everything runs on the loop, so nothing needs a lock."""
 
-    def __init__(self, options: Options, tick: float, epoch: int) -> None:
-        self._core = Membership(options, first_id(epoch))
+    seat: Seat
+
+    def __init__(self, options: Options, tick: float) -> None:
+        self._core = Membership(options)
         self._tick = tick
         self._answers: dict[str, _Asker] = {}
-        self._subscribers: set[asyncio.Queue[pb.FailureNotification]] = set()
+        self._subscribers: set[asyncio.Queue[pb.FailureNotification | None]] = set()
         self._status_since = 0.0
         self._status_told = True
         self._announced_id = 0
@@ -163,6 +198,37 @@ class _Service(pb_grpc.LighthouseServiceServicer):
         """Adds both services to the server."""
         pb_grpc.add_LighthouseServiceServicer_to_server(self, server)
         session_pb2_grpc.add_SessionServiceServicer_to_server(self.sessions, server)
+
+    # ------------------------------------------------------------ the seat
+
+    def begin(self, epoch: int) -> None:
+        """It leads: everything it knows it is told anew by those who come."""
+        self._core = Membership(self._core.options, first_id(epoch))
+
+    def end(self, leader: str) -> None:
+        """It no longer leads: nobody waits here in vain."""
+        self._core = Membership(self._core.options)
+        askers, self._answers = self._answers, {}
+        for asker in askers.values():
+            asker.moved()
+        for queue in self._subscribers:
+            _put(queue, None)
+        self.sessions.redirect(leader)
+
+    def elsewhere(self) -> str | None:
+        return None if self.seat.leads() else self.seat.leader
+
+    async def arriving(self, hello: session_pb2.Hello) -> None:
+        await self._told(hello.epoch)
+        await self.seat.settled(hello.unreached)
+
+    async def _told(self, epoch: int) -> None:
+        if not plausible(epoch, self.seat.highest):
+            raise ValueError(f"epoch {epoch} is far beyond what is known here, {self.seat.highest}")
+        if epoch > self.seat.epoch:
+            await self.seat.told(epoch)
+
+    # ------------------------------------------------------------ the clock
 
     def _now(self) -> float:
         """The time of an event. Ticks make events frequent: a long pause means that this process was stopped or
@@ -198,22 +264,30 @@ class _Service(pb_grpc.LighthouseServiceServicer):
     ) -> pb.LighthouseQuorumResponse:
         try:
             types.check_member(request.requester)
+            await self._told(request.epoch)
         except ValueError as e:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(e))
+        except RuntimeError as e:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(e))
+        await refuse_elsewhere(self.elsewhere(), context)
         member = types.member_from_wire(request.requester)
         replica_id = member.replica_id
 
         asker = _Call()
         self._ask(member, asker)
         try:
-            return await asker.answer
+            return pb.LighthouseQuorumResponse(quorum=await asker.answer, epoch=self.seat.epoch)
         except RuntimeError as e:
+            await refuse_elsewhere(self.elsewhere(), context)
             await context.abort(grpc.StatusCode.ABORTED, str(e))
             raise  # not reached: abort raises
         finally:
             self._withdraw(replica_id, asker)  # cancelled: deadline, or the caller is gone
 
     def _ask(self, member: Member, asker: _Asker) -> None:
+        if not self.seat.leads():
+            asker.moved()
+            return
         earlier = self._answers.pop(member.replica_id, None)
         if earlier is not None:
             earlier.fail(f"replica {member.replica_id} asked again")
@@ -244,6 +318,7 @@ class _Service(pb_grpc.LighthouseServiceServicer):
     ) -> pb.LighthouseHeartbeatResponse:
         if not request.replica_id:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "replica_id is empty")
+        await refuse_elsewhere(self.elsewhere(), context)
         self._carry_out(self._core.heartbeat(request.replica_id, self._now()))
         return pb.LighthouseHeartbeatResponse()
 
@@ -252,13 +327,15 @@ class _Service(pb_grpc.LighthouseServiceServicer):
         request: pb.SubscribeFailuresRequest,
         context: grpc.aio.ServicerContext[pb.SubscribeFailuresRequest, pb.FailureNotification],
     ) -> AsyncIterator[pb.FailureNotification]:
-        notices: asyncio.Queue[pb.FailureNotification] = asyncio.Queue(maxsize=4096)
+        await refuse_elsewhere(self.elsewhere(), context)
+        notices: asyncio.Queue[pb.FailureNotification | None] = asyncio.Queue(maxsize=4096)
         self._subscribers.add(notices)
         try:
             # The subscription stands as of now: without this a client learns it only from the first notice.
             await context.send_initial_metadata(())
-            while True:
-                yield await notices.get()
+            while (told := await notices.get()) is not None:
+                yield told
+            await refuse_elsewhere(self.elsewhere() or "", context)
         finally:
             self._subscribers.discard(notices)
 
@@ -270,6 +347,7 @@ class _Service(pb_grpc.LighthouseServiceServicer):
             life_address=self._life_address,
             heartbeat_timeout_ms=round(1000 * options.heartbeat_timeout),
             join_timeout_ms=round(1000 * options.join_timeout),
+            epoch=self.seat.epoch,
         )
 
     def opened(self, link: Link, active: bool) -> None:
@@ -318,6 +396,8 @@ class _Service(pb_grpc.LighthouseServiceServicer):
     # ------------------------------------------------------------- effects
 
     def _carry_out(self, outcome: Outcome) -> None:
+        if not self.seat.leads():
+            return  # it was stopped, say, and its lease ran out: what it thinks is no longer true
         for death in outcome.dead:
             logger.info("replica %s is no longer there: %s", death.replica_id, death.cause)
             self._tell(death)
@@ -326,9 +406,7 @@ class _Service(pb_grpc.LighthouseServiceServicer):
                 waiting.fail(f"replica {death.replica_id} was declared dead: {death.cause}")
             notice = pb.FailureNotification(replica_id=death.replica_id, error_message=death.cause)
             for queue in self._subscribers:
-                if queue.full():
-                    queue.get_nowait()  # a subscriber that does not read loses the oldest, never our memory
-                queue.put_nowait(notice)
+                _put(queue, notice)
         if outcome.quorum is not None:
             quorum = types.quorum_to_wire(outcome.quorum, time.time())
             for member in outcome.quorum.participants:
@@ -362,3 +440,9 @@ class _Service(pb_grpc.LighthouseServiceServicer):
         elif not self._status_told and now - self._status_since >= _STILL_WAITING:
             self._status_told = True
             logger.info("no quorum yet: %s", self._core.status)
+
+
+def _put(queue: asyncio.Queue[pb.FailureNotification | None], notice: pb.FailureNotification | None) -> None:
+    if queue.full():
+        queue.get_nowait()  # a subscriber that does not read loses the oldest, never our memory
+    queue.put_nowait(notice)

@@ -23,8 +23,8 @@ from datetime import timedelta
 from typing import Any
 
 from torchft.coordination import types
-from torchft.coordination.lighthouse_client import LIGHTHOUSE_HINT
 from torchft.coordination.lighthouse_link import LighthouseLink
+from torchft.coordination.lighthouses import LIGHTHOUSE_HINT
 from torchft.coordination.manager_service import Ask, register
 from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.coordination.rank_sessions import RANK_HEARTBEAT_TIMEOUT, RankSessions
@@ -35,7 +35,7 @@ from torchft.core.membership import Quorum
 from torchft.runtime import loop
 from torchft.runtime.deadline import Deadline, seconds
 from torchft.runtime.logs import RankLogger
-from torchft.runtime.net import advertised_host, format_address, parse_address
+from torchft.runtime.net import advertised_host, format_address, parse_address, parse_addresses
 from torchft.runtime.worker import Worker
 
 __all__ = ["ManagerServer"]
@@ -48,7 +48,7 @@ class ManagerServer:
 
     Args:
         replica_id: of the group; unique to this life of it.
-        lighthouse_addr: ``http://host:port``.
+        lighthouse_addr: ``http://host:port``; where standbys stand by, several with commas between.
         hostname: what others are told to connect to; chosen by the route to the lighthouse when empty.
         bind: ``host:port`` to listen on; ``[::]:0`` takes any free port.
         store_addr: ``host:port`` of the group's TCPStore.
@@ -117,7 +117,7 @@ class ManagerServer:
             self._caller.shutdown()
             self._lighthouse.close()
             raise
-        host = self._server.bound_host or advertised_host(parse_address(lighthouse_addr), hostname)
+        host = self._server.bound_host or advertised_host(parse_address(parse_addresses(lighthouse_addr)[0]), hostname)
         self._address = format_address(host, self._server.port)
 
     def address(self) -> str:

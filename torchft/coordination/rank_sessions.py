@@ -34,6 +34,12 @@ class RankSessions:
         self._life_address = life_address(None, hostname)
         self.service = SessionService(self, RANK_HEARTBEAT_TIMEOUT)
 
+    def elsewhere(self) -> str | None:
+        return None
+
+    async def arriving(self, hello: pb.Hello) -> None:
+        """Every rank is welcome."""
+
     def welcome(self) -> pb.Welcome:
         return pb.Welcome(life_address=self._life_address, heartbeat_timeout_ms=round(1000 * RANK_HEARTBEAT_TIMEOUT))
 

@@ -8,6 +8,9 @@ The idea
 Rules
     - A server that does not know sessions (an older lighthouse) is asked once: ``unsupported`` is called.
     - When the stream is lost, the server's life address is looked at: a refusal proves that its process has ended.
+    - Which server it is, is asked before each connection (:class:`Servers`). One that answers for a lower epoch than
+      was seen is left, and so is one that says it does not lead. After a session was lost the same server is tried
+      once more before another one.
     - ``leave`` is answered by the server after everybody was told, so whoever left may end at once.
 """
 
@@ -18,7 +21,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
@@ -32,7 +35,7 @@ from torchft.runtime.life import Sign, examine_now
 from torchft.runtime.logs import RankLogger
 from torchft.runtime.retry import Backoff
 
-__all__ = ["SessionClient", "SessionEvents", "SessionLost"]
+__all__ = ["OneServer", "Servers", "SessionClient", "SessionEvents", "SessionLost"]
 
 _BEATS = 5
 """Signs of life per heartbeat timeout."""
@@ -40,6 +43,39 @@ _BEATS = 5
 
 class SessionLost(RuntimeError):
     """The stream ended while an answer was waited for."""
+
+
+class Servers(Protocol):
+    """Where a session may be held."""
+
+    def begin(self) -> tuple[str, pb_grpc.SessionServiceStub]:
+        """The server to connect to now, and its name. ValueError: closed."""
+
+    def admit(self, epoch: int) -> bool:
+        """Whether a server of this epoch may be believed."""
+
+    def leave(self, address: str, leader: str | None = None) -> None:
+        """That server does not lead, but ``leader``, which may be empty; None: it does not answer."""
+
+
+class OneServer:
+    """Always the same one.
+
+    Args:
+        channel: to the server; not closed here.
+    """
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._stub = pb_grpc.SessionServiceStub(channel)
+
+    def begin(self) -> tuple[str, pb_grpc.SessionServiceStub]:
+        return "", self._stub
+
+    def admit(self, epoch: int) -> bool:
+        return True
+
+    def leave(self, address: str, leader: str | None = None) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -60,7 +96,7 @@ class SessionClient:
     """A session, from construction until ``close``.
 
     Args:
-        channel: to the server; not closed here.
+        servers: where to.
         hello: describes the member, asked at each connection.
         events: see there.
         server: its role and address, for messages.
@@ -69,13 +105,13 @@ class SessionClient:
 
     def __init__(
         self,
-        channel: grpc.Channel,
+        servers: Servers,
         hello: Callable[[], pb.Hello],
         events: SessionEvents,
         server: str,
         log: RankLogger,
     ) -> None:
-        self._stub = pb_grpc.SessionServiceStub(channel)
+        self._servers = servers
         self._hello = hello
         self._events = events
         self._server = server
@@ -88,6 +124,7 @@ class SessionClient:
         self._outbox: queue.SimpleQueue[pb.SessionUp | None] = queue.SimpleQueue()
         self._call: Any = None
         self._stands = threading.Event()
+        self._settled = threading.Event()  # it stands, or never will
         self._left = threading.Event()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="torchft-session", daemon=True)
@@ -97,6 +134,16 @@ class SessionClient:
     def stands(self) -> bool:
         """The server has answered, and the stream has not ended since."""
         return self._stands.is_set()
+
+    def wait(self, deadline: Deadline) -> bool:
+        """Waits until the session stands. Returns False if it never will.
+
+        Raises:
+            TimeoutError: the deadline passed.
+        """
+        if not self._settled.wait(deadline.remaining()):
+            raise TimeoutError(f"no {self._server} has answered for {deadline.timeout:g} s")
+        return self.stands
 
     def ask(self, member: torchft_pb2.QuorumMember, deadline: Deadline) -> torchft_pb2.Quorum:
         """Asks for the next quorum and waits for it.
@@ -150,6 +197,7 @@ class SessionClient:
     def close(self) -> None:
         """Ends the stream without a word. Idempotent."""
         self._closed.set()
+        self._settled.set()
         self._outbox.put(None)
         call = self._call
         if call is not None:
@@ -164,15 +212,23 @@ class SessionClient:
         while not self._closed.is_set():
             outbox: queue.SimpleQueue[pb.SessionUp | None] = queue.SimpleQueue()
             self._outbox = outbox
-            call = self._stub.Session(self._messages(outbox))
-            self._call = call
+            address, leader = "", None
             try:
+                address, stub = self._servers.begin()
+                call = self._call = stub.Session(self._messages(outbox))
                 for message in call:
-                    if self._take(message):
+                    kind = message.WhichOneof("kind")
+                    if kind == "redirect":
+                        leader = message.redirect.leader
+                    elif kind == "welcome" and not self._servers.admit(message.welcome.epoch):
+                        leader = ""
+                        call.cancel()
+                    elif self._take(message):
                         backoff = Backoff(0.02, 1.0)
                 cause = "the server ended it"
             except grpc.RpcError as e:
                 if isinstance(e, grpc.Call) and e.code() == grpc.StatusCode.UNIMPLEMENTED:
+                    self._settled.set()
                     self._events.unsupported()
                     return
                 cause = reason(e)
@@ -183,7 +239,10 @@ class SessionClient:
             if self._closed.is_set() or self._left.is_set():
                 self._fail_answers("it was closed")
                 return
+            stood = self._stands.is_set()
             self._lost(cause)
+            if leader is not None or not stood:
+                self._servers.leave(address, leader)
             self._closed.wait(backoff.delay())
 
     def _messages(self, outbox: queue.SimpleQueue[pb.SessionUp | None]) -> Iterator[pb.SessionUp]:
@@ -210,10 +269,11 @@ class SessionClient:
         elif kind == "welcome":
             welcome = message.welcome
             self._interval = max(0.01, welcome.heartbeat_timeout_ms / 1000 / _BEATS)
-            if not self._life_address and welcome.life_address:
+            if welcome.life_address not in ("", self._life_address):
                 seen = examine_now(welcome.life_address) is Sign.ALIVE
                 self._life_address = welcome.life_address if seen else ""
             self._stands.set()
+            self._settled.set()
             self._events.welcome(welcome)
             return True
         return False
@@ -221,6 +281,8 @@ class SessionClient:
     def _fail_answers(self, cause: str) -> None:
         with self._lock:
             self._stands.clear()
+            if not self._closed.is_set():
+                self._settled.clear()
             answers, self._answers = self._answers, {}
         for answer in answers.values():
             answer.set_exception(SessionLost(f"the session with the {self._server} was lost: {cause}"))

@@ -27,12 +27,13 @@ from typing import Any, Protocol
 import grpc
 import grpc.aio
 
+from torchft.coordination.lighthouses import LEADER_KEY
 from torchft.coordination.proto import session_pb2 as pb
 from torchft.coordination.proto import session_pb2_grpc as pb_grpc
 from torchft.coordination.proto import torchft_pb2
 from torchft.runtime.life import Sign, examine
 
-__all__ = ["Link", "SessionOwner", "SessionService"]
+__all__ = ["Link", "SessionOwner", "SessionService", "refuse_elsewhere"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,21 @@ _LOOKS = (0.0, 0.01, 0.03, 0.1, 0.3)
 _MAX_TEXT = 4096
 _MAX_UNREAD = 4096
 _Up = grpc.aio.ServicerContext[pb.SessionUp, pb.SessionDown]
+
+
+async def refuse_elsewhere(leader: str | None, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    """Ends a call that another lighthouse has to answer, see :meth:`SessionOwner.elsewhere`. It does not return then.
+
+    Clients that do not know of standbys read it in the message, ours in the trailing metadata.
+    """
+    if leader is not None:
+        await context.abort(
+            grpc.StatusCode.UNAVAILABLE,
+            f"this lighthouse does not lead: {leader} does"
+            if leader
+            else "this lighthouse does not lead, and knows nobody that does right now: try again",
+            ((LEADER_KEY, leader),),
+        )
 
 
 class Link:
@@ -73,6 +89,17 @@ class Link:
 
 class SessionOwner(Protocol):
     """Who has to know. All are called on the loop and must not block."""
+
+    def elsewhere(self) -> str | None:
+        """Who is asked instead of this server: an address, empty if it is not known; None: this one answers."""
+
+    async def arriving(self, hello: pb.Hello) -> None:
+        """Somebody wants to be a member. When this returns, :meth:`elsewhere` is looked at.
+
+        Raises:
+            ValueError: the hello makes no sense.
+            RuntimeError: it cannot be served.
+        """
 
     def welcome(self) -> pb.Welcome:
         """The answer to a hello."""
@@ -125,6 +152,13 @@ class SessionService(pb_grpc.SessionServiceServicer):
         for link in self._links.values():
             link.send(message)
 
+    def redirect(self, leader: str) -> None:
+        """Sends all members away, to ``leader`` if it is not empty. Nothing is said of them any more."""
+        links, self._links = self._links, {}
+        for link in links.values():
+            link.send(pb.SessionDown(redirect=pb.Redirect(leader=leader)))
+            link.send(None)
+
     def close(self) -> None:
         """From now on the end of a stream means that this server ends. On the loop."""
         self._closed = True
@@ -141,6 +175,16 @@ class SessionService(pb_grpc.SessionServiceServicer):
             raise AssertionError("abort raises")
         if len(hello.replica_id) > _MAX_TEXT or len(hello.life_address) > _MAX_TEXT:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the hello is too long")
+        try:
+            await self._owner.arriving(hello)
+        except ValueError as e:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(e))
+        except RuntimeError as e:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(e))
+        leader = self._owner.elsewhere()
+        if leader is not None:
+            await context.write(pb.SessionDown(redirect=pb.Redirect(leader=leader)))
+            return
         link = Link(hello)
         former = self._links.pop(link.key, None)
         if former is not None:
@@ -173,6 +217,7 @@ class SessionService(pb_grpc.SessionServiceServicer):
     ) -> pb.ReportAnswer:
         if not request.replica_id or len(request.cause) > _MAX_TEXT:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a report names a replica and a short cause")
+        await refuse_elsewhere(self._owner.elsewhere(), context)
         return pb.ReportAnswer(known=self._owner.reported(request.replica_id, request.cause))
 
     # ------------------------------------------------------------- a stream

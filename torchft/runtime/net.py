@@ -8,7 +8,7 @@ import socket
 
 from torchft import config
 
-__all__ = ["advertised_host", "format_address", "parse_address", "split_bind"]
+__all__ = ["advertised_host", "format_address", "parse_address", "parse_addresses", "split_bind"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,18 @@ def parse_address(address: str) -> str:
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise ValueError(f"{address!r} is not an address: an IPv6 host is written [::1]:port")
     return text
+
+
+def parse_addresses(addresses: str) -> tuple[str, ...]:
+    """``http://a:1,b:2`` as ``("http://a:1", "http://b:2")``: in that order, each one once.
+
+    Raises:
+        ValueError: there is none, or one of them has no host or no port.
+    """
+    parsed = dict.fromkeys(f"http://{parse_address(text)}" for text in addresses.split(",") if text.strip())
+    if not parsed:
+        raise ValueError(f"{addresses!r} is not an address: expected http://host:port, or several with commas between")
+    return tuple(parsed)
 
 
 def format_address(host: str, port: int) -> str:

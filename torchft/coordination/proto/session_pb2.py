@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from torchft.coordination.proto import torchft_pb2 as torchft_dot_coordination_dot_proto_dot_torchft__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(torchft/coordination/proto/session.proto\x12\x07torchft\x1a(torchft/coordination/proto/torchft.proto\"U\n\x05Hello\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x12\n\ngroup_rank\x18\x02 \x01(\x03\x12\x14\n\x0clife_address\x18\x03 \x01(\t\x12\x0e\n\x06\x61\x63tive\x18\x04 \x01(\x08\"\x06\n\x04\x42\x65\x61t\"%\n\x05Leave\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\"+\n\x06Report\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05\x63\x61use\x18\x02 \x01(\t\"B\n\x05Ready\x12\x12\n\nrequest_id\x18\x01 \x01(\x03\x12%\n\x06member\x18\x02 \x01(\x0b\x32\x15.torchft.QuorumMember\"\x1e\n\x08Withdraw\x12\x12\n\nrequest_id\x18\x01 \x01(\x03\"\xdf\x01\n\tSessionUp\x12\x1f\n\x05hello\x18\x01 \x01(\x0b\x32\x0e.torchft.HelloH\x00\x12\x1d\n\x04\x62\x65\x61t\x18\x02 \x01(\x0b\x32\r.torchft.BeatH\x00\x12\x1f\n\x05leave\x18\x03 \x01(\x0b\x32\x0e.torchft.LeaveH\x00\x12!\n\x06report\x18\x04 \x01(\x0b\x32\x0f.torchft.ReportH\x00\x12\x1f\n\x05ready\x18\x05 \x01(\x0b\x32\x0e.torchft.ReadyH\x00\x12%\n\x08withdraw\x18\x06 \x01(\x0b\x32\x11.torchft.WithdrawH\x00\x42\x06\n\x04kind\"V\n\x07Welcome\x12\x14\n\x0clife_address\x18\x01 \x01(\t\x12\x1c\n\x14heartbeat_timeout_ms\x18\x02 \x01(\x03\x12\x17\n\x0fjoin_timeout_ms\x18\x03 \x01(\x03\"[\n\x06Notice\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05\x63\x61use\x18\x02 \x01(\t\x12\x11\n\tquorum_id\x18\x03 \x01(\x03\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\r\n\x05lives\x18\x05 \x01(\x08\"\x06\n\x04Left\"L\n\x06\x41nswer\x12\x12\n\nrequest_id\x18\x01 \x01(\x03\x12\x1f\n\x06quorum\x18\x02 \x01(\x0b\x32\x0f.torchft.Quorum\x12\r\n\x05\x65rror\x18\x03 \x01(\t\"\x9f\x01\n\x0bSessionDown\x12#\n\x07welcome\x18\x01 \x01(\x0b\x32\x10.torchft.WelcomeH\x00\x12!\n\x06notice\x18\x02 \x01(\x0b\x32\x0f.torchft.NoticeH\x00\x12\x1d\n\x04left\x18\x03 \x01(\x0b\x32\r.torchft.LeftH\x00\x12!\n\x06\x61nswer\x18\x04 \x01(\x0b\x32\x0f.torchft.AnswerH\x00\x42\x06\n\x04kind\"\x1d\n\x0cReportAnswer\x12\r\n\x05known\x18\x01 \x01(\x08\x32\x82\x01\n\x0eSessionService\x12\x37\n\x07Session\x12\x12.torchft.SessionUp\x1a\x14.torchft.SessionDown(\x01\x30\x01\x12\x37\n\rReportFailure\x12\x0f.torchft.Report\x1a\x15.torchft.ReportAnswerb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(torchft/coordination/proto/session.proto\x12\x07torchft\x1a(torchft/coordination/proto/torchft.proto\"w\n\x05Hello\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x12\n\ngroup_rank\x18\x02 \x01(\x03\x12\x14\n\x0clife_address\x18\x03 \x01(\t\x12\x0e\n\x06\x61\x63tive\x18\x04 \x01(\x08\x12\r\n\x05\x65poch\x18\x14 \x01(\x03\x12\x11\n\tunreached\x18\x15 \x01(\x03\"\x06\n\x04\x42\x65\x61t\"%\n\x05Leave\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\"+\n\x06Report\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05\x63\x61use\x18\x02 \x01(\t\"B\n\x05Ready\x12\x12\n\nrequest_id\x18\x01 \x01(\x03\x12%\n\x06member\x18\x02 \x01(\x0b\x32\x15.torchft.QuorumMember\"\x1e\n\x08Withdraw\x12\x12\n\nrequest_id\x18\x01 \x01(\x03\"\xdf\x01\n\tSessionUp\x12\x1f\n\x05hello\x18\x01 \x01(\x0b\x32\x0e.torchft.HelloH\x00\x12\x1d\n\x04\x62\x65\x61t\x18\x02 \x01(\x0b\x32\r.torchft.BeatH\x00\x12\x1f\n\x05leave\x18\x03 \x01(\x0b\x32\x0e.torchft.LeaveH\x00\x12!\n\x06report\x18\x04 \x01(\x0b\x32\x0f.torchft.ReportH\x00\x12\x1f\n\x05ready\x18\x05 \x01(\x0b\x32\x0e.torchft.ReadyH\x00\x12%\n\x08withdraw\x18\x06 \x01(\x0b\x32\x11.torchft.WithdrawH\x00\x42\x06\n\x04kind\"e\n\x07Welcome\x12\x14\n\x0clife_address\x18\x01 \x01(\t\x12\x1c\n\x14heartbeat_timeout_ms\x18\x02 \x01(\x03\x12\x17\n\x0fjoin_timeout_ms\x18\x03 \x01(\x03\x12\r\n\x05\x65poch\x18\x14 \x01(\x03\"\x1a\n\x08Redirect\x12\x0e\n\x06leader\x18\x01 \x01(\t\"[\n\x06Notice\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05\x63\x61use\x18\x02 \x01(\t\x12\x11\n\tquorum_id\x18\x03 \x01(\x03\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\r\n\x05lives\x18\x05 \x01(\x08\"\x06\n\x04Left\"L\n\x06\x41nswer\x12\x12\n\nrequest_id\x18\x01 \x01(\x03\x12\x1f\n\x06quorum\x18\x02 \x01(\x0b\x32\x0f.torchft.Quorum\x12\r\n\x05\x65rror\x18\x03 \x01(\t\"\xc6\x01\n\x0bSessionDown\x12#\n\x07welcome\x18\x01 \x01(\x0b\x32\x10.torchft.WelcomeH\x00\x12!\n\x06notice\x18\x02 \x01(\x0b\x32\x0f.torchft.NoticeH\x00\x12\x1d\n\x04left\x18\x03 \x01(\x0b\x32\r.torchft.LeftH\x00\x12!\n\x06\x61nswer\x18\x04 \x01(\x0b\x32\x0f.torchft.AnswerH\x00\x12%\n\x08redirect\x18\x14 \x01(\x0b\x32\x11.torchft.RedirectH\x00\x42\x06\n\x04kind\"\x1d\n\x0cReportAnswer\x12\r\n\x05known\x18\x01 \x01(\x08\x32\x82\x01\n\x0eSessionService\x12\x37\n\x07Session\x12\x12.torchft.SessionUp\x1a\x14.torchft.SessionDown(\x01\x30\x01\x12\x37\n\rReportFailure\x12\x0f.torchft.Report\x1a\x15.torchft.ReportAnswerb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,31 +33,33 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'torchft.coordination.proto.
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_HELLO']._serialized_start=95
-  _globals['_HELLO']._serialized_end=180
-  _globals['_BEAT']._serialized_start=182
-  _globals['_BEAT']._serialized_end=188
-  _globals['_LEAVE']._serialized_start=190
-  _globals['_LEAVE']._serialized_end=227
-  _globals['_REPORT']._serialized_start=229
-  _globals['_REPORT']._serialized_end=272
-  _globals['_READY']._serialized_start=274
-  _globals['_READY']._serialized_end=340
-  _globals['_WITHDRAW']._serialized_start=342
-  _globals['_WITHDRAW']._serialized_end=372
-  _globals['_SESSIONUP']._serialized_start=375
-  _globals['_SESSIONUP']._serialized_end=598
-  _globals['_WELCOME']._serialized_start=600
-  _globals['_WELCOME']._serialized_end=686
-  _globals['_NOTICE']._serialized_start=688
-  _globals['_NOTICE']._serialized_end=779
-  _globals['_LEFT']._serialized_start=781
-  _globals['_LEFT']._serialized_end=787
-  _globals['_ANSWER']._serialized_start=789
-  _globals['_ANSWER']._serialized_end=865
-  _globals['_SESSIONDOWN']._serialized_start=868
-  _globals['_SESSIONDOWN']._serialized_end=1027
-  _globals['_REPORTANSWER']._serialized_start=1029
-  _globals['_REPORTANSWER']._serialized_end=1058
-  _globals['_SESSIONSERVICE']._serialized_start=1061
-  _globals['_SESSIONSERVICE']._serialized_end=1191
+  _globals['_HELLO']._serialized_end=214
+  _globals['_BEAT']._serialized_start=216
+  _globals['_BEAT']._serialized_end=222
+  _globals['_LEAVE']._serialized_start=224
+  _globals['_LEAVE']._serialized_end=261
+  _globals['_REPORT']._serialized_start=263
+  _globals['_REPORT']._serialized_end=306
+  _globals['_READY']._serialized_start=308
+  _globals['_READY']._serialized_end=374
+  _globals['_WITHDRAW']._serialized_start=376
+  _globals['_WITHDRAW']._serialized_end=406
+  _globals['_SESSIONUP']._serialized_start=409
+  _globals['_SESSIONUP']._serialized_end=632
+  _globals['_WELCOME']._serialized_start=634
+  _globals['_WELCOME']._serialized_end=735
+  _globals['_REDIRECT']._serialized_start=737
+  _globals['_REDIRECT']._serialized_end=763
+  _globals['_NOTICE']._serialized_start=765
+  _globals['_NOTICE']._serialized_end=856
+  _globals['_LEFT']._serialized_start=858
+  _globals['_LEFT']._serialized_end=864
+  _globals['_ANSWER']._serialized_start=866
+  _globals['_ANSWER']._serialized_end=942
+  _globals['_SESSIONDOWN']._serialized_start=945
+  _globals['_SESSIONDOWN']._serialized_end=1143
+  _globals['_REPORTANSWER']._serialized_start=1145
+  _globals['_REPORTANSWER']._serialized_end=1174
+  _globals['_SESSIONSERVICE']._serialized_start=1177
+  _globals['_SESSIONSERVICE']._serialized_end=1307
 # @@protoc_insertion_point(module_scope)

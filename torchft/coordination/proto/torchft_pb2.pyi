@@ -46,16 +46,20 @@ class Quorum(_message.Message):
     def __init__(self, quorum_id: _Optional[int] = ..., participants: _Optional[_Iterable[_Union[QuorumMember, _Mapping]]] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class LighthouseQuorumRequest(_message.Message):
-    __slots__ = ("requester",)
+    __slots__ = ("requester", "epoch")
     REQUESTER_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     requester: QuorumMember
-    def __init__(self, requester: _Optional[_Union[QuorumMember, _Mapping]] = ...) -> None: ...
+    epoch: int
+    def __init__(self, requester: _Optional[_Union[QuorumMember, _Mapping]] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class LighthouseQuorumResponse(_message.Message):
-    __slots__ = ("quorum",)
+    __slots__ = ("quorum", "epoch")
     QUORUM_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     quorum: Quorum
-    def __init__(self, quorum: _Optional[_Union[Quorum, _Mapping]] = ...) -> None: ...
+    epoch: int
+    def __init__(self, quorum: _Optional[_Union[Quorum, _Mapping]] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class LighthouseHeartbeatRequest(_message.Message):
     __slots__ = ("replica_id",)
