@@ -17,6 +17,8 @@ Events (times in ms; ``name=value`` pairs are optional)::
     assign A group_rank=0 init_sync=true      its view, in full
     group 3       a new commit vote of three ranks: vote 0 step=5 yes | leave 1 cause... | reset
     gather 3      a new gathering of three ranks: come 0 VALUE | leave 1 cause... | end cause... | reset
+
+and those of standing quorums, which ``tests/core/standing_scenario.py`` lists.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tests.core.standing_scenario import Standing
 from torchft.core.assignment import AssignmentError, assign
 from torchft.core.commit import CommitVote, Decision, Gather, Gathered
 from torchft.core.membership import Member, Membership, Options, Outcome, Quorum
@@ -51,17 +54,15 @@ class Runner:
         self.round: CommitVote | Gather[str] | None = None
         self._verbs: dict[str, Callable[[Event], list[str]]] = {
             "options": self._options,
-            "heartbeat": lambda e: self._outcome(self._m.heartbeat(e.words[0], self._s)),
-            "request": lambda e: self._outcome(self._m.request(_member(e.words[0], e.options), self._s)),
-            "withdraw": lambda e: self._outcome(self._m.withdraw(e.words[0], self._s)),
-            "fail": lambda e: self._outcome(self._m.failed(e.words[0], e.rest, self._s)),
-            "attach": lambda e: self._outcome(self._m.attach(e.words[0], e.options.get("active") == "true", self._s)),
-            "beat": lambda e: self._outcome(self._m.beat(e.words[0], self._s)),
-            "detach": lambda e: self._outcome(self._m.detach(e.words[0], self._s)),
-            "left": lambda e: self._outcome(
-                self._m.failed(e.words[0], e.rest.partition(" ")[2], self._s, int(e.words[1]))
-            ),
-            "spare": lambda e: self._outcome(self._m.spare(self._s)),
+            "heartbeat": lambda e: self.told(self._m.heartbeat(e.words[0], self._s)),
+            "request": lambda e: self.told(self._m.request(_member(e.words[0], e.options), self._s)),
+            "withdraw": lambda e: self.told(self._m.withdraw(e.words[0], self._s)),
+            "fail": lambda e: self.told(self._m.failed(e.words[0], e.rest, self._s)),
+            "attach": lambda e: self.told(self._m.attach(e.words[0], e.options.get("active") == "true", self._s)),
+            "beat": lambda e: self.told(self._m.beat(e.words[0], self._s)),
+            "detach": lambda e: self.told(self._m.detach(e.words[0], self._s)),
+            "left": lambda e: self.told(self._m.failed(e.words[0], e.rest.partition(" ")[2], self._s, int(e.words[1]))),
+            "spare": lambda e: self.told(self._m.spare(self._s)),
             "tick": self._tick,
             "after": self._after,
             "state": self._state,
@@ -72,9 +73,10 @@ class Runner:
             "vote": self._vote,
             "come": self._come,
             "leave": self._leave,
-            "end": self._end,
+            "end": self.end,
             "reset": self._reset,
         }
+        self._verbs |= Standing(self).verbs  # its "end" hands those of a gathering back
 
     def run(self, line: str) -> list[str]:
         """The answers to one event."""
@@ -109,7 +111,7 @@ class Runner:
 
     def _tick(self, e: Event) -> list[str]:
         self.now += int(e.words[0])
-        return self._outcome(self._m.tick(self._s))
+        return self.told(self._m.tick(self._s))
 
     def _after(self, e: Event) -> list[str]:
         self.now += int(e.words[0])
@@ -119,7 +121,7 @@ class Runner:
         waiting = " ".join(m.replica_id for m in self._m.waiting()) or "nobody"
         return [f"healthy: {' '.join(self._m.healthy()) or 'nobody'}", f"waiting: {waiting}"]
 
-    def _outcome(self, outcome: Outcome) -> list[str]:
+    def told(self, outcome: Outcome) -> list[str]:
         lines = [
             f"dead {d.replica_id}, quorums up to {d.quorum_id}{f', before step {d.step}' if d.step else ''}: {d.cause}"
             for d in outcome.dead
@@ -184,7 +186,7 @@ class Runner:
         assert self.round is not None
         return _answers(self.round.leave(int(e.words[0]), e.rest))
 
-    def _end(self, e: Event) -> list[str]:
+    def end(self, e: Event) -> list[str]:
         assert isinstance(self.round, Gather)
         return _answers(self.round.fail(" ".join(e.words)))
 

@@ -16,6 +16,10 @@ Rules, checked after each request and each tick, with H = the healthy who wait, 
        that lives but does not ask within ``heartbeat_timeout`` hangs, and counts as dead.
     5. ``quorum_id`` grows when the set of ids differs from the previous quorum's, a member could not commit, or
        one of the previous quorum has been declared dead since. So a death is a fact about all quorums up to an id.
+    6. A quorum of members that all keep sessions is *fenced*: its members may go on with it for their lease without
+       being heard of (:mod:`torchft.core.standing`). So one without any of them forms only when each of them is
+       known to be dead, or has been silent for ``lease + heartbeat_timeout``; after a quorum of one, for
+       ``heartbeat_timeout``.
 
 Invariants
     - A replica is healthy from its last sign of life until ``heartbeat_timeout`` after it, or until it is known
@@ -29,6 +33,7 @@ Invariants
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 __all__ = ["Death", "Member", "Membership", "Options", "Outcome", "Quorum"]
@@ -61,6 +66,10 @@ class Member:
     """It waited for the others of its last step in vain."""
     attempt: int = 0
     """The same when a request is sent again because its answer may have been lost; 0: it has no number."""
+    standing: bool = False
+    """It has a session and speaks standing quorums."""
+    uses: int = 0
+    """The id of the standing quorum that it could go on with; 0: there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +78,10 @@ class Quorum:
 
     quorum_id: int
     participants: tuple[Member, ...]
+    fenced: bool = False
+    """All members keep leases: see rule 6 of the module's docstring."""
+    stands: bool = False
+    """Fenced, and all members are at the same step: they may go on with it without asking."""
 
     @property
     def replica_ids(self) -> tuple[str, ...]:
@@ -82,10 +95,14 @@ class Options:
     min_replicas: int
     join_timeout: float = 0.1
     heartbeat_timeout: float = 5.0
+    lease: float = 300.0
+    """How long a member of a standing quorum goes on without hearing from the lighthouse."""
 
     def __post_init__(self) -> None:
         if self.min_replicas < 1:
             raise ValueError(f"min_replicas is {self.min_replicas}: a quorum needs at least one replica")
+        if self.lease <= 0:
+            raise ValueError(f"lease is {self.lease} s: it must be positive")
         if self.join_timeout < 0 or self.heartbeat_timeout <= 0:
             raise ValueError("join_timeout must not be negative and heartbeat_timeout must be positive")
 
@@ -100,6 +117,8 @@ class Death:
     """Of the newest quorum then: it and all before it are broken if the replica is a member."""
     step: int = 0
     """It left in good order with all steps below this committed: who is not there yet loses nothing by it."""
+    since: int = 0
+    """The first of the newest quorums, without a gap, that it was in: those from here to ``quorum_id`` are broken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +155,11 @@ class Membership:
         self._broken = False
         self._waiters: dict[str, tuple[Member, float]] = {}  # and since when
         self._possible_since: float | None = None
+        self._takeover: float | None = None  # when members of the previous quorum are no longer waited for
+        self._buried: dict[str, float | None] = {}  # of the previous quorum: the last sign; None: known to be dead
+        self._held = ""
+        self._since: dict[str, int] = {}
+        self._lone = False  # the previous quorum has one member
         self._status = ""
 
     # ------------------------------------------------------------- events
@@ -179,17 +203,42 @@ class Membership:
         One of a member that could not finish its step breaks the quorum for all its members: they would wait for
         it in vain.
         """
-        self._last_sign[member.replica_id] = now
-        self._dead.pop(member.replica_id, None)
-        answered = self._answered(member.replica_id)
-        if answered is not None and member.attempt and member.attempt == answered.attempt:
+        if self.asked_before(member):
+            self._sign(member.replica_id, now)
             return Outcome(again=self.previous)
         broken = None
-        if answered is not None and member.commit_failures > 0 and member.step <= answered.step:
-            broken = Death(member.replica_id, "it could not finish the step and asks again", self.quorum_id)
-        self._waiters[member.replica_id] = member, now
-        outcome = self.tick(now)
+        if self.breaks(member):
+            what = "it could not finish the step" if member.commit_failures else "it cannot go on with its quorum"
+            since = self.member_since(member.replica_id)
+            broken = Death(member.replica_id, f"{what} and asks again", self.quorum_id, since=since)
+        outcome = self.request_all([member], now)
         return outcome if broken is None else replace(outcome, broken=broken)
+
+    def request_all(self, members: Iterable[Member], now: float) -> Outcome:
+        """Several replicas ask in the same moment: what follows is decided when all of them wait."""
+        for member in members:
+            self._sign(member.replica_id, now)
+            self._waiters[member.replica_id] = member, now
+        return self.tick(now)
+
+    def breaks(self, member: Member) -> bool:
+        """Whether a request says that the previous quorum cannot go on: the others would wait for this member."""
+        answered = self._answered(member.replica_id)
+        if answered is None or self.previous is None or self.asked_before(member):
+            return False
+        if self.previous.stands:
+            return member.commit_failures > 0 or member.uses != self.previous.quorum_id or not member.standing
+        return member.commit_failures > 0 and member.step <= answered.step
+
+    def asked_before(self, member: Member) -> bool:
+        """Whether a request was answered by the previous quorum already, and that can still be used."""
+        answered = self._answered(member.replica_id)
+        return not self._broken and answered is not None and member.attempt != 0 and member.attempt == answered.attempt
+
+    def _sign(self, replica_id: str, now: float) -> None:
+        self._last_sign[replica_id] = now
+        self._dead.pop(replica_id, None)
+        self._buried.pop(replica_id, None)
 
     def _answered(self, replica_id: str) -> Member | None:
         """What a replica said when it was taken into the previous quorum."""
@@ -209,8 +258,57 @@ class Membership:
         """
         self._waiters.pop(replica_id, None)
         death = (self._bury(replica_id, cause, step),) if replica_id in self._last_sign else ()
+        if replica_id in self._previous_ids():
+            self._buried[replica_id] = None
         outcome = self.tick(now)
         return replace(outcome, dead=(*death, *outcome.dead))
+
+    def adopt(self, quorum: Quorum, size: int, now: float) -> None:
+        """A quorum that was formed in an earlier life of the lighthouse is the previous one. Ids go on from it.
+
+        Its members count as alive from now on, as if they had just shown it.
+
+        Args:
+            size: members that it has; more than those of ``quorum`` if not all are known.
+        """
+        self._take(quorum)
+        self._lone = size == 1
+        self.quorum_id = max(self.quorum_id, quorum.quorum_id)
+        self._last_sign |= dict.fromkeys(quorum.replica_ids, now)
+
+    def remember(self, quorum: Quorum, now: float) -> None:
+        """That quorum was the last one of an earlier life; nothing is known of its members but their names."""
+        self._take(quorum)
+        self.quorum_id = max(self.quorum_id, quorum.quorum_id)
+        self._buried = dict.fromkeys(quorum.replica_ids, now)
+        self._broken = True
+
+    def admit(self, member: Member) -> None:
+        """The replica is a member of the adopted quorum as well, but was not known to be."""
+        assert self.previous is not None
+        members = sorted((*self.previous.participants, member), key=lambda m: m.replica_id)
+        self.previous = replace(self.previous, participants=tuple(members))
+        self._since[member.replica_id] = self.previous.quorum_id
+
+    def somebody_new_waits(self) -> bool:
+        """Whether a healthy replica that is not in the previous quorum waits for the next one."""
+        return any(rid not in self._since and rid in self._last_sign for rid in self._waiters)
+
+    def member_since(self, replica_id: str) -> int:
+        """The first of the newest quorums, without a gap, that the replica is in; the next id if it is in none."""
+        return self._since.get(replica_id, self.quorum_id + 1)
+
+    def is_member(self, replica_id: str) -> bool:
+        """Whether the replica is in the previous quorum."""
+        return replica_id in self._since
+
+    def break_quorum(self) -> None:
+        """The previous quorum is over, whatever its members say: the next one has another id."""
+        self._broken = True
+
+    def hold(self, why: str) -> None:
+        """No quorum forms until this is called again with an empty reason."""
+        self._held = why
 
     def tick(self, now: float) -> Outcome:
         """Time has passed."""
@@ -240,6 +338,8 @@ class Membership:
             times.append(complaint + limit)
         if self._possible_since is not None:
             times.append(self._possible_since + self.options.join_timeout)
+        if self._takeover is not None:
+            times.append(self._takeover)
         return min(times, default=None)
 
     @property
@@ -276,18 +376,22 @@ class Membership:
         return tuple(self._bury(rid, cause, 0) for rid in self._missing())
 
     def _bury(self, replica_id: str, cause: str, step: int) -> Death:
-        del self._last_sign[replica_id]
+        last_sign = self._last_sign.pop(replica_id)
         self._dead[replica_id] = None
         if len(self._dead) > _REMEMBERED_DEAD:
             del self._dead[next(iter(self._dead))]
         if replica_id in self._previous_ids():
             self._broken = True
-        return Death(replica_id, cause, self.quorum_id, step)
+            self._buried[replica_id] = last_sign
+        return Death(replica_id, cause, self.quorum_id, step, self.member_since(replica_id))
 
     def _decide(self, now: float) -> tuple[Quorum | None, str]:
         options = self.options
         ready = {m.replica_id: m for m in self.waiting() if m.replica_id in self._last_sign}
         possible_since, self._possible_since = self._possible_since, None
+        self._takeover = None
+        if self._held:
+            return None, self._held
         if not ready:
             return None, "nobody asks for a quorum"
         previous = set(self._previous_ids())
@@ -297,6 +401,10 @@ class Membership:
 
         if len(candidates) < options.min_replicas:
             return None, (f"{len(candidates)} of at least {options.min_replicas} replicas ask for a quorum{note}")
+        if not previous.isdisjoint(m.replica_id for m in candidates):
+            pass  # a quorum that shares a member with the last one ends it
+        elif (waited_for := self._not_over(now)) is not None:
+            return None, waited_for + note
         if previous and previous.issubset(ready):
             return self._form(candidates), "all members of the last quorum ask again: fast quorum" + note
 
@@ -310,10 +418,38 @@ class Membership:
                 self._possible_since = since
                 return None, (
                     f"{len(ready)} of {healthy} healthy replicas ask: waiting up to {options.join_timeout:g} s "
-                    f"for {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}{note}"
+                    f"for {_some(missing)}{note}"
                 )
             return self._form(candidates), f"join timeout: going on without {len(missing)} healthy replicas{note}"
         return self._form(candidates), f"all {healthy} healthy replicas ask{note}"
+
+    def _take(self, quorum: Quorum) -> None:
+        self._since = {rid: self._since.get(rid, quorum.quorum_id) for rid in quorum.replica_ids}
+        self.previous = quorum
+        self._lone = len(quorum.participants) == 1
+        self._buried = {}
+
+    def _not_over(self, now: float) -> str | None:
+        """Why the previous quorum may still go on without any of those that ask; None: it cannot."""
+        if self.previous is None or not self.previous.fenced:
+            return None
+        limit = self.options.heartbeat_timeout
+        if not self._lone:
+            limit += self.options.lease
+        ids = self.previous.replica_ids
+        alive = [rid for rid in ids if rid in self._last_sign]
+        silent = {rid: at for rid in ids if rid not in alive and (at := self._buried.get(rid)) is not None}
+        if alive:
+            self._takeover = None
+            return f"nobody of the last quorum asks: {_some(alive)} must be asked first"
+        over = max((at + limit for at in silent.values()), default=now)
+        if now >= over:
+            return None
+        self._takeover = over
+        return (
+            f"all of the last quorum are silent, and {_some(sorted(silent))} not known to be dead: they may train on, "
+            f"cut off, until {limit:g} s after their last sign. Report them as failed if you know better"
+        )
 
     def _form(self, members: list[Member]) -> Quorum:
         ids = tuple(m.replica_id for m in members)
@@ -321,8 +457,14 @@ class Membership:
         self._broken = False
         if changed or any(m.commit_failures > 0 for m in members):
             self.quorum_id += 1
-        quorum = Quorum(self.quorum_id, tuple(members))
-        self.previous = quorum
+        fenced = all(m.standing and m.replica_id in self._sessions for m in members)
+        stands = fenced and all(m.step == members[0].step >= 0 for m in members)
+        quorum = Quorum(self.quorum_id, tuple(members), fenced, stands)
+        self._take(quorum)
         for rid in ids:
             del self._waiters[rid]
         return quorum
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:5]) + (" …" if len(ids) > 5 else "")
