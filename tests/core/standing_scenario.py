@@ -5,7 +5,7 @@ The lighthouse (times in ms; steps and numbers as ``name=value``)::
     lighthouse min_replicas=1 heartbeat_timeout=5 lease=300 restarted=true quorum_id=7 last=A,B      a new one
     hello A | hello A quorum=7 rank=0 size=2 step=12 stands=true     a session begins, with or without announcement
     bye A               it ended, nobody knows why
-    ask A step=3 uses=7 commit_failures=1 session=false | unask A | ack A change=1 step=4 | drain A
+    ask A step=3 lineage=7 uses=7 commit_failures=1 session=false | unask A | ack A change=1 step=4 | drain A
     beat? A             a sign of life, and what it is answered
     died A cause... | gone A 7 cause...       known to be dead; 7: it left before that step
     wait 500            time passes and it is told | due
@@ -185,6 +185,7 @@ def _asking(e: Event) -> Member:
     return Member(
         e.words[0],
         step=int(o.get("step", "0")),
+        lineage=int(o.get("lineage", "0")),
         uses=int(o.get("uses", "0")),
         commit_failures=int(o.get("commit_failures", "0")),
         timed_out=o.get("timed_out") == "true",

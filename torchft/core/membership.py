@@ -81,7 +81,7 @@ class Quorum:
     fenced: bool = False
     """All members keep leases: see rule 6 of the module's docstring."""
     stands: bool = False
-    """Fenced, and all members are at the same step: they may go on with it without asking."""
+    """Fenced, and all members are at the same step of one lineage: they may go on with it without asking."""
 
     @property
     def replica_ids(self) -> tuple[str, ...]:
@@ -458,7 +458,8 @@ class Membership:
         if changed or any(m.commit_failures > 0 for m in members):
             self.quorum_id += 1
         fenced = all(m.standing and m.replica_id in self._sessions for m in members)
-        stands = fenced and all(m.step == members[0].step >= 0 for m in members)
+        same = all((m.step, m.lineage) == (members[0].step, members[0].lineage) for m in members)
+        stands = fenced and same and members[0].step >= 0
         quorum = Quorum(self.quorum_id, tuple(members), fenced, stands)
         self._take(quorum)
         for rid in ids:
