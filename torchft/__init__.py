@@ -14,13 +14,23 @@ if TYPE_CHECKING:
     from torchft.ddp import DistributedDataParallel
     from torchft.manager import Manager
     from torchft.optim import OptimizerWrapper as Optimizer
-    from torchft.process_group import ProcessGroupGloo, ProcessGroupNCCL, ProcessGroupXCCL
+    from torchft.process_group import (
+        ProcessGroupBabyGloo,
+        ProcessGroupBabyNCCL,
+        ProcessGroupBabyXCCL,
+        ProcessGroupGloo,
+        ProcessGroupNCCL,
+        ProcessGroupXCCL,
+    )
 
 __all__ = [
     "DistributedDataParallel",
     "DistributedSampler",
     "Manager",
     "Optimizer",
+    "ProcessGroupBabyGloo",
+    "ProcessGroupBabyNCCL",
+    "ProcessGroupBabyXCCL",
     "ProcessGroupGloo",
     "ProcessGroupNCCL",
     "ProcessGroupXCCL",
@@ -32,6 +42,9 @@ _WHERE = {
     "DistributedSampler": ("torchft.data", "DistributedSampler"),
     "Manager": ("torchft.manager", "Manager"),
     "Optimizer": ("torchft.optim", "OptimizerWrapper"),
+    "ProcessGroupBabyGloo": ("torchft.process_group", "ProcessGroupBabyGloo"),
+    "ProcessGroupBabyNCCL": ("torchft.process_group", "ProcessGroupBabyNCCL"),
+    "ProcessGroupBabyXCCL": ("torchft.process_group", "ProcessGroupBabyXCCL"),
     "ProcessGroupGloo": ("torchft.process_group", "ProcessGroupGloo"),
     "ProcessGroupNCCL": ("torchft.process_group", "ProcessGroupNCCL"),
     "ProcessGroupXCCL": ("torchft.process_group", "ProcessGroupXCCL"),

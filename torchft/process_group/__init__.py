@@ -3,6 +3,8 @@
 :class:`~torchft.process_group.base.ProcessGroup` says what they promise. Which one to use:
 
 - :class:`ProcessGroupGloo` for CPU tensors, :class:`ProcessGroupNCCL` and :class:`ProcessGroupXCCL` for GPUs;
+- :class:`ProcessGroupBabyGloo`, :class:`ProcessGroupBabyNCCL` and :class:`ProcessGroupBabyXCCL` where a collective that
+  hangs must be ended whatever it does: it runs in a child process, which an abort kills;
 - :class:`ManagedProcessGroup` where torch wants a group and a Manager is to do the work;
 - :class:`ErrorSwallowingProcessGroupWrapper`, :class:`FakeProcessGroupWrapper` and :class:`ProcessGroupDummy`
   around or instead of one of these.
@@ -10,6 +12,7 @@
 
 from __future__ import annotations
 
+from torchft.process_group.baby import ProcessGroupBabyGloo, ProcessGroupBabyNCCL, ProcessGroupBabyXCCL
 from torchft.process_group.backend import BackendProcessGroup
 from torchft.process_group.base import DEFAULT_TIMEOUT, ProcessGroup, ProcessGroupError, Reduction
 from torchft.process_group.dummy import ProcessGroupDummy
@@ -29,6 +32,9 @@ __all__ = [
     "ManagedProcessGroup",
     "ManagerLike",
     "ProcessGroup",
+    "ProcessGroupBabyGloo",
+    "ProcessGroupBabyNCCL",
+    "ProcessGroupBabyXCCL",
     "ProcessGroupDummy",
     "ProcessGroupError",
     "ProcessGroupGloo",

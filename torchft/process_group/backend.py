@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, ClassVar
 
@@ -37,7 +38,7 @@ from torchft.process_group.works import PointToPointWork
 from torchft.process_group.wrapper import ProcessGroupWrapper
 from torchft.runtime.deadline import Deadline
 
-__all__ = ["BackendProcessGroup", "torch_group"]
+__all__ = ["BackendProcessGroup", "Membership", "torch_group"]
 
 _BUILD_GRACE = 0.02  # seconds in which a build usually ends once it is cut
 _LATE = 2 * STORE_GRACE  # seconds beyond the timeout after which a build is not waited for
@@ -54,6 +55,18 @@ def torch_group(backend: Any, kind: Any, device: str, rank: int, world_size: int
     group._register_backend(torch.device(device), kind, backend)
     group._set_default_backend(kind)
     return group
+
+
+@dataclass(frozen=True)
+class Membership:
+    """What ``configure`` was called with, as far as it is used."""
+
+    store_addr: str
+    replica_id: str
+    rank: int
+    world_size: int
+    quorum_id: int | None
+    global_ranks: list[int] | None
 
 
 class BackendProcessGroup(ProcessGroupWrapper):
@@ -107,6 +120,7 @@ class BackendProcessGroup(ProcessGroupWrapper):
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size} members makes no sense")
         split_store_address(store_addr)
+        member = Membership(store_addr, replica_id, rank, world_size, quorum_id, global_ranks)
         quorum = "" if quorum_id is None else f", quorum {quorum_id}"
         session = Session(f"rank {rank} of {world_size} ({replica_id}{quorum}) at {store_addr}", world_size == 1)
         deadline = Deadline(self._timeout)
@@ -116,7 +130,7 @@ class BackendProcessGroup(ProcessGroupWrapper):
         try:
             self._release_ended()
             if world_size > 1 and not session.aborted.is_set():
-                self._build(session, store_addr, rank, world_size, deadline, global_ranks)
+                self._build(session, member, deadline)
         except BaseException as e:
             self._give_up(session, e if isinstance(e, Exception) else ProcessGroupError(f"interrupted: {e!r}"))
             raise
@@ -131,15 +145,7 @@ class BackendProcessGroup(ProcessGroupWrapper):
             self._give_up(session, error)
             raise error
 
-    def _build(
-        self,
-        session: Session,
-        store_addr: str,
-        rank: int,
-        world_size: int,
-        deadline: Deadline,
-        global_ranks: list[int] | None,
-    ) -> None:
+    def _build(self, session: Session, member: Membership, deadline: Deadline) -> None:
         """Makes the session's group on another thread; walks away from it when it does not end."""
         client = self._store_client
         enter = self._enter_thread()
@@ -147,15 +153,15 @@ class BackendProcessGroup(ProcessGroupWrapper):
         def make() -> None:
             try:
                 enter()
-                session.watch_store(store_addresses(store_addr), deadline.remaining())
+                session.watch_store(store_addresses(member.store_addr), deadline.remaining())
                 if session.aborted.is_set():
                     raise self._unfinished(session, deadline)
                 with session.questions:
-                    store = client.store(store_addr, deadline, session.aborted)
+                    store = client.store(member.store_addr, deadline, session.aborted)
                 store.questions = session.questions
                 session.store = store
                 remaining = timedelta(seconds=max(0.001, deadline.remaining()))
-                group = self._open(session, rank, world_size, remaining, global_ranks)
+                group = self._open(session, member.rank, member.world_size, remaining, member.global_ranks)
                 group.set_timeout(self._timeout)
                 session.issue = _collectives(group)
                 session.group = group
@@ -253,6 +259,10 @@ class BackendProcessGroup(ProcessGroupWrapper):
         except Exception as e:
             session.fail(e)
             raise
+        return self._watched(session, op, args, work)
+
+    def _watched(self, session: Session, op: str, args: tuple[Any, ...], work: Work) -> Work:
+        """The work that the caller gets, in place of the backend's; the session learns how that ends."""
         if op == "send" or op == "recv":
             if self._loses_works:
                 return LosablePointToPoint(work, args[0], session.fail, session.ending)

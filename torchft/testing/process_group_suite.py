@@ -484,7 +484,7 @@ class ProcessGroupSuite:
     def test_a_process_that_exits_does_not_wait_for_a_stopped_member(
         self, store: str, members: Callable[..., list[Member]]
     ) -> None:
-        pair = members(2, timeout=300.0)
+        pair = [*members(1, timeout=300.0, program=True), *members(1, timeout=300.0)]
         self.meet_members(store, pair)
         pair[1].stop()
         pair[0].tell("issue_and_exit")

@@ -1,0 +1,141 @@
+"""The child: it hosts a process group and does what its trainer's messages say.
+
+The idea
+    One message after the other, on the main thread, in the order in which they come: that is the order of the
+    collectives. Each answer is sent by whatever thread finds that its collective has ended.
+
+Rules
+    1. It never decides anything. It is killed when the trainer aborts, and ends when the trainer is gone.
+    2. On a GPU it answers when the device has done the collective, not when it has been given it: the trainer's
+       streams never wait for something that a killed child would have had to do.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+from torch.distributed import Work
+from torch.futures import Future
+
+from torchft.process_group.baby.calls import arguments_of
+from torchft.process_group.baby.memory import map_host_block
+from torchft.process_group.base import ProcessGroup
+from torchft.runtime.messages import Channel, Message
+from torchft.runtime.worker import Worker
+
+__all__ = ["main"]
+
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: Message, files: list[int]) -> None:
+    """The child's life.
+
+    Args:
+        arguments: ``host``, the group's ``module:Class``; ``device``; ``timeout``, seconds.
+        files: the socket to the trainer.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    channel = Channel(socket.socket(fileno=files[0]))
+    device = torch.device(arguments["device"])
+    _Host(channel, arguments["host"], device, timedelta(seconds=arguments["timeout"])).run()
+    os._exit(0)  # whatever still runs
+
+
+class _Host:
+    def __init__(self, channel: Channel, host: str, device: torch.device, timeout: timedelta) -> None:
+        self._channel = channel
+        self._host = host
+        self._device = device
+        self._timeout = timeout
+        self._group: ProcessGroup | None = None
+        self._blocks: dict[int, torch.Tensor] = {}
+        self._waiter = Worker("torchft-baby-wait")  # one will do: what was issued first ends first
+
+    def run(self) -> None:
+        while (received := self._channel.receive()) is not None:
+            message, files = received
+            try:
+                self._do(message, files)
+            except Exception as e:
+                if "id" not in message:
+                    raise
+                self._answer(message["id"], e)
+
+    def _do(self, message: Message, files: list[int]) -> None:
+        if "timeout" in message:
+            self._timeout = timedelta(seconds=message["timeout"])
+            if self._group is not None:
+                self._group.set_timeout(self._timeout)
+        elif "configure" in message:
+            self._made().configure(**message["configure"])
+            self._answer(message["id"], None)
+        else:
+            self._call(message, files)
+
+    def _made(self) -> ProcessGroup:
+        if self._group is None:
+            module, _, name = self._host.partition(":")
+            if self._device.type != "cpu":
+                torch.accelerator.set_device_index(self._device.index or 0)
+            self._group = getattr(importlib.import_module(module), name)(timeout=self._timeout)
+        return self._group
+
+    def _call(self, message: Message, files: list[int]) -> None:
+        for number in message.get("gone", ()):
+            del self._blocks[number]
+        if "new" in message:
+            self._blocks[message["block"]] = _open(message["new"], files)
+        block = self._blocks[message["block"]] if "block" in message else None
+        written: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def use(view: torch.Tensor, is_written: bool) -> torch.Tensor:
+            if view.device.type == self._device.type:
+                return view
+            there = view.to(self._device)  # a device whose memory cannot be shared
+            if is_written:
+                written.append((view, there))
+            return there
+
+        arguments = arguments_of(message["args"], block, use)
+        work: Work = getattr(self._made(), message["call"])(*arguments)
+        try:
+            future: Future[Any] = work.get_future()
+        except RuntimeError:  # some of gloo's collectives have none
+            self._waiter.submit(partial(self._ended, message["id"], written, work.wait))
+            return
+        future.add_done_callback(lambda done: self._ended(message["id"], written, done.value))
+
+    def _ended(
+        self, number: int, written: list[tuple[torch.Tensor, torch.Tensor]], outcome: Callable[[], object]
+    ) -> None:
+        error: Exception | None = None
+        try:
+            outcome()
+            for view, there in written:
+                view.copy_(there)
+        except Exception as e:
+            error = e
+        self._answer(number, error)
+
+    def _answer(self, number: int, error: Exception | None) -> None:
+        text = None if error is None else str(error) or type(error).__name__
+        try:
+            self._channel.send({"id": number, "error": text})
+        except OSError:
+            os._exit(0)  # the trainer is gone
+
+
+def _open(told: dict[str, Any], files: list[int]) -> torch.Tensor:
+    return map_host_block(files[0], told["host"])
