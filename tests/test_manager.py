@@ -11,7 +11,7 @@ import torch
 from torch.distributed import ReduceOp
 from torch.futures import Future
 
-from tests.groups import TIMEOUT, Groups, Replica
+from tests.groups import TIMEOUT, Groups, Replica, running
 from torchft.checkpointing.pg_transport import PGTransport
 from torchft.coordination import LighthouseServer
 from torchft.manager import Manager, WorldSizeMode
@@ -127,6 +127,39 @@ def test_a_group_tells_the_history_of_its_state_also_of_a_healed_one(pair: Group
     assert (late.manager.current_step(), late.manager._progress.lineage) in told
     a.manager.load_state_dict(a.manager.state_dict())
     assert a.manager._progress.lineage == 0, "what a state from elsewhere comes from is not known"
+
+
+def test_a_spare_takes_over_in_the_next_step_when_a_participant_is_gone() -> None:
+    kwargs = {"world_size_mode": WorldSizeMode.FIXED_WITH_SPARES, "min_replica_size": 2}
+    with running(min_replicas=2, join_timeout_ms=10_000) as three:
+        a, b = three.replica("a", **kwargs), three.replica("b", **kwargs)
+        three.together(lambda: a.step(1.0), lambda: b.step(1.0))
+        spare = three.replica("c", **kwargs)
+        end = 1_000_000
+
+        def train(replica: Replica, value: float) -> None:
+            while replica.manager.current_step() < end:
+                replica.step(value)
+
+        def join() -> None:
+            nonlocal end
+            for _ in range(3):
+                spare.step(100.0)
+            end = spare.manager.current_step() + 3  # the others cannot be further ahead: it is one of them
+            train(spare, 100.0)
+
+        three.together(lambda: train(a, 1.0), lambda: train(b, 1.0), join)
+        assert [r.manager.participating_rank() for r in (a, b, spare)] == [0, 1, None]
+        assert [r.manager.current_step() for r in (a, b, spare)] == [end] * 3
+        assert a.weights() == spare.weights()
+
+        a.manager.leave("its host is taken down")
+        three.together(lambda: b.step(1.0), lambda: spare.step(3.0))
+        assert [r.manager.participating_rank() for r in (b, spare)] == [0, 1]
+        assert [r.manager.current_step() for r in (b, spare)] == [end + 1] * 2  # in the very next step
+        assert b.model.bias.grad is not None
+        assert float(b.model.bias.grad[0]) == 2.0
+        assert b.weights() == spare.weights()
 
 
 def test_a_step_with_too_few_participants_is_not_committed(groups: Groups) -> None:

@@ -13,6 +13,7 @@ import queue
 import re
 import signal
 import socket
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -104,6 +105,14 @@ def default_state_file(bind: str) -> Path | None:
     default=5000,
     help="With --ha: how long a leader that is not heard of keeps the others from leading.",
 )
+@click.option(
+    "--end_when_idle_sec",
+    "--end-when-idle-sec",
+    type=click.FloatRange(0, min_open=True),
+    default=None,
+    show_default=False,
+    help="End by itself when there were groups and for this long there are none: the job is over.",
+)
 @click.option("--verbose", "-v", is_flag=True, help="Log every quorum, not only changes.")
 def lighthouse(
     min_replicas: int,
@@ -115,6 +124,7 @@ def lighthouse(
     state_file: str | None,
     ha: str | None,
     ha_lease_ms: int,
+    end_when_idle_sec: float | None,
     verbose: bool,
 ) -> None:
     """Runs the job's lighthouse: it decides which replica groups form the quorum.
@@ -153,9 +163,28 @@ def lighthouse(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
     click.echo(f"lighthouse at {server.address()} (export TORCHFT_LIGHTHOUSE={server.address()})", err=True)
-    ended.get()
+    if end_when_idle_sec is None:
+        ended.get()
+    else:
+        _wait_until_idle(server, end_when_idle_sec, ended)
     click.echo("lighthouse stops", err=True)
     server.shutdown()
+
+
+def _wait_until_idle(server: LighthouseServer, limit: float, ended: queue.SimpleQueue[int]) -> None:
+    """Until there were groups and for ``limit`` seconds there are none, or ``ended`` holds something."""
+    last_seen: float | None = None
+    while True:
+        try:
+            ended.get(timeout=min(0.2, limit / 4))
+            return
+        except queue.Empty:
+            pass
+        if server.replicas():
+            last_seen = time.monotonic()
+        elif last_seen is not None and time.monotonic() - last_seen >= limit:
+            click.echo(f"no group has been there for {limit:g} s: the job is over", err=True)
+            return
 
 
 def main() -> None:

@@ -123,6 +123,10 @@ class LighthouseServer:
         """Declares a replica dead, as if it had been seen to die. Subscribers are told."""
         loop.submit(self._service.fail(replica_id, "failure injected")).result(timeout=10)
 
+    def replicas(self) -> tuple[str, ...]:
+        """Ids of the groups that count as alive, sorted."""
+        return loop.submit(self._service.healthy()).result(timeout=10)
+
     def shutdown(self) -> None:
         """Stops serving; those that wait get an error. Idempotent."""
         self._ticker.cancel()
@@ -227,6 +231,9 @@ class _Service(pb_grpc.LighthouseServiceServicer):
             raise ValueError(f"epoch {epoch} is far beyond what is known here, {self.seat.highest}")
         if epoch > self.seat.epoch:
             await self.seat.told(epoch)
+
+    async def healthy(self) -> tuple[str, ...]:
+        return self._core.healthy()
 
     # ------------------------------------------------------------ the clock
 
