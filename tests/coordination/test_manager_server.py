@@ -131,11 +131,14 @@ def test_of_two_groups_at_one_step_with_different_histories_the_older_heals(
     assert views[0].recover_src_manager_address == b.address()
 
 
-def test_the_group_is_as_far_as_its_last_rank(start: Start, pool: ThreadPoolExecutor) -> None:
-    server = start("a", world_size=2)
-    one = ask(pool, ManagerClient(server.address(), WAIT), 1, step=4)
-    zero = ask(pool, server, 0, step=5)
-    assert zero.result(10).max_step == one.result(10).max_step == 4
+@pytest.mark.parametrize("lighthouse", [2], indirect=True)
+def test_a_group_whose_ranks_are_at_different_steps_heals_all_of_them(start: Start, pool: ThreadPoolExecutor) -> None:
+    a, b = start("a", world_size=2), start("b")
+    ahead = ask(pool, b, 0, step=4)
+    one = ask(pool, ManagerClient(a.address(), WAIT), 1, step=4)
+    zero = ask(pool, a, 0, step=5)
+    views = [f.result(10) for f in (zero, one, ahead)]
+    assert [(v.heal, v.max_step) for v in views] == [(True, 4), (True, 4), (False, 4)]
 
 
 def test_a_failed_lighthouse_call_reaches_every_waiting_rank_with_address_and_cause(

@@ -80,11 +80,12 @@ def test_after_a_heal_all_members_tell_one_lineage(quorum: Quorum, group_rank: i
         assert {view.lineage if view.heal else told[rid] for rid, view in views.items()} == {max(at_max)}
 
 
-def test_group_is_as_far_as_its_last_rank_and_has_no_state_if_its_ranks_come_from_different_ones() -> None:
+def test_group_whose_ranks_hold_parts_of_different_states_has_none() -> None:
     assert of_group([(7, 5)]) == (7, 5)
     assert of_group([(7, 5), (7, 5)]) == (7, 5)
-    assert of_group([(8, 6), (7, 5)]) == (7, 5)
-    assert of_group([(-1, 5), (7, 5)]) == (-1, 5)
+    assert of_group([(8, 6), (7, 5)]) == (-1, 0)
+    assert of_group([(-1, 5), (7, 5)]) == (-1, 0)
+    assert of_group([(-1, 5), (-1, 5)]) == (-1, 5)
     assert of_group([(7, 5), (7, 6)]) == (-1, 0)
 
 

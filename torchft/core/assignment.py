@@ -86,13 +86,11 @@ def up_to_date(members: Sequence[Member]) -> list[int]:
 def of_group(ranks: Iterable[tuple[int, int]]) -> tuple[int, int]:
     """A group's step and lineage, from those of its ranks.
 
-    The group is as far as its last rank. Ranks at one step with different lineages hold parts of different states:
-    together they have none.
+    Ranks at different steps, or of different lineages, hold parts of different states: together they have none. That
+    happens when a vote's answer or a heal reached only some of them.
     """
-    states = list(ranks)
-    step = min(step for step, _ in states)
-    lineages = {lineage for s, lineage in states if s == step}
-    return (step, lineages.pop()) if len(lineages) == 1 else (-1, 0)
+    states = set(ranks)
+    return states.pop() if len(states) == 1 else (-1, 0)
 
 
 def assign(quorum: Quorum, replica_id: str, group_rank: int, init_sync: bool) -> View:
@@ -111,7 +109,8 @@ def assign(quorum: Quorum, replica_id: str, group_rank: int, init_sync: bool) ->
     if max_step < 0:
         raise AssignmentError(
             f"no member of quorum {quorum.quorum_id} holds a usable state: each lost its own in a heal that did "
-            f"not finish. Restart the job from its newest checkpoint. Members: {list(ids)}"
+            f"not finish, or its ranks are at different steps. Restart the job from its newest checkpoint. Members: "
+            f"{list(ids)}"
         )
     newest = up_to_date(members)
     primary = newest[group_rank % len(newest)]
