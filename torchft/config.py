@@ -86,6 +86,7 @@ def _flag(text: str) -> bool:
 _none_seconds: timedelta | None = None
 _none_int: int | None = None
 _none_str: str | None = None
+_none_flag: bool | None = None
 
 LIGHTHOUSE = Setting(
     "TORCHFT_LIGHTHOUSE",
@@ -156,6 +157,14 @@ STATE_DIR = Setting(
     "~/.local/state/torchft",
     "Where the lighthouse command keeps its state file unless `--state_file` names one.",
     str,
+)
+ALLOW_RESTART = Setting(
+    "TORCHFT_ALLOW_RESTART",
+    "0 or 1",
+    _none_flag,
+    "Whether the job may begin again at step 0 when the last replica that held its state is gone. Unset: only if all "
+    "groups are new, with a warning. Wins over `Manager(allow_restart=)`.",
+    _flag,
 )
 
 

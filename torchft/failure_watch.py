@@ -58,6 +58,12 @@ class FailureWatch:
         with self._lock:
             self._quorum, self._act = None, _ignore
 
+    def cause(self, replica_id: str) -> str | None:
+        """Why a replica is no longer there, as far as that is known."""
+        with self._lock:
+            notice = self._notices.get(replica_id)
+        return None if notice is None or notice.lives else notice.cause
+
     def hear(self, notice: Notice) -> None:
         """A replica is no longer there."""
         with self._lock:

@@ -41,6 +41,8 @@ from torchft.runtime.worker import Worker
 from torchft.state import ReplicaState
 from torchft.step_error import StepError, waited_in_vain
 from torchft.timeouts import Timeouts, effective
+from torchft.together import Together
+from torchft.training_thread import TrainingThread, directly
 from torchft.work import CompletedWork, FutureWork
 
 __all__ = ["Manager", "WorldSizeMode"]
@@ -92,7 +94,9 @@ class Manager:
             leaving others to their timeout; ``TORCHFT_PROACTIVE_RECOVERY`` by default.
         drain: at SIGTERM finish the step under way, leave, and exit with code 0: the next :meth:`start_quorum`
             raises :class:`torchft.departure.Drained`. To be set on the main thread.
-
+        allow_restart: whether the job may begin again at step 0 when the last replica that held its state is gone.
+            None: only if all groups are new, with a warning; if a group that saw the job further is there,
+            :meth:`should_commit` raises :class:`torchft.lost_state.StateLost`. ``TORCHFT_ALLOW_RESTART`` wins.
         timeouts: all of them at once, instead of ``timeout``, ``quorum_timeout``, ``connect_timeout`` and
             ``heartbeat_interval``; :func:`torchft.timeouts.suggest` makes them.
 
@@ -131,6 +135,7 @@ class Manager:
         *,
         proactive_recovery: bool | None = None,
         drain: bool = False,
+        allow_restart: bool | None = None,
         timeouts: Timeouts | None = None,
     ) -> None:
         if min_replica_size < 1:
@@ -178,20 +183,39 @@ class Manager:
         )
         self._log = RankLogger(logger, self._group.replica_id, self._group.rank, lambda: self._progress.step)
         self._transport = checkpoint_transport or self._default_transport()
+        self._training_thread = TrainingThread()
+        together = Together(
+            self._group.store,
+            f"torchft/group/{self._group.replica_id}",
+            self._group.rank,
+            self._group.world_size,
+            self._state,
+            self._training_thread.call if use_async_quorum else directly,
+            seconds(self._timeout),
+            lambda: self._error.current,
+        )
         self._begin = QuorumPhase(
             group=self._group,
             pg=pg,
             transport=self._transport,
             state=self._state,
             recovery=Recovery(
-                self._transport, self._state, self._group.rank, self._timeout, self._timeouts.connect, self._log
+                self._transport,
+                self._state,
+                together,
+                self._group.rank,
+                self._timeout,
+                self._timeouts.connect,
+                self._log,
             ),
+            together=together,
             progress=self._progress,
             error=self._error,
             log=self._log,
             use_async_quorum=use_async_quorum,
             fixed_world_size=min_replica_size if world_size_mode is WorldSizeMode.FIXED_WITH_SPARES else None,
             init_sync=init_sync,
+            allow_restart=allow_restart if config.ALLOW_RESTART.read() is None else config.ALLOW_RESTART.read(),
         )
         self._worker = Worker("torchft-quorum")
         self._quorum: concurrent.futures.Future[None] | None = None
@@ -217,18 +241,29 @@ class Manager:
 
     # ------------------------------------------------------------- the state
 
-    def register_state_dict_fn(self, key: str, load: Callable[[Any], object], save: Callable[[], Any]) -> None:
+    def register_state_dict_fn(
+        self,
+        key: str,
+        load: Callable[[Any], object],
+        save: Callable[[], Any],
+        *,
+        on_training_thread: bool = False,
+    ) -> None:
         """Registers a further piece of the state that healing groups receive.
 
         Args:
-            key: the same on all groups.
+            key: the same on all groups, registered in the same order on all ranks.
             load: writes what ``save`` of another group returned. Called on the training thread.
             save: reads it. Called on a background thread while the forward pass may run.
+            on_training_thread: ``save`` runs collectives inside the group (a full state dict of FSDP), or is not
+                thread-safe. It is then called on the training thread where that waits for the quorum (at the
+                step's first allreduce, or at :meth:`wait_quorum`), on all ranks of a group in the same step; and
+                so is ``load``. What it returns is never received into in place.
 
         Raises:
             ValueError: the key is taken.
         """
-        self._state.register(key, load, save)
+        self._state.register(key, load, save, on_training_thread)
 
     def set_state_dict_fns(self, load_state_dict: Callable[[Any], object], state_dict: Callable[[], Any]) -> None:
         """Sets what the constructor's ``load_state_dict`` and ``state_dict`` set: an older name."""
@@ -271,6 +306,8 @@ class Manager:
             RuntimeError: it has left before.
         """
         self._wait_for_worker()
+        self._training_thread.begin()
+        self._settle_lost_state()
         self._begin.clear()
         if self._drain and drain_requested():
             self.leave("drained on SIGTERM")
@@ -288,9 +325,9 @@ class Manager:
             return
         self._quorum = _DONE  # in this thread: handing it to another one and back takes as long as half a quorum
         self._begin.run(allow_heal, shrink_only, deadline)
-        if self._begin.healing:
+        if self._begin.loads:
             self._begin.apply_healed_state()
-            self._begin.healing = False
+            self._begin.healing = self._begin.loads = False
 
     def wait_quorum(self) -> None:
         """Waits until the quorum of this step is there and the process group can be used.
@@ -304,8 +341,10 @@ class Manager:
         if self._error.current is not None and self._begin.failed:
             raise self._error.current
 
-    def _wait_for_worker(self) -> None:
+    def _wait_for_worker(self, collective: bool = False) -> None:
+        """The training thread meanwhile makes the calls that only it may make."""
         if self._quorum is not None:
+            self._training_thread.wait(self._quorum, collective)
             self._quorum.result()  # each wait inside has a deadline of its own
 
     # --------------------------------------------------------- the reduction
@@ -338,7 +377,7 @@ class Manager:
             raise ValueError(f"AVG needs a floating point tensor, not {tensor.dtype}; use ReduceOp.SUM")
         if should_quantize:
             check_quantizable([tensor], reduce_op)
-        self._wait_for_worker()
+        self._wait_for_worker(collective=True)
         if self._error.current is not None:
             return CompletedWork(tensor)
         if not self.is_participating():
@@ -367,13 +406,14 @@ class Manager:
             timeout: for the vote; a tenth, and at least 5 s, more than the manager's ``timeout`` by default.
 
         Raises:
+            StateLost: the last replica that held the state of the job is gone.
             RuntimeError: more than ``max_retries`` steps in a row failed. The message names the last cause.
         """
         if self._quorum is None:
             raise RuntimeError("no step to commit: call start_quorum() first (the optimizer's zero_grad does)")
         self._wait_for_worker()
         self._works.wait(self._timeout, self._pg.abort)
-        if self._begin.healing:
+        if self._begin.loads:
             self._begin.apply_healed_state()
         if (broken := self._pg.errored()) is not None:
             self.report_error(broken)
@@ -404,12 +444,18 @@ class Manager:
         if few and self._error.current is None:
             cause = f"{participants} participants, min_replica_size is {self._min_replica_size}"
         self._log.warning("the step is not committed (%d in a row): %s", self._progress.failures, cause)
+        self._settle_lost_state()
         if self._max_retries is not None and self._progress.failures > self._max_retries:
             raise RuntimeError(
                 f"{self._progress.failures} steps in a row were not committed, max_retries is {self._max_retries}. "
                 f"Last cause: {cause}"
             ) from self._error.current
         return False
+
+    def _settle_lost_state(self) -> None:
+        lost, self._begin.lost = self._begin.lost, None
+        if lost is not None:
+            raise lost
 
     # ----------------------------------------------------------- errors, facts
 

@@ -24,12 +24,14 @@ from torchft.coordination.types import Notice
 from torchft.core.participation import Participation, participation
 from torchft.failure_watch import FailureWatch, ReplicaLost
 from torchft.group import Group
+from torchft.lost_state import Holders, StateLost, check_not_lost
 from torchft.process_group import ProcessGroup
 from torchft.recovery import Recovery
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.logs import RankLogger
 from torchft.state import ReplicaState
 from torchft.step_error import StepError, waited_in_vain
+from torchft.together import Together, TogetherError
 
 __all__ = ["Progress", "QuorumPhase"]
 
@@ -69,13 +71,14 @@ class QuorumPhase:
     Args:
         group: who asks.
         pg: reconfigured when the members change.
-        transport, state, recovery: give and take the state.
+        transport, state, recovery, together: give and take the state.
         progress: of this replica; a heal moves it.
         error: of the step under way.
         log: of the manager.
         use_async_quorum: a group that heals does not take part in that step.
         fixed_world_size: the most participants there may be; None: no limit.
         init_sync: at step 0 all groups take the primary's state.
+        allow_restart: as of :class:`torchft.manager.Manager`.
     """
 
     def __init__(
@@ -86,24 +89,29 @@ class QuorumPhase:
         transport: CheckpointTransport[dict[str, Any]],
         state: ReplicaState,
         recovery: Recovery,
+        together: Together,
         progress: Progress,
         error: StepError,
         log: RankLogger,
         use_async_quorum: bool,
         fixed_world_size: int | None,
         init_sync: bool,
+        allow_restart: bool | None,
     ) -> None:
         self._group = group
         self._pg = pg
         self._transport = transport
         self._state = state
         self._recovery = recovery
+        self._together = together
         self._progress = progress
         self._error = error
         self._log = log
         self._use_async_quorum = use_async_quorum
         self._fixed = fixed_world_size
         self._init_sync = init_sync
+        self._allow_restart = allow_restart
+        self._quorum: QuorumResult | None = None  # of the step under way
         self._configured: int | None = None  # the quorum that the process group stands for
         self._failures = 0
         self._stop = threading.Event()
@@ -111,10 +119,15 @@ class QuorumPhase:
         """Hears who is no longer there."""
         self.participation = _NOBODY
         """In the step under way; nobody while its quorum is not there, or failed."""
+        self._holders = Holders(self.watch.cause)
         self.healing = False
         """This replica takes a peer's state in the step under way."""
         self.quorum_id = 0
         """Of the step under way."""
+        self.loads = False
+        """A state is to be written at its end: a peer's, or this rank's own because the group's others load."""
+        self.lost: StateLost | None = None
+        """Nobody holds the state of the job any more."""
 
     @property
     def failed(self) -> bool:
@@ -124,8 +137,11 @@ class QuorumPhase:
     def clear(self) -> None:
         """The next step begins."""
         self.watch.exit()
-        self.healing = False
+        if self.loads and not self.healing:
+            self._state.drop_pending()  # its own
+        self.healing = self.loads = False
         self.participation = _NOBODY
+        self._quorum = None
 
     def invalidate(self) -> None:
         """The process group was aborted: the next quorum configures it anew, whatever its id."""
@@ -153,10 +169,17 @@ class QuorumPhase:
             return
         self._failures = 0
         self._progress.timed_out = False
+        self._quorum = quorum
         try:
+            check_not_lost(quorum, self._allow_restart, self._holders, self._log)
+            self._holders.remember(quorum)
             self._prepare(quorum, allow_heal)
         except Exception as e:
-            self._progress.timed_out = waited_in_vain(e)
+            self._together.refuse(quorum, str(e))
+            if isinstance(e, StateLost):
+                self.lost = e
+            if e is not self._error.current:
+                self._progress.timed_out = waited_in_vain(e)
             self._error.report(e)
 
     def _ask(self, shrink_only: bool, deadline: Deadline) -> QuorumResult:
@@ -188,15 +211,18 @@ class QuorumPhase:
             quorum.replica_ids, quorum.quorum_id, quorum.max_step, lambda notice: report(ReplicaLost(str(notice)))
         )
         if self._error.current is not None:
-            return  # reported meanwhile: this group has left the step, the others will not meet it
+            raise self._error.current  # this group has left the step, the others will not meet it
         if quorum.quorum_id != self._configured:
             self._configure(quorum)
         if allow_heal:
-            self._recovery.serve(quorum, self._progress.state_dict())
+            own = self._recovery.serve(quorum, self._progress.state_dict())
+            self.loads = self._together.all_load(quorum)
             if quorum.heal:
                 self.healing = True
                 self._progress.load_state_dict(self._recovery.heal(quorum, self._progress.step, self._error))
                 self._progress.lineage = quorum.lineage
+            elif self.loads and own is not None:
+                self._state.keep_own(own)
         self.participation = part
 
     def _configure(self, quorum: QuorumResult) -> None:
@@ -216,8 +242,14 @@ class QuorumPhase:
 
     def apply_healed_state(self) -> None:
         """Writes the state that was received, if one was. On the training thread."""
-        if not self._state.pending:
-            return  # the transfer failed: the step has its error
-        self._log.info("applying pending state dict")
-        self._state.apply()
-        self._log.info("Loaded state dict.")
+        if not self._state.pending or self._quorum is None:
+            return  # the transfer failed: the step has its error, and the other ranks know
+        if self.healing:
+            self._log.info("applying pending state dict")
+        try:
+            self._together.load(self._quorum)
+        except TogetherError as e:
+            self._error.report(e)
+            return
+        if self.healing:
+            self._log.info("Loaded state dict.")

@@ -12,11 +12,11 @@ from typing import Any
 
 from torchft.checkpointing import CheckpointTransport
 from torchft.coordination import ManagerClient, QuorumResult
-from torchft.runtime.deadline import seconds
 from torchft.runtime.logs import RankLogger, speaking
 from torchft.runtime.loop import call_later
 from torchft.state import ReplicaState
 from torchft.step_error import StepError
+from torchft.together import Together
 
 __all__ = ["Recovery"]
 
@@ -34,7 +34,8 @@ class Recovery:
 
     Args:
         transport: moves the state.
-        state: what is given, and where what is taken goes.
+        state: where what is taken goes.
+        together: reads what is given.
         group_rank: of this process: it deals with the same rank of other groups.
         timeout: for one transfer.
         connect_timeout: to reach the source's manager.
@@ -45,6 +46,7 @@ class Recovery:
         self,
         transport: CheckpointTransport[dict[str, Any]],
         state: ReplicaState,
+        together: Together,
         group_rank: int,
         timeout: timedelta,
         connect_timeout: timedelta,
@@ -52,6 +54,7 @@ class Recovery:
     ) -> None:
         self.transport = transport
         self._state = state
+        self._together = together
         self._group_rank = group_rank
         self._timeout = timeout
         self._connect_timeout = connect_timeout
@@ -74,21 +77,26 @@ class Recovery:
             self.transport.abort(f"the source {source.replica_id} is no longer there: {cause}")
             call_later(0.05, lambda: self._abandon(source, cause))
 
-    def serve(self, quorum: QuorumResult, torchft: dict[str, int]) -> None:
+    def serve(self, quorum: QuorumResult, torchft: dict[str, int]) -> dict[str, Any] | None:
         """Gives the state to the members that recover from this one, if there are any.
 
         Args:
             quorum: this rank's view.
             torchft: the manager's own part of the state.
 
+        Returns:
+            The state, if it was read: for others, or because all ranks of this group had to.
+
         Raises:
             Exception: the state could not be read or sent.
         """
         self._receivers = tuple(quorum.replica_ids[r] for r in quorum.recover_dst_replica_ranks)
+        if not self._receivers and not self._together.all_save(quorum):
+            return None
+        state = self._together.save(quorum, torchft)
         if not self._receivers:
-            return
+            return state
         self._log.info("peers need recovery from us %s", quorum.recover_dst_replica_ranks)
-        state = self._state.read(torchft, seconds(self._timeout))
         with speaking(self._log):
             self.transport.send_checkpoint(
                 dst_ranks=quorum.recover_dst_replica_ranks,
@@ -96,6 +104,7 @@ class Recovery:
                 state_dict=state,
                 timeout=self._timeout,
             )
+        return state
 
     def heal(self, quorum: QuorumResult, step: int, error: StepError) -> dict[str, int]:
         """Takes the state from the member that the quorum names. It waits in ``state`` to be applied.

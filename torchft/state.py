@@ -14,9 +14,11 @@ Invariants
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 from torchft.runtime.gate import Gate
+from torchft.training_thread import Caller
 
 __all__ = ["ReplicaState", "StateError"]
 
@@ -25,31 +27,53 @@ class StateError(RuntimeError):
     """The registered functions and what arrived do not fit together, or there is nothing to give."""
 
 
+@dataclass(frozen=True)
+class _Functions:
+    load: Callable[[Any], object]
+    save: Callable[[], Any]
+    on_training_thread: bool = False
+
+
 class ReplicaState:
     """The registry of state functions, and the healed state that waits to be applied."""
 
     def __init__(self) -> None:
-        self._functions: dict[str, tuple[Callable[[Any], object], Callable[[], Any]]] = {}
+        self._functions: dict[str, _Functions] = {}
         self._pending: dict[str, Any] | None = None
         self.gate = Gate()
         self.usable = True
 
-    def register(self, key: str, load: Callable[[Any], object], save: Callable[[], Any]) -> None:
+    def register(
+        self, key: str, load: Callable[[Any], object], save: Callable[[], Any], on_training_thread: bool = False
+    ) -> None:
         """Registers a piece of the state.
+
+        Args:
+            on_training_thread: ``save`` may only be called there: it runs collectives inside the group.
 
         Raises:
             ValueError: the key is taken.
         """
         if key in self._functions:
             raise ValueError(f"a state dict function is registered under {key!r} already")
-        self._functions[key] = (load, save)
+        self._functions[key] = _Functions(load, save, on_training_thread)
 
     def replace(self, key: str, load: Callable[[Any], object], save: Callable[[], Any]) -> None:
         """Registers a piece of the state, instead of what may be registered under the key."""
-        self._functions[key] = (load, save)
+        self._functions[key] = _Functions(load, save)
 
-    def read(self, torchft: dict[str, int], timeout: float) -> dict[str, Any]:
-        """The whole state, as it travels: ``{"user": {key: save()}, "torchft": torchft}``.
+    @property
+    def on_training_thread(self) -> bool:
+        """Whether a function is registered that may only be called there."""
+        return any(f.on_training_thread for f in self._functions.values())
+
+    def read(self, torchft: dict[str, int], timeout: float, caller: Caller | None = None) -> dict[str, Any]:
+        """The state, as it travels: ``{"user": {key: save()}, "torchft": torchft}``.
+
+        Args:
+            torchft: the manager's own part.
+            timeout: seconds until reading must be allowed, and until the training thread must have come.
+            caller: calls functions that may only be called on the training thread; None leaves these pieces out.
 
         Raises:
             StateError: nothing is registered.
@@ -60,8 +84,12 @@ class ReplicaState:
                 "a peer needs this replica's state, but none is registered: pass state_dict and "
                 "load_state_dict to the Manager, or call manager.register_state_dict_fn(key, load, save)"
             )
+        pieces: dict[str, Any] = {}
+        if caller is not None and self.on_training_thread:  # not under the gate: that thread may want to close it
+            pieces = caller(lambda: {k: f.save() for k, f in self._functions.items() if f.on_training_thread}, timeout)
         with self.gate.reading(timeout):
-            return {"user": {key: save() for key, (_, save) in self._functions.items()}, "torchft": torchft}
+            pieces |= {k: f.save() for k, f in self._functions.items() if not f.on_training_thread}
+        return {"user": {key: pieces[key] for key in self._functions if key in pieces}, "torchft": torchft}
 
     @property
     def pending(self) -> bool:
@@ -93,6 +121,18 @@ class ReplicaState:
         torchft: dict[str, int] = whole["torchft"]
         return torchft
 
+    def keep_own(self, state: dict[str, Any]) -> None:
+        """This rank heals nothing, but must load when the others of its group do: what it saved itself.
+
+        Args:
+            state: as :meth:`read` returned it.
+        """
+        self._pending = {k: v for k, v in state["user"].items() if self._functions[k].on_training_thread}
+
+    def drop_pending(self) -> None:
+        """What waits is not applied; the state is as it was."""
+        self._pending = None
+
     def apply(self) -> None:
         """Writes the healed state that waits. On the training thread.
 
@@ -102,6 +142,7 @@ class ReplicaState:
         assert self._pending is not None
         self.usable = False
         pending, self._pending = self._pending, None
-        for key, value in pending.items():
-            self._functions[key][0](value)
+        for key, functions in self._functions.items():  # in this order on all ranks
+            if key in pending:
+                functions.load(pending[key])
         self.usable = True

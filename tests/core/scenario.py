@@ -133,7 +133,8 @@ class Runner:
         if outcome.quorum is not None:
             self.quorum = outcome.quorum
             members = " ".join(f"{m.replica_id}={m.step}" for m in outcome.quorum.participants)
-            lines.append(f"quorum {outcome.quorum.quorum_id}: {members}")
+            former = f", a former job was at {outcome.quorum.former_step}" if outcome.quorum.former_step else ""
+            lines.append(f"quorum {outcome.quorum.quorum_id}: {members}{former}")
         if outcome.status is not None:
             lines.append(f"status: {outcome.status}")
         return lines
@@ -161,6 +162,7 @@ class Runner:
             f"max step {view.max_step}, rank {view.max_replica_rank} of {view.max_world_size} there, "
             f"store {view.store_address}, commit failures {view.commit_failures}",
             f"heal {str(view.heal).lower()}, from {source}, serves {list(view.recover_dst_replica_ranks)}",
+            *([f"lost: step {view.lost_step}, with survivors {view.lost_by_survivor}"] if view.lost_step else []),
         ]
 
     # -------------------------------------------------------------- votes
@@ -210,6 +212,7 @@ def _member(replica_id: str, options: dict[str, str]) -> Member:
         timed_out=options.get("timed_out") == "true",
         attempt=int(options.get("attempt", "0")),
         lineage=int(options.get("lineage", "0")),
+        seen_step=int(options.get("seen_step", "0")),
     )
 
 

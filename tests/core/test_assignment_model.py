@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -170,15 +172,28 @@ def test_group_ranks_agree_on_who_takes_part(quorum: Quorum, init_sync: bool) ->
 def test_member_without_state_never_serves(quorum: Quorum, group_rank: int, init_sync: bool) -> None:
     without = [m.replica_id for m in quorum.participants if m.step < 0]
     for m in quorum.participants:
-        if not usable(quorum):
-            with pytest.raises(AssignmentError, match="usable state"):
-                assign(quorum, m.replica_id, group_rank, init_sync)
-            continue
         view = assign(quorum, m.replica_id, group_rank, init_sync)
-        if m.replica_id in without:
+        if not usable(quorum):
+            assert (view.max_step, view.heal, view.recover_dst_replica_ranks) == (-1, False, ())
+        elif m.replica_id in without:
             assert view.heal
             assert view.recover_dst_replica_ranks == ()
             assert view.max_replica_rank is None
+
+
+@given(quorums(), st.lists(st.integers(0, 9), min_size=10, max_size=10), st.integers(0, 9))
+def test_a_state_is_lost_when_the_job_was_further_and_all_hold_nothing(q: Quorum, seen: list[int], former: int) -> None:
+    members = tuple(replace(m, seen_step=s) for m, s in zip(q.participants, seen, strict=False))
+    newest = max(m.step for m in members)
+    survived = max(m.seen_step for m in members)
+    quorum = Quorum(q.quorum_id, members, former_step=former if newest <= 0 else 0)
+    for m in members:
+        view = assign(quorum, m.replica_id, 0, True)
+        if newest > 0:
+            assert (view.lost_step, view.lost_by_survivor) == (0, False)
+        else:
+            assert view.lost_step == (survived if survived else former)
+            assert view.lost_by_survivor == (survived > 0)
 
 
 @given(quorums())

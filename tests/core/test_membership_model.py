@@ -7,7 +7,7 @@ Times are whole milliseconds, so that no comparison depends on rounding.
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,6 +40,10 @@ class Model:
     broken: bool = False
     asked_at: dict[str, int] = field(default_factory=dict)
     possible_since: int | None = None
+    at: dict[str, int] = field(default_factory=dict)
+    """The steps of those that live, as they said."""
+    seen: dict[str, int] = field(default_factory=dict)
+    furthest: int = 0
 
     def happen(self, what: str, member: Member, now: int) -> None:
         rid = member.replica_id
@@ -53,7 +57,10 @@ class Model:
         if what == "detach":
             self.sessions.discard(rid)
         if what == "request":
-            self.asked[rid] = member
+            self.at[rid] = member.step
+            self.furthest = max(self.furthest, member.step)
+            self.seen[rid] = max([self.seen.get(rid, 0), *self.at.values()])
+            self.asked[rid] = replace(member, seen_step=self.seen[rid])
             self.asked_at[rid] = now
             self.buried.discard(rid)
         if what in ("withdraw", "failed"):
@@ -73,6 +80,9 @@ class Model:
                         self.announced_dead.append(r)
                         del self.last_sign[r]
         self.buried.update(self.announced_dead)
+        for r in self.announced_dead:
+            self.at.pop(r, None)
+            self.seen.pop(r, None)
         self.broken = self.broken or bool(set(self.announced_dead) & set(self.previous or []))
 
     def form(self, now: int) -> tuple[int, list[Member]] | None:
@@ -85,7 +95,10 @@ class Model:
             candidates = [r for r in h if r in self.previous]
         no_split_brain = len(h) > len(healthy) - len(h)
         fast = self.previous is not None and all(r in h for r in self.previous)
-        if not h or len(candidates) < self.min_replicas or not (fast or no_split_brain):
+        newest = max([0, *(self.asked[r].step for r in candidates)])
+        ahead = [r for r, step in self.at.items() if r not in candidates and step > 0]
+        missed = newest == 0 and bool(ahead)
+        if not h or len(candidates) < self.min_replicas or missed or not (fast or no_split_brain):
             self.possible_since = None
             return None
         if self.possible_since is None:
@@ -146,6 +159,9 @@ def test_membership_decides_as_the_protocol_says(min_replicas: int, script: list
         expected = model.form(now) if event[0] not in QUIET else None
         formed = outcome.quorum and (outcome.quorum.quorum_id, list(outcome.quorum.participants))
         assert formed == expected
+        if outcome.quorum is not None:
+            trained = any(m.step > 0 for m in outcome.quorum.participants)
+            assert outcome.quorum.former_step == (0 if trained else model.furthest)
         assert [d.replica_id for d in outcome.dead] == model.announced_dead
         assert machine.healthy() == tuple(sorted(model.last_sign))
         assert machine.waiting() == tuple(model.asked[r] for r in sorted(model.asked))

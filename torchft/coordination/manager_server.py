@@ -83,6 +83,7 @@ class ManagerServer:
         self._store_addr = store_addr
         self._world_size = world_size
         self._step = 0
+        self._seen_step = 0
         self._quorum_id: int | None = None
         self._loud = True
         self._log = RankLogger(logger, replica_id, 0, lambda: self._step)
@@ -247,14 +248,23 @@ class ManagerServer:
             shrink_only=any(a.request.shrink_only for a in asks),
             commit_failures=max(a.request.commit_failures for a in asks),
             timed_out=any(a.request.timed_out for a in asks),
+            seen_step=self._seen_step,
         )
         quorum = self._lighthouse.quorum(member, Deadline(max(a.remaining() for a in asks)))
+        self._remember_progress(quorum)
         new = quorum.quorum_id != self._quorum_id
         self._quorum_id = quorum.quorum_id
         self._loud = self._loud or new
         if new or self._log.isEnabledFor(logging.DEBUG):
             self._log.log(logging.INFO if new else logging.DEBUG, "got lighthouse quorum %s", types.describe(quorum))
         return types.core_quorum(quorum)
+
+    def _remember_progress(self, quorum: pb.Quorum) -> None:
+        """How far this group has seen the job: said again here, since not every lighthouse passes it on."""
+        for member in quorum.participants:
+            if member.replica_id == self.replica_id:
+                self._seen_step = member.seen_step = max(self._seen_step, member.seen_step)
+        self._seen_step = max(self._seen_step, *(m.step for m in quorum.participants))
 
     def _level(self) -> int:
         """The lines of each step are for debugging; those of the first one, and after trouble, tell the story."""

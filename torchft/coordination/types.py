@@ -124,6 +124,10 @@ class QuorumResult:
     """All members that heal."""
     lineage: int = 0
     """Of the state that whoever heals takes over; 0: not known."""
+    lost_step: int = 0
+    """The job was at this step, and no member holds its state; 0: nothing is lost."""
+    lost_by_survivor: bool = False
+    """A member was there when it was."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,7 @@ def member_from_wire(member: pb.QuorumMember) -> membership.Member:
         timed_out=member.timed_out,
         attempt=member.attempt,
         lineage=member.lineage,
+        seen_step=member.seen_step,
     )
 
 
@@ -204,12 +209,17 @@ def member_to_wire(member: membership.Member) -> pb.QuorumMember:
         timed_out=member.timed_out,
         attempt=member.attempt,
         lineage=member.lineage,
+        seen_step=member.seen_step,
     )
 
 
 def quorum_to_wire(quorum: membership.Quorum, created: float) -> pb.Quorum:
     """``created`` is wall-clock time, Unix seconds."""
-    message = pb.Quorum(quorum_id=quorum.quorum_id, participants=[member_to_wire(m) for m in quorum.participants])
+    message = pb.Quorum(
+        quorum_id=quorum.quorum_id,
+        participants=[member_to_wire(m) for m in quorum.participants],
+        former_step=quorum.former_step,
+    )
     message.created.FromNanoseconds(int(created * 1e9))
     return message
 
@@ -236,7 +246,8 @@ def quorum_from_wire(quorum: pb.Quorum) -> Quorum:
 
 def core_quorum(quorum: pb.Quorum) -> membership.Quorum:
     """The wire form as the core's."""
-    return membership.Quorum(quorum.quorum_id, tuple(member_from_wire(m) for m in quorum.participants))
+    members = tuple(member_from_wire(m) for m in quorum.participants)
+    return membership.Quorum(quorum.quorum_id, members, former_step=quorum.former_step)
 
 
 def view_to_result(view: View) -> QuorumResult:
@@ -257,6 +268,8 @@ def view_to_result(view: View) -> QuorumResult:
         recover_sources=list(view.recover_sources),
         recovering_replica_ranks=list(view.recovering_replica_ranks),
         lineage=view.lineage,
+        lost_step=view.lost_step,
+        lost_by_survivor=view.lost_by_survivor,
     )
 
 
@@ -281,6 +294,8 @@ def view_to_wire(view: View) -> pb.ManagerQuorumResponse:
         ],
         recovering_replica_ranks=view.recovering_replica_ranks,
         lineage=view.lineage,
+        lost_step=view.lost_step,
+        lost_by_survivor=view.lost_by_survivor,
     )
 
 
@@ -306,6 +321,8 @@ def result_from_wire(response: pb.ManagerQuorumResponse) -> QuorumResult:
         recover_sources=[Source(s.replica_rank, s.manager_address) for s in response.recover_sources],
         recovering_replica_ranks=list(response.recovering_replica_ranks),
         lineage=response.lineage,
+        lost_step=response.lost_step,
+        lost_by_survivor=response.lost_by_survivor,
     )
 
 

@@ -5,11 +5,12 @@ The idea
     recovers, from whom, and where the process group meets.
 
 Rules, with the members sorted by replica id
-    - ``max_step`` over the members; the *up-to-date* are those at it. Nobody is up to date when it is below 0:
-      then no member holds usable state, and that is an error.
+    - ``max_step`` over the members; the *up-to-date* are those at it. Below 0 no member holds usable state.
     - Histories can part: a member that commits a step while the others give it up, and is then cut off, comes back
       at a step that they have committed without it. So where those at ``max_step`` tell different *lineages*, only
       those of the newest are up to date (decision 10). One lineage at one step is one state.
+    - A state is *lost* when ``max_step`` is not above 0, but the job was further: as a member has seen, which then
+      is a survivor, or as only the lighthouse remembers. The Manager decides what to do about it.
     - The *primary* is ``up_to_date[group_rank mod n]``: its store hosts the rendezvous, and spreading it by group
       rank spreads the load.
     - *Recovering* are the members that are not up to date; and, when ``init_sync`` and ``max_step`` is 0, all but the
@@ -70,6 +71,10 @@ class View:
     """Of the state that the up-to-date hold, and that whoever heals takes over; 0: not known."""
     commit_failures: int
     """The most failures in a row of any member."""
+    lost_step: int
+    """The job was at this step, and no member holds its state; 0: nothing is lost."""
+    lost_by_survivor: bool
+    """A member was there when it was."""
 
 
 def up_to_date(members: Sequence[Member]) -> list[int]:
@@ -97,7 +102,7 @@ def assign(quorum: Quorum, replica_id: str, group_rank: int, init_sync: bool) ->
     """The view of ``replica_id``'s rank ``group_rank``.
 
     Raises:
-        AssignmentError: the group is not in the quorum, or no member holds usable state.
+        AssignmentError: the group is not in the quorum.
     """
     members: list[Member] = sorted(quorum.participants, key=lambda m: m.replica_id)
     ids = tuple(m.replica_id for m in members)
@@ -106,12 +111,6 @@ def assign(quorum: Quorum, replica_id: str, group_rank: int, init_sync: bool) ->
     me = ids.index(replica_id)
 
     max_step = max(m.step for m in members)
-    if max_step < 0:
-        raise AssignmentError(
-            f"no member of quorum {quorum.quorum_id} holds a usable state: each lost its own in a heal that did "
-            f"not finish, or its ranks are at different steps. Restart the job from its newest checkpoint. Members: "
-            f"{list(ids)}"
-        )
     newest = up_to_date(members)
     primary = newest[group_rank % len(newest)]
     lineages = {members[i].lineage for i in newest}
@@ -123,6 +122,7 @@ def assign(quorum: Quorum, replica_id: str, group_rank: int, init_sync: bool) ->
     first_of = {dst: (i + group_rank) % len(sources) for i, dst in enumerate(recovering)}
     source_of = {dst: sources[first] for dst, first in first_of.items()}
 
+    seen = max(m.seen_step for m in members) if max_step <= 0 else 0
     source = source_of.get(me)
     mine = [] if source is None else [*sources[first_of[me] :], *sources[: first_of[me]]][:MAX_SOURCES]
     return View(
@@ -142,4 +142,6 @@ def assign(quorum: Quorum, replica_id: str, group_rank: int, init_sync: bool) ->
         recovering_replica_ranks=tuple(recovering),
         lineage=lineages.pop() if len(lineages) == 1 else 0,
         commit_failures=max(m.commit_failures for m in members),
+        lost_step=seen or quorum.former_step,
+        lost_by_survivor=seen > 0,
     )

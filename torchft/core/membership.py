@@ -20,6 +20,7 @@ Rules, checked after each request and each tick, with H = the healthy who wait, 
        being heard of (:mod:`torchft.core.standing`). So one without any of them forms only when each of them is
        known to be dead, or has been silent for ``lease + heartbeat_timeout``; after a quorum of one, for
        ``heartbeat_timeout``.
+    7. No quorum of members that hold no state forms while a living replica holds one (:mod:`torchft.core.progress`).
 
 Invariants
     - A replica is healthy from its last sign of life until ``heartbeat_timeout`` after it, or until it is known
@@ -35,6 +36,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+
+from torchft.core.progress import JobProgress
 
 __all__ = ["Death", "Member", "Membership", "Options", "Outcome", "Quorum"]
 
@@ -70,6 +73,8 @@ class Member:
     """It has a session and speaks standing quorums."""
     uses: int = 0
     """The id of the standing quorum that it could go on with; 0: there is none."""
+    seen_step: int = 0
+    """The furthest step it has seen the job at (:mod:`torchft.core.progress`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,8 @@ class Quorum:
     """All members keep leases: see rule 6 of the module's docstring."""
     stands: bool = False
     """Fenced, and all members are at the same step of one lineage: they may go on with it without asking."""
+    former_step: int = 0
+    """How far a job was of whose state no member holds anything; 0: there was none."""
 
     @property
     def replica_ids(self) -> tuple[str, ...]:
@@ -160,6 +167,7 @@ class Membership:
         self._held = ""
         self._since: dict[str, int] = {}
         self._lone = False  # the previous quorum has one member
+        self._progress = JobProgress()
         self._status = ""
 
     # ------------------------------------------------------------- events
@@ -218,7 +226,7 @@ class Membership:
         """Several replicas ask in the same moment: what follows is decided when all of them wait."""
         for member in members:
             self._sign(member.replica_id, now)
-            self._waiters[member.replica_id] = member, now
+            self._waiters[member.replica_id] = self._progress.asks(member), now
         return self.tick(now)
 
     def breaks(self, member: Member) -> bool:
@@ -275,6 +283,8 @@ class Membership:
         self._lone = size == 1
         self.quorum_id = max(self.quorum_id, quorum.quorum_id)
         self._last_sign |= dict.fromkeys(quorum.replica_ids, now)
+        for member in quorum.participants:
+            self._progress.asks(member)
 
     def remember(self, quorum: Quorum, now: float) -> None:
         """That quorum was the last one of an earlier life; nothing is known of its members but their names."""
@@ -301,6 +311,10 @@ class Membership:
     def is_member(self, replica_id: str) -> bool:
         """Whether the replica is in the previous quorum."""
         return replica_id in self._since
+
+    def reached(self, replica_id: str, step: int) -> None:
+        """A replica that goes on without asking says where it is."""
+        self._progress.reached(replica_id, step)
 
     def break_quorum(self) -> None:
         """The previous quorum is over, whatever its members say: the next one has another id."""
@@ -377,6 +391,7 @@ class Membership:
 
     def _bury(self, replica_id: str, cause: str, step: int) -> Death:
         last_sign = self._last_sign.pop(replica_id)
+        self._progress.ended(replica_id, in_order=step > 0)
         self._dead[replica_id] = None
         if len(self._dead) > _REMEMBERED_DEAD:
             del self._dead[next(iter(self._dead))]
@@ -405,6 +420,8 @@ class Membership:
             pass  # a quorum that shares a member with the last one ends it
         elif (waited_for := self._not_over(now)) is not None:
             return None, waited_for + note
+        if (missed := self._progress.missed(candidates)) is not None:
+            return None, f"those who ask hold no state: waiting for {missed[0]}, which holds step {missed[1]}{note}"
         if previous and previous.issubset(ready):
             return self._form(candidates), "all members of the last quorum ask again: fast quorum" + note
 
@@ -460,7 +477,7 @@ class Membership:
         fenced = all(m.standing and m.replica_id in self._sessions for m in members)
         same = all((m.step, m.lineage) == (members[0].step, members[0].lineage) for m in members)
         stands = fenced and same and members[0].step >= 0
-        quorum = Quorum(self.quorum_id, tuple(members), fenced, stands)
+        quorum = Quorum(self.quorum_id, tuple(members), fenced, stands, self._progress.former(members))
         self._take(quorum)
         for rid in ids:
             del self._waiters[rid]

@@ -133,6 +133,7 @@ class StandingLighthouse:
         change = self._change
         if change is None or number != change.number or not self._member(replica_id):
             return Orders()
+        self.membership.reached(replica_id, step)
         if change.step is None:
             change.acks[replica_id] = step
         elif step >= change.step:

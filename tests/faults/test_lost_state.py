@@ -1,0 +1,29 @@
+"""The last replica that holds the state dies: the job does not silently begin again at step 0."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.faults.job import Job
+
+
+@pytest.mark.parametrize("transport", ["http", "pg"], ids=["first-weights", "half-a-state"])
+def test_a_survivor_of_the_last_holder_stops_and_says_what_is_lost(job: Job, transport: str) -> None:
+    holder = job.start("holder", "--transport", transport, "--die", "send@20")
+    job.until(lambda: holder.step >= 5, "training alone")
+    joiner = job.start("joiner", "--transport", transport)
+    joiner.exits = {None, 1}
+    job.until(lambda: joiner.process.poll() is not None, "the end of who cannot go on")
+    assert holder.of("dies"), "it died when it was to send its state"
+    assert joiner.process.returncode == 1
+    assert not [e for e in joiner.of("step") if e["committed"]], "nothing was trained from step 0"
+    lost = joiner.log.rpartition("StateLost: ")[2]
+    assert f"the job was at step {holder.of('dies')[0]['step']}" in lost
+    assert f"held by {holder.of('start')[0]['replica_id']}" in lost
+    if transport == "pg":
+        return
+    assert "TORCHFT_ALLOW_RESTART=1" in lost
+    # A whole new job may begin at step 0, and is told.
+    anew = job.start("anew")
+    job.until(lambda: anew.step >= 2, "a new job")
+    assert "the job begins again at step 0: it was at step" in anew.log
