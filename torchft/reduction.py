@@ -164,7 +164,7 @@ def reduce(
             divisor = 1
         else:
             options = AllreduceOptions()
-            options.reduceOp = ReduceOp(op)
+            options.reduceOp = op if isinstance(op, ReduceOp) else ReduceOp(op)
             fut = lane.run(lambda: pg.allreduce([tensor], options), tensor.device)
     except Exception as e:
         on_error(e)

@@ -14,17 +14,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import ReduceOp
-from torch.distributed import distributed_c10d
 
 from torchft.process_group import (
     ProcessGroup,
     ProcessGroupBabyGloo,
-    ProcessGroupBabyNCCL,
-    ProcessGroupBabyXCCL,
     ProcessGroupError,
     ProcessGroupGloo,
 )
 from torchft.process_group.baby.memory import Block, HostBlock, Pool
+from torchft.testing.process_group_life import Held
 from torchft.testing.process_group_member import Member
 from torchft.testing.process_group_suite import ProcessGroupSuite, each
 from torchft.testing.wait import wait_until
@@ -55,6 +53,9 @@ class TestProcessGroupBabyGloo(ProcessGroupSuite):
     @classmethod
     def make(cls, timeout: timedelta = timedelta(seconds=30)) -> ProcessGroup:
         return ProcessGroupBabyGloo(timeout=timeout)
+
+    def held(self, groups: list[ProcessGroup]) -> Held:
+        return sum(map(Held.by, self.children(groups)), super().held(groups))
 
     def children(self, groups: list[ProcessGroup]) -> list[int]:
         return [pg.child_pid for pg in groups]
@@ -209,17 +210,3 @@ def test_a_pool_uses_blocks_again_and_keeps_no_more_than_was_in_use() -> None:
     pool.give_back(other)
     assert other.data.numel() == 0
     assert made == [5 << 20, 4 << 20]
-
-
-@pytest.mark.skipif(dist.is_nccl_available() and torch.cuda.is_available(), reason="there is a GPU: nothing is missing")
-def test_without_a_gpu_baby_nccl_says_what_is_missing() -> None:
-    with pytest.raises(ProcessGroupError, match="ProcessGroupBabyNCCL needs"):
-        ProcessGroupBabyNCCL()
-
-
-@pytest.mark.skipif(
-    distributed_c10d.is_xccl_available() and torch.xpu.is_available(), reason="there is an XPU: nothing is missing"
-)
-def test_without_an_xpu_baby_xccl_says_what_is_missing() -> None:
-    with pytest.raises(ProcessGroupError, match="ProcessGroupBabyXCCL needs"):
-        ProcessGroupBabyXCCL()

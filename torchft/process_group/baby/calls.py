@@ -80,6 +80,11 @@ class Plan:
         self.arguments = [self._encode(value, role) for value, role in zip(args, roles, strict=True)]
         """For :func:`arguments_of`."""
 
+    @property
+    def moves_tensors(self) -> bool:
+        """It needs a block."""
+        return bool(self._places)
+
     def copy_in(self, block: torch.Tensor) -> None:
         """Copies what is read into the block, given as bytes."""
         self._copy(block, _READ)

@@ -164,7 +164,7 @@ class Carrier:
         block: Block | None = None
         message: Message = {"call": op, "args": plan.arguments}
         files: tuple[int, ...] = ()
-        if plan.nbytes:
+        if plan.moves_tensors:
             block, new, gone = self._pool.take(plan.nbytes)
             message["block"] = block.number
             if gone:
