@@ -166,6 +166,13 @@ ALLOW_RESTART = Setting(
     "groups are new, with a warning. Wins over `Manager(allow_restart=)`.",
     _flag,
 )
+USE_OTEL = Setting(
+    "TORCHFT_USE_OTEL",
+    "0 or 1",
+    False,
+    "Send quorums, commits, errors and heals to OpenTelemetry's `OTEL_EXPORTER_OTLP_ENDPOINT` (extra `[otel]`).",
+    _flag,
+)
 
 
 # What torchrun and other launchers set for each process of a group.

@@ -40,6 +40,7 @@ from torchft.runtime.logs import RankLogger
 from torchft.runtime.worker import Worker
 from torchft.state import ReplicaState
 from torchft.step_error import StepError, waited_in_vain
+from torchft.telemetry import telemetry_of
 from torchft.timeouts import Timeouts, effective
 from torchft.together import Together
 from torchft.training_thread import TrainingThread, directly
@@ -182,6 +183,7 @@ class Manager:
             sessions=self._proactive,
         )
         self._log = RankLogger(logger, self._group.replica_id, self._group.rank, lambda: self._progress.step)
+        self._telemetry = telemetry_of(self._group.replica_id, self._group.rank, lambda: self._progress.step)
         self._transport = checkpoint_transport or self._default_transport()
         self._training_thread = TrainingThread()
         together = Together(
@@ -212,6 +214,7 @@ class Manager:
             progress=self._progress,
             error=self._error,
             log=self._log,
+            telemetry=self._telemetry,
             use_async_quorum=use_async_quorum,
             fixed_world_size=min_replica_size if world_size_mode is WorldSizeMode.FIXED_WITH_SPARES else None,
             init_sync=init_sync,
@@ -436,6 +439,7 @@ class Manager:
             self._progress.batches_committed += participants
             self._progress.failures = 0
             self._log.debug("committed with %d participants", participants)
+            self._telemetry.commit(participants, self._progress.batches_committed)
             return True
         self._progress.failures += 1
         if not self._begin.failed:
@@ -445,6 +449,7 @@ class Manager:
             cause = f"{participants} participants, min_replica_size is {self._min_replica_size}"
         self._log.warning("the step is not committed (%d in a row): %s", self._progress.failures, cause)
         self._settle_lost_state()
+        self._telemetry.step_failed(self._progress.failures, cause)
         if self._max_retries is not None and self._progress.failures > self._max_retries:
             raise RuntimeError(
                 f"{self._progress.failures} steps in a row were not committed, max_retries is {self._max_retries}. "
@@ -466,6 +471,7 @@ class Manager:
     def _on_first_error(self, e: Exception) -> None:
         self._log.warning("error in this step: %s: %s", type(e).__name__, e)
         self._log.debug("where it came from", exc_info=e)
+        self._telemetry.error(e)
         if self._proactive:
             # Others wait for what this group will not send any more: tell them now, not after their timeout.
             self._begin.invalidate()

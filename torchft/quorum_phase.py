@@ -14,6 +14,7 @@ Rules
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -31,6 +32,7 @@ from torchft.runtime.deadline import Deadline
 from torchft.runtime.logs import RankLogger
 from torchft.state import ReplicaState
 from torchft.step_error import StepError, waited_in_vain
+from torchft.telemetry import RankTelemetry
 from torchft.together import Together, TogetherError
 
 __all__ = ["Progress", "QuorumPhase"]
@@ -75,6 +77,7 @@ class QuorumPhase:
         progress: of this replica; a heal moves it.
         error: of the step under way.
         log: of the manager.
+        telemetry: of this rank.
         use_async_quorum: a group that heals does not take part in that step.
         fixed_world_size: the most participants there may be; None: no limit.
         init_sync: at step 0 all groups take the primary's state.
@@ -93,6 +96,7 @@ class QuorumPhase:
         progress: Progress,
         error: StepError,
         log: RankLogger,
+        telemetry: RankTelemetry,
         use_async_quorum: bool,
         fixed_world_size: int | None,
         init_sync: bool,
@@ -107,6 +111,7 @@ class QuorumPhase:
         self._progress = progress
         self._error = error
         self._log = log
+        self._telemetry = telemetry
         self._use_async_quorum = use_async_quorum
         self._fixed = fixed_world_size
         self._init_sync = init_sync
@@ -219,7 +224,9 @@ class QuorumPhase:
             self.loads = self._together.all_load(quorum)
             if quorum.heal:
                 self.healing = True
+                began = time.monotonic()
                 self._progress.load_state_dict(self._recovery.heal(quorum, self._progress.step, self._error))
+                self._telemetry.heal(quorum, time.monotonic() - began)
                 self._progress.lineage = quorum.lineage
             elif self.loads and own is not None:
                 self._state.keep_own(own)
@@ -239,6 +246,7 @@ class QuorumPhase:
             group_world_size=self._group.world_size,
         )
         self._configured = quorum.quorum_id
+        self._telemetry.quorum(quorum)
 
     def apply_healed_state(self) -> None:
         """Writes the state that was received, if one was. On the training thread."""
