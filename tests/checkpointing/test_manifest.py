@@ -15,7 +15,9 @@ from torchft.checkpointing import IntegrityError, ManifestError, UnsafeStateErro
 from torchft.checkpointing.chunks import (
     CHUNK_SIZE,
     ByteRun,
+    Cut,
     Seal,
+    digest,
     read_hashes,
     read_manifest,
     write_hashes,
@@ -23,7 +25,7 @@ from torchft.checkpointing.chunks import (
 )
 from torchft.checkpointing.destination import Destination
 from torchft.checkpointing.manifest import Manifest, describe
-from torchft.checkpointing.snapshot import host_run, seal_run
+from torchft.checkpointing.snapshot import host_run
 from torchft.checkpointing.tree import MAX_DEPTH
 from torchft.testing.transport_suite import assert_same
 
@@ -47,10 +49,16 @@ def carry(state: object) -> object:
     return destination.finish()
 
 
+def seal(manifest: Manifest, run: ByteRun) -> Seal:
+    """The hashes of a state."""
+    cut = Cut(manifest.total)
+    return Seal.of(manifest, b"".join(digest(run.views(*cut.span(i))) for i in range(cut.count)))
+
+
 def test_same_state_gives_the_same_root_and_another_byte_another_root() -> None:
     def root(value: float) -> str:
         manifest, sources = describe({"w": torch.full((10,), value), "lr": 0.1})
-        return seal_run(manifest, ByteRun(sources), lambda _: None).root
+        return seal(manifest, ByteRun(sources)).root
 
     assert root(1.0) == root(1.0)
     assert root(1.0) != root(2.0)
@@ -192,21 +200,21 @@ def test_depth_is_bounded_on_both_sides() -> None:
 
 def test_damaged_documents_are_refused() -> None:
     manifest, sources = describe({"w": torch.arange(CHUNK_SIZE // 4 + 5), "lr": 0.25})
-    seal = seal_run(manifest, ByteRun(sources), lambda _: None)
-    document, hashes = write_manifest(3, manifest), write_hashes(3, seal)
-    assert read_manifest(document) == (3, manifest, seal.cut)
-    assert read_hashes(hashes) == (3, seal)
-    assert seal.cut.count == 3
+    sealed = seal(manifest, ByteRun(sources))
+    document, hashes = write_manifest(3, manifest), write_hashes(3, sealed)
+    assert read_manifest(document) == (3, manifest, sealed.cut)
+    assert read_hashes(hashes) == (3, sealed)
+    assert sealed.cut.count == 3
     for damaged in (document.replace(b"0.25", b"0.26"), document[:-1], hashes):
         with pytest.raises((IntegrityError, ManifestError)):
             read_manifest(damaged)
-    for damaged in (hashes.replace(seal.root.encode(), b"0" * 32), hashes[:-1], document):
+    for damaged in (hashes.replace(sealed.root.encode(), b"0" * 32), hashes[:-1], document):
         with pytest.raises((IntegrityError, ManifestError)):
             read_hashes(damaged)
     with pytest.raises(ManifestError, match="torchft-checkpoint/1"):
         read_manifest(b"\x80\x04\x95pickle\n\n")
     with pytest.raises(ManifestError, match="chunk table"):
-        read_hashes(write_hashes(3, Seal(seal.cut, seal.chunks[:-16], seal.body)))
+        read_hashes(write_hashes(3, Seal(sealed.cut, sealed.chunks[:-16], sealed.body)))
 
 
 _leaf = (

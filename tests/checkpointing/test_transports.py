@@ -35,7 +35,9 @@ class _HTTPSuite(TransportSuite):
             offer = source._server._offer
             assert offer is not None
             assert offer.await_seal(Deadline(20)) is not None
-            offer.run.views(offer.run.total - 1, offer.run.total)[0][0] ^= 1
+            total = offer.cut.total
+            with offer.reading(threading.Lock(), total - 1, total) as views:
+                views[0][0] ^= 1
 
         def close() -> None:
             source.shutdown()

@@ -38,6 +38,8 @@ __all__ = [
     "Seal",
     "digest",
     "host_view",
+    "open_manifest",
+    "parse_manifest",
     "read_hashes",
     "read_manifest",
     "write_hashes",
@@ -151,14 +153,34 @@ def read_manifest(document: bytes | bytearray, allow_pickle: bool = False) -> tu
         ManifestError: it is not such a document.
         IntegrityError: it does not have its own hash.
     """
+    step, cut, body = open_manifest(document)
+    return step, parse_manifest(body, cut, allow_pickle), cut
+
+
+def open_manifest(document: bytes | bytearray) -> tuple[int, Cut, bytes]:
+    """Reads a manifest document as far as its layout: step, how the data is cut, and the manifest's body as it is.
+
+    Raises:
+        ManifestError: it is not such a document.
+        IntegrityError: it does not have its own hash.
+    """
     line, _, body = bytes(document).partition(b"\n")
     _, step, cut, announced = _read_header(line)
     if announced != digest([memoryview(body)]):
         raise IntegrityError("the manifest does not have its own hash: it was damaged on the way")
+    return step, cut, body
+
+
+def parse_manifest(body: bytes, cut: Cut, allow_pickle: bool = False) -> Manifest:
+    """Reads and checks a manifest's body.
+
+    Raises:
+        ManifestError: it is not a manifest, or not of such data.
+    """
     manifest = Manifest.parse(body, allow_pickle)
     if manifest.total != cut.total:
         raise ManifestError(f"the manifest describes {manifest.total} bytes, its header announces {cut.total}")
-    return step, manifest, cut
+    return manifest
 
 
 def write_hashes(step: int, seal: Seal) -> bytes:

@@ -40,6 +40,7 @@ class Destination:
         into: a tree whose tensors are received into where they fit; None: all memory is fresh.
         device: where fresh tensors are handed out.
         in_place_from: bytes of the smallest extent that is received in place.
+        before: of an attempt that failed: its fresh memory is used again where it has the size.
 
     Raises:
         CheckpointError: there is not enough memory.
@@ -51,6 +52,7 @@ class Destination:
         into: object | None = None,
         device: torch.device | None = None,
         in_place_from: int = 0,
+        before: Destination | None = None,
     ) -> None:
         self._manifest = manifest
         self._device = device or torch.device("cpu")
@@ -78,7 +80,9 @@ class Destination:
                 self._in_place.add(extent)
                 self.bytes_in_place += length
             else:
-                piece = _fresh(length)
+                piece = _left_over(before, extent, length)
+                if piece is None:
+                    piece = _fresh(length)
             pieces.append(piece)
         self._pieces = pieces
         self._by_copy = {
@@ -193,6 +197,14 @@ def _reach(tensor: torch.Tensor) -> int:
         return 0
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.itemsize
+
+
+def _left_over(before: Destination | None, extent: int, length: int) -> torch.Tensor | None:
+    """Fresh memory of an earlier attempt for this extent."""
+    if before is None or extent >= len(before._pieces) or extent in before._in_place:
+        return None
+    piece = before._pieces[extent]
+    return piece if piece.numel() == length else None
 
 
 def _fresh(length: int) -> torch.Tensor:

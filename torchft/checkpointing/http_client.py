@@ -4,7 +4,8 @@ Rules
     - Every socket belongs to a transfer, which another thread may abort: then calls on it fail at once.
     - Addresses are tried in the order given; the first that answers is used.
     - What the source answers beyond the data becomes an error that says what it said.
-    - What is fetched is not verified here: hashes may come after the data.
+    - What is fetched is hashed as it arrives, piece by piece; what it should be comes right after each chunk. Judging
+      is left to whoever asked.
 """
 
 from __future__ import annotations
@@ -14,15 +15,9 @@ from collections.abc import Callable, Sequence
 
 import xxhash
 
-from torchft.checkpointing.chunks import ByteRun, Cut, Seal, read_hashes, read_manifest
-from torchft.checkpointing.http_wire import (
-    HeadReader,
-    WireError,
-    content_range,
-    recv_into_views,
-    set_timeout,
-)
-from torchft.checkpointing.manifest import MAX_MANIFEST_BYTES, Manifest
+from torchft.checkpointing.chunks import DIGEST_BYTES, ByteRun, Cut, Seal, open_manifest, read_hashes
+from torchft.checkpointing.http_wire import HASHED, BodyReader, HeadReader, WireError, content_range, set_timeout
+from torchft.checkpointing.manifest import MAX_MANIFEST_BYTES
 from torchft.checkpointing.transfers import Transfer
 from torchft.checkpointing.transport import (
     CheckpointError,
@@ -34,13 +29,17 @@ from torchft.checkpointing.transport import (
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.net import parse_address
 
-__all__ = ["HASHED_BESIDE", "SourceConnection"]
+__all__ = ["ChunksGone", "Landed", "SourceConnection"]
 
-HASHED_BESIDE = 2
-"""With more chunks than this, hashing is left to whoever is told that they landed."""
+Landed = Callable[[int, bytes, bytes], None]
+"""A chunk's index, the hash of what came, the hash that was announced."""
 _CONNECT = 5.0
 _MAX_DOCUMENT = MAX_MANIFEST_BYTES + (1 << 20)
 _MAX_TEXT = 4096
+
+
+class ChunksGone(CheckpointError):
+    """The source still serves the step, but not these chunks: it had sent them before it went on."""
 
 
 class SourceConnection:
@@ -51,31 +50,42 @@ class SourceConnection:
         token: sent if not None.
         deadline: until when all of it must be done.
         transfer: that the connection is for.
+        receiver: what the source is to know this receiver by, on all its connections.
 
     Raises:
         SourceLost: none of the addresses answers.
         TransferAborted: the transfer was.
     """
 
-    def __init__(self, addresses: Sequence[str], token: str | None, deadline: Deadline, transfer: Transfer) -> None:
+    def __init__(
+        self, addresses: Sequence[str], token: str | None, deadline: Deadline, transfer: Transfer, receiver: str
+    ) -> None:
         self._deadline = deadline
+        self._receiver = receiver
+        self.received = 0
+        """Bytes of data so far."""
         self._token = token
         self._transfer = transfer
         self._sock, self.address = _connect(addresses, deadline, transfer)
         self._reader = HeadReader(self._sock)
+        self._body = BodyReader(self._sock, self._reader, deadline)
+
+    def cut(self) -> None:
+        """Makes every call on it fail now, from any thread."""
+        self._transfer.cut(self._sock)
 
     def close(self) -> None:
         self._transfer.close(self._sock)
 
-    def manifest(self, step: int, allow_pickle: bool = False) -> tuple[Manifest, Cut]:
-        """Waits until the source offers ``step``, and reads its manifest.
+    def manifest(self, step: int) -> tuple[Cut, bytes]:
+        """Waits until the source offers ``step``, and reads how its data is cut and the manifest's body.
 
         Raises:
             StepNotServed, SourceLost, ManifestError, IntegrityError, CheckpointTimeout
         """
-        served, manifest, cut = read_manifest(self._document(step, "manifest"), allow_pickle)
+        served, cut, body = open_manifest(self._document(step, "manifest"))
         self._check_step(served, step)
-        return manifest, cut
+        return cut, body
 
     def hashes(self, step: int) -> Seal:
         """Waits until the source has hashed the state, and reads the hashes.
@@ -87,16 +97,7 @@ class SourceConnection:
         self._check_step(served, step)
         return seal
 
-    def fetch(
-        self,
-        step: int,
-        cut: Cut,
-        run: ByteRun,
-        first: int,
-        last: int,
-        landed: Callable[[int, bytes | None], None],
-        root: str | None,
-    ) -> None:
+    def fetch(self, step: int, cut: Cut, run: ByteRun, first: int, last: int, landed: Landed) -> None:
         """Receives chunks ``first`` to ``last`` (not included) into ``run``.
 
         Args:
@@ -105,31 +106,36 @@ class SourceConnection:
             run: where to.
             first: index of a chunk.
             last: end.
-            landed: told each chunk's index when all its bytes are written, and its hash: None if there are so many
-                chunks that hashing beside the receiving pays.
-            root: if known, the data must be of this root.
+            landed: told each chunk's index when all its bytes are written, the hash that they have, and the one that
+                the source announced.
 
         Raises:
             StepNotServed, SourceLost, CheckpointTimeout
         """
         start, stop = cut.span(first)[0], cut.span(last - 1)[1]
-        fields = {"Range": f"bytes={start}-{stop - 1}", **self._patience()}
-        if root is not None:
-            fields["If-Match"] = f'"{root}"'
+        fields = {"Range": f"bytes={start}-{stop - 1}", "Accept": HASHED, **self._patience()}
         status, headers, length = self._ask(f"/checkpoint/{step}/data", fields)
         if status != 206:
             raise self._refusal(status, length, step)
-        if content_range(headers.get("content-range", "")) != (start, stop) or length != stop - start:
+        whole = stop - start + DIGEST_BYTES * (last - first)
+        if headers.get("content-type") != HASHED or length != whole:
+            raise CheckpointError(
+                f"the source {self.address} answered {headers.get('content-type')!r}, {length} bytes, where {HASHED}, "
+                f"{whole} bytes, was asked for: run the same torchft on both sides"
+            )
+        if content_range(headers.get("content-range", "")) != (start, stop):
             raise CheckpointError(f"the source {self.address} answered with another range than it was asked for")
+        announced = bytearray(DIGEST_BYTES)
         for index in range(first, last):
-            views = run.views(*cut.span(index))
-            if cut.count > HASHED_BESIDE:
-                self._receive(views)
-                landed(index, None)
-            else:
-                state = xxhash.xxh3_128()
-                self._receive(views, state.update)
-                landed(index, state.digest())
+            hasher = xxhash.xxh3_128()
+
+            def arrived(piece: memoryview, hasher: xxhash.xxh3_128 = hasher) -> None:
+                hasher.update(piece)
+                self.received += len(piece)
+
+            self._receive(run.views(*cut.span(index)), arrived)
+            self._receive([memoryview(announced)])
+            landed(index, hasher.digest(), bytes(announced))
 
     def _document(self, step: int, name: str) -> bytearray:
         status, _, length = self._ask(f"/checkpoint/{step}/{name}", self._patience())
@@ -152,7 +158,7 @@ class SourceConnection:
 
     def _ask(self, target: str, fields: dict[str, str]) -> tuple[int, dict[str, str], int]:
         lines = [f"GET {target} HTTP/1.1", f"Host: {self.address.removeprefix('http://')}"]
-        lines += [f"{k}: {v}" for k, v in fields.items()]
+        lines += [f"{k}: {v}" for k, v in {"Receiver": self._receiver, **fields}.items()]
         if self._token is not None:
             lines.append(f"Authorization: Bearer {self._token}")
         try:
@@ -172,9 +178,9 @@ class SourceConnection:
             raise CheckpointError(f"{self.address} does not speak HTTP/1.1 as torchft does: {line[:60]!r}")
         return int(parts[1]), headers, int(length)
 
-    def _receive(self, views: Sequence[memoryview], arrived: Callable[[memoryview], None] | None = None) -> None:
+    def _receive(self, views: Sequence[memoryview], arrived: Callable[[memoryview], object] | None = None) -> None:
         try:
-            recv_into_views(self._sock, self._reader, views, self._deadline, arrived)
+            self._body.fill(views, arrived)
         except TimeoutError as e:
             raise self._late() from e
         except OSError as e:
@@ -184,6 +190,8 @@ class SourceConnection:
         text = bytearray(min(length, _MAX_TEXT))
         self._receive([memoryview(text)])
         said = text.decode("utf-8", "replace").strip()
+        if status == 410:
+            return ChunksGone(f"the source {self.address} does not hold what was asked for any more: {said}")
         if status in (404, 409, 412):
             return StepNotServed(f"the source {self.address} does not serve what was asked for: {said}")
         if status == 503 and self._deadline.remaining() < 1.0:

@@ -1,21 +1,37 @@
-"""One state, fetched over HTTP from one source and verified.
+"""One state, fetched over HTTP from as many sources as it takes, and verified.
 
-The data is asked for at once and hashed chunk by chunk; if there are many, in a thread beside the one that receives.
-When all of it is there the source's hashes are read. Chunks that do not have the announced hash are asked for again; a
-connection that is lost is made anew and goes on with the chunks that are missing. Both end after ``ATTEMPTS`` failures,
-and with the abort of the transfer.
+The idea
+    The assigned source is asked first, and is enough where the rest would come within ``_SOON``. Otherwise, or if it
+    is slow to answer, lost, or sends bad bytes, the other sources are asked as well. Threads, one to a connection and
+    two connections to a source, take their work from a :class:`torchft.core.transfer_plan.TransferPlan`; the calling
+    thread watches, engages sources, and judges.
+
+Rules
+    - A chunk is verified when it lands, by the hash that its source sent right after it.
+    - Where chunks came from more than one source, or were kept from an earlier attempt, every source that takes part
+      must announce the same hashes of *all* chunks before the state is handed out. One that differs from most (from
+      the assigned one, if there are as many on both sides) is named, and what only it vouches for is fetched again.
+    - A connection that is lost is made anew, ``ATTEMPTS`` times without a chunk in between; one that cannot be made, or
+      is refused, ends its source. With all sources out, the fetch fails with the names of all.
+    - When ``run`` or ``close`` has returned, no thread writes the memory any more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import contextvars
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 
-from torchft.checkpointing.chunks import ByteRun, Cut, Seal, digest
-from torchft.checkpointing.http_client import SourceConnection
+from torchft.checkpointing.chunks import ByteRun, Cut, Seal, digest, parse_manifest
+from torchft.checkpointing.fetch_progress import FetchProgress
+from torchft.checkpointing.http_client import ChunksGone, SourceConnection
+from torchft.checkpointing.http_source import HTTPSource, failure_of, judge
 from torchft.checkpointing.manifest import Manifest
 from torchft.checkpointing.transfers import Transfer
-from torchft.checkpointing.transport import IntegrityError, SourceLost
+from torchft.checkpointing.transport import CheckpointError, CheckpointTimeout, IntegrityError, SourceLost
+from torchft.core.transfer_plan import Hopeless, TakeOver, TransferPlan, Work
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.logs import SpeakerLogger
 
@@ -24,114 +40,392 @@ __all__ = ["Download"]
 logger = SpeakerLogger("torchft.checkpointing.http_transport")
 
 ATTEMPTS = 3
+_TICK = 0.05
+_IDLE = 0.02
+_PATIENCE = 0.5
+"""Seconds that the assigned source has for its manifest before the others are asked as well."""
+_SOON = 0.3
+"""Seconds: what one source will have sent by then needs no other."""
+_END = 10.0
 
 
 class Download:
-    """A context manager: leaving it closes the connection.
+    """A context manager: leaving it closes all connections and ends all threads.
 
     Args:
-        addresses: of the source.
-        token: presented to it if not None.
+        sources: name and addresses of each source, the assigned one first; asked again and again, may grow.
+        token: presented to them if not None.
         step: of the state.
         deadline: until when all must be done.
         transfer: that this is.
-
-    Raises:
-        SourceLost: it cannot be reached.
-        TransferAborted: the transfer was.
+        connections: to each source.
     """
 
     def __init__(
-        self, addresses: Sequence[str], token: str | None, step: int, deadline: Deadline, transfer: Transfer
+        self,
+        sources: Callable[[], Sequence[tuple[str, Sequence[str]]]],
+        token: str | None,
+        step: int,
+        deadline: Deadline,
+        transfer: Transfer,
+        connections: int = 2,
     ) -> None:
-        self._addresses = addresses
+        self._look = sources
         self._token = token
         self._step = step
         self._deadline = deadline
-        self._failures = 0
-        self._cut = Cut(0)
         self._transfer = transfer
-        self._connection = SourceConnection(addresses, token, deadline, transfer)
-        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="torchft-http-verify")
+        self._connections = connections
+        self._receiver = uuid.uuid4().hex
+        self._changed = threading.Condition()
+        self._over = False
+        self._sources: list[HTTPSource] = []
+        self._threads: set[threading.Thread] = set()
+        self._names = 0
+        self._failure: Exception | None = None
+        self._layout: tuple[Cut, bytes, bytes] | None = None  # how it is cut, the manifest's body, its hash
+        self._plan: TransferPlan | None = None
+        self._run: ByteRun | None = None
+        self._kept = False
+        self._givers: dict[int, HTTPSource] = {}
+        self.verified: dict[int, bytes] = {}
+        """The chunks that are there, and their hashes."""
+        self.progress = FetchProgress(step)
 
     def __enter__(self) -> Download:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._connection.close()
-        self._hasher.shutdown(wait=True, cancel_futures=True)
+        self.close()
 
-    @property
-    def address(self) -> str:
-        """The source's address that answered."""
-        return self._connection.address
+    def close(self) -> None:
+        """Ends all threads. Idempotent."""
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+            threads = list(self._threads)
+            unused = [s.first for s in self._sources if s.first is not None]
+            for source in self._sources:
+                source.first = None
+        self._transfer.finish()
+        for connection in unused:
+            connection.close()
+        limit = Deadline(_END)
+        for thread in threads:
+            thread.join(limit.remaining())
+        if any(t.is_alive() and t.name == "torchft-http-fetch" for t in threads):
+            raise CheckpointError(f"a connection to a source could not be ended within {_END:g}s")
 
-    def begin(self, allow_pickle: bool) -> Manifest:
-        """Waits for the step to be offered; what will arrive."""
-        manifest, self._cut = self._connection.manifest(self._step, allow_pickle)
-        self._body = digest([memoryview(manifest.body)])
-        return manifest
+    # ------------------------------------------------------- the calling thread
 
-    def run(self, run: ByteRun, source: str) -> Seal:
+    def begin(self, allow_pickle: bool) -> tuple[Manifest, Cut]:
+        """Waits until a source offers the step: what will arrive, and how it is cut.
+
+        Raises:
+            SourceLost, StepNotServed, ManifestError, CheckpointTimeout, TransferAborted
+        """
+        patience = time.monotonic() + _PATIENCE
+        with self._changed:
+            while self._layout is None:
+                self._learn()
+                lost = any(s.state == "out" for s in self._sources)
+                self._open(self._sources if lost or time.monotonic() > patience else self._sources[:1])
+                self._check()
+                self._changed.wait(_TICK)
+            cut, body, _ = self._layout
+        return parse_manifest(body, cut, allow_pickle), cut
+
+    def run(self, run: ByteRun, kept: Mapping[int, bytes]) -> Seal:
         """Receives the data into ``run``; returns when all of it is verified.
 
         Args:
             run: memory for what ``begin`` announced.
-            source: for messages.
+            kept: chunks that are there from an earlier attempt, and the hashes that they have.
 
         Raises:
-            IntegrityError: it is not what the source announces.
+            IntegrityError: it is not what the sources announce.
             SourceLost, StepNotServed, CheckpointTimeout, TransferAborted
         """
-        digests: dict[int, Future[bytes]] = {}
-        seal: Seal | None = None
+        assert self._layout is not None
+        cut = self._layout[0]
+        with self._changed:
+            self._plan = plan = TransferPlan(cut.count, kept)
+            self._run = run
+            self._kept = bool(kept)
+            self.verified = dict(kept)
+            self.progress.begin(cut.total, sum(_length(cut, i) for i in kept))
+            for source in self._sources:
+                if source.usable:
+                    self._staff(source)
+            while True:
+                if plan.finished and (seal := self._settled()) is not None:
+                    self._over = True
+                    self._changed.notify_all()
+                    return seal
+                self._check()
+                self._changed.wait(_TICK)
+                self._learn()
+                if self._more_sources_pay():
+                    self._open(self._sources)
+                self._ask_for_seals()
+                self.progress.tell(self._received(), sum(s.usable for s in self._sources))
 
-        def landed(index: int, computed: bytes | None) -> None:
-            if computed is None:
-                digests[index] = self._hasher.submit(digest, run.views(*self._cut.span(index)))
-            else:
-                digests[index] = Future()
-                digests[index].set_result(computed)
+    def _received(self) -> int:
+        return sum(s.received for s in self._sources)
 
-        while True:
-            try:
-                for first, last in _missing(self._cut.count, digests):
-                    self._connection.fetch(
-                        self._step, self._cut, run, first, last, landed, None if seal is None else seal.root
-                    )
-                seal = self._connection.hashes(self._step)
-            except SourceLost as e:
-                self._transfer.check()
-                self._failures += 1
-                if self._failures == ATTEMPTS:
-                    raise
-                logger.warning("%s; going on where it stopped, if it answers again", e)
-                self._connection.close()
-                self._connection = SourceConnection(self._addresses, self._token, self._deadline, self._transfer)
-                continue
-            if seal.body != self._body or seal.cut != self._cut:
+    def _learn(self) -> None:
+        known = self._look()
+        for name, addresses in known[len(self._sources) :]:
+            source = HTTPSource(len(self._sources), name, addresses)
+            if not addresses:
+                source.end(CheckpointError("it uses another transport"))
+            self._sources.append(source)
+
+    def _check(self) -> None:
+        """Raises what makes it useless to wait."""
+        self._transfer.check()
+        if self._failure is not None:
+            raise self._failure
+        if self._deadline.expired:
+            raise CheckpointTimeout(
+                f"step {self._step} was not there within {self._deadline.timeout:g}s: {self.progress}; from "
+                f"{', '.join(map(str, self._sources))}. A source is slow or hangs; a longer timeout allows for more"
+            )
+        if self._sources and all(s.state == "out" for s in self._sources):
+            raise failure_of(self._sources, self._step)
+
+    def _more_sources_pay(self) -> bool:
+        if not any(s.state == "idle" for s in self._sources):
+            return False
+        if any(s.state == "out" for s in self._sources) or self.progress.bad or self.progress.retries:
+            return True
+        return self.progress.seconds_left(self._received()) > _SOON
+
+    def _ask_for_seals(self) -> None:
+        """Of all that take part, where one must be compared with another, or with what was kept."""
+        ready = [s for s in self._sources if s.usable]
+        if self._kept or len(ready) > 1 or len(self._used()) > 1:
+            for source in ready:
+                if not source.asked_for_seal:
+                    source.asked_for_seal = True
+                    self._start("seal", self._fetch_seal, source)
+
+    @property
+    def givers(self) -> list[HTTPSource]:
+        """Who gave what was received."""
+        return sorted(self._used(), key=lambda s: s.index)
+
+    def _used(self) -> set[HTTPSource]:
+        return set(self._givers.values())
+
+    def _settled(self) -> Seal | None:
+        """What all agree on, when all is there and they do; else what is not agreed on is missing again."""
+        assert self._layout is not None
+        assert self._plan is not None
+        cut, _, body = self._layout
+        if not self._kept and len(self._used()) <= 1:
+            return Seal(cut, b"".join(self.verified[i] for i in range(cut.count)), body)
+        self._ask_for_seals()
+        taking_part = [s for s in self._sources if s.usable]
+        if not taking_part or any(s.seal is None for s in taking_part):
+            return None
+        seal, differing = judge(taking_part, {s.index for s in taking_part if self._plan.distrusted(s.index)})
+        for source in differing:
+            self.progress.bad_sources.append(source.name)
+            logger.error(
+                "%s announces root %s for step %d, the others %s: its state differs, which is a silent corruption. It "
+                "is not used; look at that machine's memory",
+                source,
+                source.seal.root if source.seal else "-",
+                self._step,
+                seal.root,
+            )
+            source.end(IntegrityError(f"{source} has another state of step {self._step} than the others"))
+        wrong = [i for i, value in self.verified.items() if value != seal.digest_of(i)]
+        for index in wrong:
+            giver = self._givers.pop(index, None)
+            if giver is not None and giver not in differing:
+                logger.error("chunk %d of step %d from %s is not what the others have", index, self._step, giver)
+            self.progress.lost(_length(cut, index))
+            del self.verified[index]
+        self._plan.revoke(wrong)
+        return seal if self._plan.finished else None
+
+    # -------------------------------------------------------------- the threads
+
+    def _start(self, kind: str, call: Callable[[HTTPSource], None], source: HTTPSource) -> None:
+        context = contextvars.copy_context()  # the threads' log lines are said by whoever called
+        thread = threading.Thread(
+            target=context.run, args=(self._guard, call, source), name=f"torchft-http-{kind}", daemon=True
+        )
+        self._threads.add(thread)
+        thread.start()
+
+    def _guard(self, call: Callable[[HTTPSource], None], source: HTTPSource) -> None:
+        try:
+            call(source)
+        except CheckpointError as e:
+            with self._changed:
+                source.end(e)
+        except Exception as e:  # a mistake of ours must end the fetch, not hang it
+            with self._changed:
+                self._failure = self._failure or e
+        finally:
+            with self._changed:
+                self._threads.discard(threading.current_thread())
+                self._changed.notify_all()
+
+    def _open(self, sources: Sequence[HTTPSource]) -> None:
+        for source in sources:
+            if source.state == "idle":
+                source.state = "opening"
+                self._start("open", self._ask_for_manifest, source)
+
+    def _connect(self, source: HTTPSource) -> SourceConnection:
+        return SourceConnection(source.addresses, self._token, self._deadline, self._transfer, self._receiver)
+
+    def _ask_for_manifest(self, source: HTTPSource) -> None:
+        connection = self._connect(source)
+        handed_on = False
+        try:
+            cut, body = connection.manifest(self._step)
+            layout = cut, body, digest([memoryview(body)])
+            with self._changed:
+                if self._over:
+                    return
+                source.address = connection.address
+                if self._layout is None:
+                    self._layout = layout
+                elif self._layout != layout:
+                    self.progress.bad_sources.append(source.name)
+                    logger.error("%s offers step %d with another tree or layout: it is not used", source, self._step)
+                    raise IntegrityError(f"{source} offers another tree or layout as step {self._step}")
+                source.state, source.first, handed_on = "ready", connection, True
+                if self._plan is not None:
+                    self._staff(source)
+        finally:
+            if not handed_on:
+                connection.close()
+
+    def _fetch_seal(self, source: HTTPSource) -> None:
+        connection = self._connect(source)
+        try:
+            seal = connection.hashes(self._step)
+        finally:
+            connection.close()
+        assert self._layout is not None
+        with self._changed:
+            if (seal.cut, seal.body) != (self._layout[0], self._layout[2]):
                 raise IntegrityError(f"{source} replaced its state of step {self._step} while it was read: try again")
-            bad = [i for i, computed in digests.items() if computed.result() != seal.digest_of(i)]
-            if not bad:
-                return seal
-            self._failures += 1
-            if self._failures == ATTEMPTS:
-                raise IntegrityError(
-                    f"chunk {bad[0]} of step {self._step} from {source} ({self.address}) does not have the announced "
-                    f"hash, {ATTEMPTS} times: the memory of one of the machines or the network in between corrupts data"
+            source.seal = seal
+
+    def _staff(self, source: HTTPSource) -> None:
+        assert self._plan is not None
+        for _ in range(max(1, min(self._connections, self._plan.remaining))):
+            self._start("fetch", self._work, source)
+
+    def _work(self, source: HTTPSource) -> None:
+        """One connection after another, until there is nothing to do."""
+        assert self._plan is not None
+        with self._changed:
+            self._names += 1
+            name = self._names
+            connection, source.first = source.first, None
+        while True:
+            if connection is None:
+                connection = self._connect(source)
+            with self._changed:
+                self._plan.add(name, source.index)
+                source.workers[name] = connection
+            try:
+                self._serve(name, source, connection)
+                return
+            except SourceLost as e:
+                with self._changed:
+                    taken_over = name in self.progress.taken_over
+                    if self._over or taken_over or not source.usable:
+                        return
+                    source.failures += 1
+                    self.progress.retries += 1
+                    if source.failures >= ATTEMPTS:
+                        raise
+                logger.warning("%s; going on where it stopped, if it answers again", e)
+            finally:
+                with self._changed:
+                    self._plan.remove(name)
+                    source.workers.pop(name, None)
+                    source.closed += connection.received
+                    self.progress.received += connection.received
+                    self._changed.notify_all()
+                connection.close()
+                connection = None
+
+    def _serve(self, name: int, source: HTTPSource, connection: SourceConnection) -> None:
+        assert self._layout is not None
+        assert self._run is not None
+
+        def landed(index: int, computed: bytes, announced: bytes) -> None:
+            with self._changed:
+                self._landed(name, source, index, computed, announced)
+
+        while (work := self._next(name, source)) is not None:
+            try:
+                connection.fetch(self._step, self._layout[0], self._run, work.first, work.stop, landed)
+            except ChunksGone as e:
+                logger.info("%s", e)
+                with self._changed:
+                    assert self._plan is not None
+                    self._plan.unavailable(name)
+
+    def _next(self, name: int, source: HTTPSource) -> Work | None:
+        assert self._plan is not None
+        with self._changed:
+            while not self._over and source.usable:
+                if not self._plan.finished:
+                    answer = self._plan.ask(name, time.monotonic())
+                    if isinstance(answer, Work):
+                        return answer
+                    if isinstance(answer, TakeOver):
+                        self._take_over(answer.victim, source)
+                self._changed.wait(_IDLE)
+            return None
+
+    def _take_over(self, victim: int, by: HTTPSource) -> None:
+        for source in self._sources:
+            if (connection := source.workers.get(victim)) is not None:
+                self.progress.taken_over.add(victim)
+                logger.warning("%s is slow: %s takes over", source, by)
+                connection.cut()
+
+    def _landed(self, name: int, source: HTTPSource, index: int, computed: bytes, announced: bytes) -> None:
+        assert self._plan is not None
+        assert self._layout is not None
+        self._plan.arrived(name, time.monotonic())
+        if computed == announced:
+            self._plan.verified(name, index)
+            self.verified[index] = computed
+            self._givers[index] = source
+            self.progress.sources = len(self._used())
+            source.failures = 0
+            self.progress.landed(_length(self._layout[0], index))
+        else:
+            self.progress.bad += 1
+            logger.warning("chunk %d from %s does not have the hash that it announced: asked for again", index, source)
+            try:
+                self._plan.bad(name, index)
+            except Hopeless as e:
+                self._failure = IntegrityError(
+                    f"chunk {index} of step {self._step} from {', '.join(str(s) for s in self._sources if s.address)} "
+                    f"does not have the announced hash ({e}): the memory of one of the machines or the network in "
+                    "between corrupts data"
                 )
-            logger.warning("chunks %s from %s do not have the announced hash and are asked for again", bad[:8], source)
-            for index in bad:
-                del digests[index]
+            if self._plan.distrusted(source.index) and any(s.usable for s in self._sources if s is not source):
+                self.progress.bad_sources.append(source.name)
+                logger.error("%s sends bytes that are not what it announces, and is not used any more", source)
+                source.end(IntegrityError(f"{source} sent bytes that are not what it announced"))
+        self._changed.notify_all()
 
 
-def _missing(count: int, have: dict[int, Future[bytes]]) -> list[tuple[int, int]]:
-    """Runs of chunks that are missing: first and end of each."""
-    runs: list[tuple[int, int]] = []
-    for index in range(count):
-        if index not in have:
-            if runs and runs[-1][1] == index:
-                runs[-1] = (runs[-1][0], index + 1)
-            else:
-                runs.append((index, index + 1))
-    return runs
+def _length(cut: Cut, index: int) -> int:
+    first, stop = cut.span(index)
+    return stop - first

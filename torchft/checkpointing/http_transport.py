@@ -1,14 +1,17 @@
-"""State transfer over HTTP: the source serves a snapshot, the receiver fetches and verifies it.
+"""State transfer over HTTP: sources serve snapshots, a receiver fetches from one or several and verifies.
 
 The idea
-    ``send_checkpoint`` takes a snapshot and returns; bytes are served as soon as they are copied, and hashing and
-    serving go on in the background while the source trains. The receiver reads the manifest, then the data straight
-    into tensors, then the hashes; bad chunks are asked for again, and a lost connection resumes where it was.
+    ``send_checkpoint`` offers the state and returns; bytes are served, and hashed as they are sent, in the background
+    while the source computes. The receiver reads the manifest, then ranges of the data straight into tensors, each
+    chunk followed by its hash; what is bad, lost or slow at one source is asked of another, and what was verified
+    before a fetch failed is not fetched again by the next one.
 
 Snapshot
-    ``"copy"``: the state is copied into memory that is kept for the next time; ``disallow_checkpoint`` has nothing to
-    wait for, and readers that have begun may finish until the next snapshot is taken. ``"lock"``: nothing is copied;
-    ``disallow_checkpoint`` waits for the readers that have begun, at most ``timeout``, and then drops them.
+    ``"copy"``: the state is copied into memory that is kept for the next time, beside what the caller computes;
+    ``disallow_checkpoint`` waits for the copying, and readers may finish until the next snapshot is taken. ``"lock"``:
+    nothing is copied at first. ``disallow_checkpoint`` waits for readers that are about as fast as a copy; what slower
+    ones have not read is copied then, and they may finish as well. So either way a slow reader costs the source the
+    time of a copy, not its own.
 
 Abort
     Sockets of a download that runs are shut down, whatever it waits for; the source cuts off those who read now. The
@@ -21,19 +24,28 @@ Invariants
 
 from __future__ import annotations
 
+import concurrent.futures
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Literal, TypeVar, cast
 
+import torch
+
 from torchft import config
+from torchft.checkpointing import metrics
+from torchft.checkpointing.chunks import Cut
 from torchft.checkpointing.destination import Destination
+from torchft.checkpointing.fetch_progress import FetchProgress
 from torchft.checkpointing.http_download import Download
+from torchft.checkpointing.http_partial import Partial
 from torchft.checkpointing.http_server import SnapshotServer
-from torchft.checkpointing.manifest import describe
-from torchft.checkpointing.snapshot import Arena, host_run
+from torchft.checkpointing.manifest import Manifest, describe
+from torchft.checkpointing.offer import Offer
+from torchft.checkpointing.snapshot import Arena, SideStreams, host_run
 from torchft.checkpointing.transfers import Transfers
 from torchft.checkpointing.transport import (
     COPY_BELOW,
@@ -44,6 +56,7 @@ from torchft.checkpointing.transport import (
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.logs import SpeakerLogger
 from torchft.runtime.net import advertised_host, format_address, parse_address
+from torchft.runtime.worker import Worker
 
 __all__ = ["HTTPTransport"]
 
@@ -52,13 +65,16 @@ logger = SpeakerLogger(__name__)
 
 _PROTOCOL = "torchft-http/1"
 _DROP = 10.0
+_WINDOW = 0.05
+_WORTH_WAITING = 1.5e9
+"""Bytes a second: a copy into memory that is not there yet is hardly faster."""
 
 
 class HTTPTransport(CheckpointTransport[T]):
     """Serves and fetches live states over HTTP.
 
     Args:
-        timeout: longest wait for readers (``snapshot="lock"``), and after which a reader that takes nothing is dropped.
+        timeout: after which a reader that takes nothing is dropped, and longest wait for a copy.
         num_chunks: accepted for compatibility; the data is always cut into chunks of 8 MiB.
         state_dict: returns the tree whose tensors are received into where path, dtype and shape match. By default
             fresh memory is used.
@@ -70,7 +86,11 @@ class HTTPTransport(CheckpointTransport[T]):
             ``torch.load(weights_only=True)``.
         port: to listen on; 0: any.
         copy_below: bytes; smaller storages are copied on both sides, see ``COPY_BELOW``.
+        connections: to each source, of a receiver.
     """
+
+    takes_many_sources = True
+    receives_beside_collectives = True
 
     def __init__(
         self,
@@ -84,6 +104,7 @@ class HTTPTransport(CheckpointTransport[T]):
         allow_pickle: bool = False,
         port: int = 0,
         copy_below: int = COPY_BELOW,
+        connections: int = 2,
     ) -> None:
         if snapshot not in ("copy", "lock"):
             raise ValueError(f"snapshot={snapshot!r}: expected 'copy' or 'lock'")
@@ -95,6 +116,13 @@ class HTTPTransport(CheckpointTransport[T]):
         self._token = token
         self._allow_pickle = allow_pickle
         self.receives_in_place = state_dict is not None
+        self._connections = connections
+        self.last_receive: FetchProgress | None = None
+        """How the newest receive goes, or went: bytes that were fetched, kept, bad, retries."""
+        self._partial: Partial | None = None
+        self._live = False  # what is offered is the caller's own memory
+        self._worker: Worker | None = None
+        self._fill: concurrent.futures.Future[None] | None = None
         self._arena = Arena()
         self._sending = threading.Lock()
         self._copy_below = copy_below
@@ -107,74 +135,148 @@ class HTTPTransport(CheckpointTransport[T]):
         return " ".join([_PROTOCOL, *self._addresses])
 
     def send_checkpoint(self, dst_ranks: list[int], step: int, state_dict: T, timeout: timedelta) -> None:
-        """Takes the snapshot and offers it; whoever asks for ``step`` may read it."""
+        """Offers the state to whoever asks for ``step``, and begins to copy it (``snapshot="copy"``)."""
         deadline = Deadline(timeout)
         started = time.perf_counter()
         with self._sending:
             if self._closed:
                 raise CheckpointError("this transport was shut down")
+            self._await_fill(deadline)
             manifest, sources = describe(state_dict, self._allow_pickle)
             if not self._server.withdraw(Deadline(min(_DROP, deadline.remaining()))):
                 raise CheckpointTimeout("the readers of the last snapshot could not be dropped in time")
-            run = self._arena.reserve(sources) if self._snapshot == "copy" else host_run(sources, self._copy_below)
-            offer = self._server.offer(step, manifest, run)
             if self._snapshot == "lock":
-                offer.advance(run.total)
+                self._live = any(s.device.type == "cpu" and s.numel() >= self._copy_below for s in sources)
+                offer = self._server.offer(step, manifest, host_run(sources, self._copy_below))
+                offer.advance(manifest.total)
             else:
-                try:
-                    self._arena.fill(sources, deadline, offer.advance)
-                except BaseException:
-                    self._server.withdraw(Deadline(_DROP))
-                    raise
+                offer = self._server.offer(step, manifest, self._arena.reserve(sources))
+                self._fill = self._filler().submit(partial(self._copy, offer, sources, SideStreams(sources), deadline))
         took = time.perf_counter() - started
         logger.info(
-            "preparing state_dict took %.3fs (step %d for replica ranks %s, %d bytes, %.2f GB/s)",
+            "preparing state_dict took %.3fs (step %d for replica ranks %s, %d bytes)",
             took,
             step,
             dst_ranks,
             manifest.total,
-            manifest.total / took / 1e9,
         )
+
+    def _filler(self) -> Worker:
+        if self._worker is None:
+            self._worker = Worker("torchft-http-snapshot")
+        return self._worker
+
+    def _copy(self, offer: Offer, sources: list[torch.Tensor], streams: SideStreams, deadline: Deadline) -> None:
+        started = time.perf_counter()
+        try:
+            self._arena.fill(sources, streams, deadline, offer.advance)
+        except BaseException:
+            self._server.withdraw(Deadline(_DROP))
+            raise
+        took = time.perf_counter() - started
+        total = offer.cut.total
+        logger.info("copying state_dict took %.3fs (%d bytes, %.2f GB/s)", took, total, total / took / 1e9)
+        metrics.SNAPSHOT_SECONDS.inc(took)
+        metrics.SNAPSHOT_BYTES.inc(total)
+
+    def _await_fill(self, deadline: Deadline) -> None:
+        """Waits until nothing is copied any more."""
+        fill, self._fill = self._fill, None
+        if fill is None:
+            return
+        try:
+            fill.result(deadline.remaining())
+        except concurrent.futures.TimeoutError as e:
+            raise CheckpointTimeout(f"the snapshot was not copied within {deadline.timeout:g}s") from e
 
     def disallow_checkpoint(self) -> None:
         self._server.close()
         if self._snapshot == "copy":
+            self._await_fill(Deadline(self._timeout))
             return
-        if not self._server.wait_for_readers(Deadline(self._timeout)):
-            logger.warning(
-                "readers of the checkpoint were not done after %gs and are dropped, so that training goes on",
-                self._timeout.total_seconds(),
-            )
-        if not self._server.withdraw(Deadline(_DROP)):
-            raise CheckpointTimeout(f"readers of the checkpoint could not be dropped within {_DROP:g}s")
+        offer = self._server.current
+        if offer is None or not self._live or self._read_soon(offer):
+            return
+        self._live = False
+        started = time.perf_counter()
+        try:
+            copied = offer.move(self._arena.lend(offer.cut.total), self._arena.copy)
+        except RuntimeError as e:
+            logger.warning("there is no memory for what readers have not read (%s): they are dropped", e)
+            if not self._server.withdraw(Deadline(_DROP)):
+                raise CheckpointTimeout(f"readers of the checkpoint could not be dropped within {_DROP:g}s") from e
+            return
+        took = time.perf_counter() - started
+        metrics.SNAPSHOT_SECONDS.inc(took)
+        metrics.SNAPSHOT_BYTES.inc(copied)
+        logger.info(
+            "readers of step %d are slow: %d bytes that they need were copied in %.3fs, %.2f GB/s, so that training "
+            "goes on",
+            offer.step,
+            copied,
+            took,
+            copied / took / 1e9,
+        )
+
+    def _read_soon(self, offer: Offer) -> bool:
+        """Waits for readers as long as they are about as fast as a copy would be; whether they are done."""
+        before = offer.bytes_sent
+        while not self._server.wait_for_readers(Deadline(_WINDOW)):
+            now = offer.bytes_sent
+            if now - before < _WORTH_WAITING * _WINDOW:
+                return False
+            before = now
+        return self._server.withdraw(Deadline(_DROP))
 
     def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> T:
+        return self.recv_from_many([(src_rank, metadata)], step, timeout)
+
+    def recv_from_many(self, sources: Sequence[tuple[int, str]], step: int, timeout: timedelta) -> T:
         deadline = Deadline(timeout)
         started = time.perf_counter()
-        addresses = _addresses_in(metadata)
-        with (
-            self._receiving.begin() as transfer,
-            Download(addresses, self._token, step, deadline, transfer) as download,
-        ):
-            manifest = download.begin(self._allow_pickle)
-            into = None if self._state_dict is None else self._state_dict()
-            destination = Destination(manifest, into, in_place_from=self._copy_below)
-            seal = download.run(destination.run, f"replica rank {src_rank}")
+        _addresses_in(sources[0][1])  # a source that does not speak this is an error, not one less
+        with self._receiving.begin() as transfer:
+            download = Download(lambda: _named(sources), self._token, step, deadline, transfer, self._connections)
+            self.last_receive = download.progress
+            with download:
+                manifest, cut = download.begin(self._allow_pickle)
+                into = None if self._state_dict is None else self._state_dict()
+                destination, kept = self._continue(manifest, cut, into)
+                try:
+                    seal = download.run(destination.run, kept)
+                except BaseException:
+                    download.close()  # nothing is written any more
+                    self._partial = Partial(cut, download.verified, destination)
+                    raise
+                finally:
+                    metrics.count(download.progress)
         state = destination.finish(self._allow_pickle)
         took = time.perf_counter() - started
+        metrics.RECEIVED_SECONDS.inc(took)
         logger.info(
-            "received step %d from replica rank %d (%s): %d bytes, %d of them in place, in %.3fs, %.2f GB/s, "
+            "received step %d from %s: %d bytes, %d of them in place, %d kept from before, in %.3fs, %.2f GB/s, "
             "verified, root %s",
             step,
-            src_rank,
-            download.address,
+            ", ".join(map(str, download.givers)) or f"replica rank {sources[0][0]}",
             manifest.total,
             destination.bytes_in_place,
+            download.progress.kept,
             took,
             manifest.total / took / 1e9,
             seal.root,
         )
         return cast(T, state)
+
+    def _continue(self, manifest: Manifest, cut: Cut, into: object) -> tuple[Destination, dict[int, bytes]]:
+        """Memory for what comes, and which chunks are in it from an attempt that failed."""
+        before, self._partial = self._partial, None
+        destination = Destination(
+            manifest,
+            into,
+            in_place_from=self._copy_below,
+            before=None if before is None or before.cut != cut else before.destination,
+        )
+        return destination, {} if before is None else before.still_in(destination, cut)
 
     def abort(self, reason: str = "the caller gave it up") -> None:
         self._receiving.abort(reason)
@@ -182,8 +284,11 @@ class HTTPTransport(CheckpointTransport[T]):
 
     def shutdown(self, wait: bool = True) -> None:
         self._closed = True
+        self._partial = None
         self._server.stop(wait, Deadline(_DROP))
         with self._sending:
+            if self._worker is not None:
+                self._worker.shutdown(timeout=_DROP if wait else 0.0)
             self._arena.close()
 
 
@@ -200,6 +305,18 @@ def _own_addresses(hostname: str | None, port: int) -> list[str]:
         else:
             hosts.append(name)
     return [format_address(h, port) for h in dict.fromkeys(hosts)]
+
+
+def _named(sources: Sequence[tuple[int, str]]) -> list[tuple[str, list[str]]]:
+    """The sources whose metadata can be read. Who speaks something else is passed over."""
+    named: list[tuple[str, list[str]]] = []
+    for rank, metadata in list(sources):
+        try:
+            named.append((f"replica rank {rank}", _addresses_in(metadata)))
+        except CheckpointError as e:
+            named.append((f"replica rank {rank}", []))
+            logger.debug("replica rank %d: %s", rank, e)
+    return named
 
 
 def _addresses_in(metadata: str) -> list[str]:

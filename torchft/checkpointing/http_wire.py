@@ -12,18 +12,36 @@ from __future__ import annotations
 import re
 import socket
 import struct
+import time
 from collections.abc import Callable, Sequence
 
 from torchft.runtime.deadline import Deadline
 
-__all__ = ["HeadReader", "WireError", "content_range", "parse_range", "recv_into_views", "send_views", "set_timeout"]
+__all__ = [
+    "HASHED",
+    "PIECE",
+    "BodyReader",
+    "HeadReader",
+    "WireError",
+    "content_range",
+    "limit_calls",
+    "parse_range",
+    "send_some",
+    "send_views",
+    "set_timeout",
+]
 
 MAX_HEAD = 16 << 10
 MAX_HEADERS = 64
 _TIMEVAL = struct.Struct("@ll")
 _IOV = 256
-_RECV = 1048576
-_SEND = 4 << 20
+_SMALL = 64 << 10
+_CHECK = 0.1
+
+PIECE = 512 << 10
+"""Bytes that are hashed and moved at a time: they stay in the second level's cache in between."""
+HASHED = "application/x-torchft-hashed"
+"""The content type of a body that has each chunk's hash after the chunk."""
 
 
 class WireError(OSError):
@@ -72,6 +90,8 @@ class HeadReader:
     def take(self, views: Sequence[memoryview]) -> int:
         """Moves what was read beyond the head into ``views``; returns how many bytes."""
         taken = 0
+        if not self._buffer:
+            return 0
         for view in views:
             part = self._buffer[: len(view)]
             view[: len(part)] = part
@@ -91,30 +111,39 @@ def set_timeout(sock: socket.socket, deadline: Deadline) -> None:
     left = deadline.remaining()
     if left <= 0:
         raise TimeoutError(f"no answer within {deadline.timeout:g}s")
-    limit = _TIMEVAL.pack(int(left), max(1, int(left % 1 * 1e6)))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+    limit_calls(sock, left)
 
 
-def send_views(sock: socket.socket, views: Sequence[memoryview]) -> None:
+def limit_calls(sock: socket.socket, limit: float) -> None:
+    """Lets each further call on the socket block for that many seconds at most."""
+    value = _TIMEVAL.pack(int(limit), max(1, int(limit % 1 * 1e6)))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+
+
+def send_some(sock: socket.socket, views: Sequence[memoryview]) -> int:
+    """Sends what one call takes; how many bytes. 0: the other end took nothing within the last :func:`limit_calls`."""
+    try:
+        return sock.sendmsg(views if len(views) <= _IOV else views[:_IOV])
+    except BlockingIOError:
+        return 0
+
+
+def send_views(sock: socket.socket, views: Sequence[memoryview], stall: float) -> None:
     """Sends all bytes.
 
     Raises:
-        TimeoutError: the other end took nothing for as long as the last :func:`set_timeout` allows.
+        TimeoutError: the other end took nothing for ``stall`` seconds.
     """
     pending = [v for v in views if len(v)]
     i = 0
+    moved_on = time.monotonic()
     while i < len(pending):
-        batch, size = [], 0
-        for view in pending[i : i + _IOV]:
-            batch.append(view[: _SEND - size])
-            size += len(batch[-1])
-            if size >= _SEND:
-                break
-        try:
-            sent = sock.sendmsg(batch)
-        except BlockingIOError as e:
-            raise TimeoutError("the other end takes nothing") from e
+        sent = send_some(sock, pending[i : i + _IOV])
+        if not sent and time.monotonic() - moved_on > stall:
+            raise TimeoutError("the other end takes nothing")
+        if sent:
+            moved_on = time.monotonic()
         while i < len(pending) and sent >= len(pending[i]):
             sent -= len(pending[i])
             i += 1
@@ -122,52 +151,82 @@ def send_views(sock: socket.socket, views: Sequence[memoryview]) -> None:
             pending[i] = pending[i][sent:]
 
 
-def recv_into_views(
-    sock: socket.socket,
-    reader: HeadReader,
-    views: Sequence[memoryview],
-    deadline: Deadline,
-    arrived: Callable[[memoryview], None] | None = None,
-) -> None:
-    """Fills all views with the bytes that follow a head.
+class BodyReader:
+    """Reads the bodies of one connection, piece by piece, each handed on while it is in the cache.
 
     Args:
         sock: where from.
-        reader: the reader of the head; it may hold the first bytes.
-        views: where to.
+        reader: the reader of the heads; it may hold the first bytes.
         deadline: until when.
-        arrived: told each run of bytes right after it was written, while it is in the cache.
-
-    Raises:
-        WireError: the connection was closed early.
-        TimeoutError: the deadline passed.
     """
-    pending = [v for v in views if len(v)]
-    got = reader.take(pending)
-    i = 0
-    while True:
-        while got:
-            view = pending[i]
-            part = min(got, len(view))
+
+    def __init__(self, sock: socket.socket, reader: HeadReader, deadline: Deadline) -> None:
+        self._sock = sock
+        self._reader = reader
+        self._deadline = deadline
+        self._checked = 0.0
+        self._bounce: memoryview | None = None
+
+    def fill(self, views: Sequence[memoryview], arrived: Callable[[memoryview], object] | None = None) -> None:
+        """Fills all views with the next bytes.
+
+        Args:
+            views: where to.
+            arrived: told each run of bytes right after it was written.
+
+        Raises:
+            WireError: the connection was closed early.
+            TimeoutError: the deadline passed.
+        """
+        small: list[memoryview] = []
+        size = 0
+        for view in views:
+            if len(view) >= _SMALL:
+                self._fill_small(small, size, arrived)
+                small, size = [], 0
+                self._fill_one(view, arrived)
+                continue
+            if size + len(view) > PIECE:
+                self._fill_small(small, size, arrived)
+                small, size = [], 0
+            small.append(view)
+            size += len(view)
+        self._fill_small(small, size, arrived)
+
+    def _fill_one(self, view: memoryview, arrived: Callable[[memoryview], object] | None) -> None:
+        position = 0
+        while position < len(view):
+            piece = view[position : position + PIECE]
+            got = self._reader.take([piece])
+            while got < len(piece):
+                now = time.monotonic()
+                if now - self._checked > _CHECK:  # two system calls for each piece would be felt
+                    set_timeout(self._sock, self._deadline)
+                    self._checked = now
+                try:
+                    came = self._sock.recv_into(piece[got:], len(piece) - got, socket.MSG_WAITALL)
+                except BlockingIOError as e:
+                    raise TimeoutError(f"not all data came within {self._deadline.timeout:g}s") from e
+                if not came:
+                    raise WireError("the connection was closed in the middle of the data")
+                got += came
             if arrived is not None:
-                arrived(view[:part])
-            got -= part
-            if part == len(view):
-                i += 1
-            else:
-                pending[i] = view[part:]
-        if i == len(pending):
+                arrived(piece)
+            position += len(piece)
+
+    def _fill_small(self, views: list[memoryview], size: int, arrived: Callable[[memoryview], object] | None) -> None:
+        """Many small views: received together, then handed out."""
+        if len(views) <= 1:
+            for view in views:
+                self._fill_one(view, arrived)
             return
-        set_timeout(sock, deadline)
-        try:
-            if len(pending[i]) >= _RECV or i + 1 == len(pending):
-                got = sock.recv_into(pending[i], min(_RECV, len(pending[i])), socket.MSG_WAITALL)
-            else:
-                got = sock.recvmsg_into(pending[i : i + _IOV], 0, socket.MSG_WAITALL)[0]
-        except BlockingIOError as e:
-            raise TimeoutError(f"not all data came within {deadline.timeout:g}s") from e
-        if not got:
-            raise WireError("the connection was closed in the middle of the data")
+        if self._bounce is None:
+            self._bounce = memoryview(bytearray(PIECE))
+        data = self._bounce[:size]
+        self._fill_one(data, arrived)
+        for view in views:
+            view[:] = data[: len(view)]
+            data = data[len(view) :]
 
 
 _RANGE = re.compile(r"bytes=(\d{1,19})-(\d{1,19})?")

@@ -41,6 +41,14 @@ class Transfer:
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
         self._reason: str | None = None
+        self._finished = False
+
+    def finish(self) -> None:
+        """It has its result, or its error: what still waits on a connection of it ends now, and none is made."""
+        with self._lock:
+            self._finished = True
+            for sock in self._sockets:
+                shut_down(sock)
 
     def abort(self, reason: str) -> None:
         """Ends it, from any thread. The first reason is kept."""
@@ -76,6 +84,8 @@ class Transfer:
         """
         with self._lock:  # an abort comes before, or finds a socket that is connecting
             self.check()
+            if self._finished:
+                raise OSError(errno.ECANCELED, "the transfer is over")
             self._sockets.add(sock)
             sock.setblocking(False)
             error = sock.connect_ex(cast(Any, target))
@@ -87,6 +97,12 @@ class Transfer:
         if error:
             raise OSError(error, os.strerror(error))
         sock.setblocking(True)
+
+    def cut(self, sock: socket.socket) -> None:
+        """Makes every call on a socket that was connected fail now, from any thread."""
+        with self._lock:
+            if sock in self._sockets:
+                shut_down(sock)
 
     def close(self, sock: socket.socket) -> None:
         """Closes a socket that was connected, or failed to be."""

@@ -20,6 +20,7 @@ Rules
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Generic, TypeVar
 
@@ -81,6 +82,11 @@ class CheckpointTransport(ABC, Generic[T]):
 
     receives_in_place: bool = False
     """Whether ``recv_checkpoint`` writes into live tensors before everything is verified."""
+    takes_many_sources: bool = False
+    """Whether ``recv_from_many`` makes use of more than the first source. Then all groups at the newest step offer
+    their state where one heals, else only the one that the quorum assigns."""
+    receives_beside_collectives: bool = False
+    """Whether a receive leaves the process group alone, so that collectives may run meanwhile."""
 
     @abstractmethod
     def metadata(self) -> str:
@@ -122,6 +128,20 @@ class CheckpointTransport(ABC, Generic[T]):
             TransferAborted: ``abort`` was called meanwhile.
             TimeoutError: ``timeout`` passed.
         """
+
+    def recv_from_many(self, sources: Sequence[tuple[int, str]], step: int, timeout: timedelta) -> T:
+        """Receives the state of ``step``, verified, from one or more of several sources that have it.
+
+        By default from the first one, with ``recv_checkpoint``.
+
+        Args:
+            sources: replica rank and ``metadata()`` of each, the assigned one first. It may grow while this runs:
+            further
+                sources are appended as they answer.
+            step, timeout: as of ``recv_checkpoint``, whose errors this raises.
+        """
+        rank, metadata = sources[0]
+        return self.recv_checkpoint(rank, metadata, step, timeout)
 
     def abort(self, reason: str = "the caller gave it up") -> None:
         """Ends what this transport is doing at this moment, so that nobody waits for a member that died or hangs.

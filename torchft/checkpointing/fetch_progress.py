@@ -1,0 +1,89 @@
+"""How far a fetch is: for the log, for the metrics, and to judge how long the rest will take."""
+
+from __future__ import annotations
+
+import time
+
+from torchft.runtime.logs import SpeakerLogger
+
+__all__ = ["FetchProgress"]
+
+logger = SpeakerLogger("torchft.checkpointing.http_transport")
+
+_QUIET = 2.0
+_EVERY = 1.0
+_FIRST = 0.05
+
+
+class FetchProgress:
+    """Of one fetch. Its owner's lock guards it.
+
+    Args:
+        step: of the state.
+    """
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+        self._began = self._counted = time.monotonic()
+        self._told = self._began + _QUIET - _EVERY
+        self._told_bytes = 0
+        self.total = 0
+        """Bytes of the state."""
+        self.done = 0
+        """Bytes that are there and verified."""
+        self.kept = 0
+        """Bytes that were kept from an earlier attempt."""
+        self.received = 0
+        """Bytes of data that came, those included that were not right or came twice."""
+        self.retries = 0
+        """Connections that were lost and made anew."""
+        self.bad = 0
+        """Chunks that did not have their hash."""
+        self.bad_sources: list[str] = []
+        """Sources that are not believed."""
+        self.sources = 0
+        """That gave chunks."""
+        self.taken_over: set[int] = set()
+        """Workers that were ended because others are faster."""
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the data was asked for."""
+        return time.monotonic() - self._began
+
+    def begin(self, total: int, kept: int) -> None:
+        """The data is asked for."""
+        self.total, self.done, self.kept = total, kept, kept
+        self._began = self._counted = time.monotonic()
+        self._told = self._began + _QUIET - _EVERY
+
+    def landed(self, nbytes: int) -> None:
+        self.done += nbytes
+
+    def lost(self, nbytes: int) -> None:
+        """What was there is not believed."""
+        self.done -= nbytes
+
+    def seconds_left(self, received: int) -> float:
+        """At the pace so far; 0 while it is too early to say."""
+        elapsed = self.elapsed
+        if elapsed < _FIRST:
+            return 0.0
+        return (self.total - self.kept - received) * elapsed / max(1, received)
+
+    def tell(self, received: int, sources: int) -> None:
+        """A line each second, for a fetch that takes longer than two."""
+        now = time.monotonic()
+        if now - self._told < _EVERY:
+            return
+        rate = (received - self._told_bytes) / (now - self._counted)
+        self._told = self._counted = now
+        self._told_bytes = received
+        logger.info("receiving step %d: %s, %.2f GB/s from %d sources", self._step, self, rate / 1e9, sources)
+
+    def __str__(self) -> str:
+        share = 100 * self.done / self.total if self.total else 100.0
+        return (
+            f"{self.done / 1e6:.0f} of {self.total / 1e6:.0f} MB ({share:.0f} %), "
+            f"{self.retries + len(self.taken_over)} retries, {self.bad} bad chunks"
+        )

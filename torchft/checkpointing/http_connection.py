@@ -1,0 +1,249 @@
+"""One reader's connection to a source, and the requests it may make.
+
+Requests
+    - ``GET /checkpoint/{step}/manifest``, as soon as the snapshot is begun.
+    - ``GET /checkpoint/{step}/data`` with ``Range: bytes=a-b``, sent as fast as it is copied. With ``Accept:
+      application/x-torchft-hashed`` the range must consist of whole chunks, and the body has the 16 bytes of each
+      chunk's hash right after the chunk: it is hashed as it is sent.
+    - ``GET /checkpoint/{step}/hashes``, when all is hashed; asking makes the source hash what it has not yet.
+
+    Once all is hashed answers carry ``ETag: "root"``; ``If-Match: "root"`` has it hashed and is checked. 401 without
+    the token where one is set; 404 for a step that is not offered (any more, or yet), 409 for a step older than what
+    was offered, 410 for chunks that are not held any more, 412 for another root, 416 for an impossible range, 503 while
+    the hashes are not there. ``Prefer: wait=seconds`` lets the server hold the request that long instead of answering
+    404 or 503 at once. ``Receiver: name`` says which connections belong together.
+
+Rules
+    - Bodies go out of the snapshot's memory in pieces that stay in the cache between hashing and sending.
+    - No call on the socket takes longer than ``_TICK`` while a lease is held, so that the memory can be had back.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from torchft.checkpointing.http_wire import HASHED, PIECE, HeadReader, limit_calls, parse_range, send_some, send_views
+from torchft.checkpointing.offer import Gone, Offer, Withdrawn
+from torchft.checkpointing.transfers import shut_down
+from torchft.runtime.deadline import Deadline
+
+if TYPE_CHECKING:
+    from torchft.checkpointing.http_server import SnapshotServer
+
+__all__ = ["Connection", "Refused"]
+
+logger = logging.getLogger("torchft.checkpointing.http_transport")
+
+_IDLE = 60.0
+_MAX_WAIT = 3600.0
+_TICK = 0.02
+_PATH = re.compile(r"/checkpoint/(\d{1,18})/(manifest|data|hashes)")
+_WAIT = re.compile(r"wait=(\d{1,9}(?:\.\d{1,6})?)")
+_REASONS = {
+    200: "OK",
+    206: "Partial Content",
+    400: "Bad Request",
+    401: "Unauthorized",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    409: "Conflict",
+    410: "Gone",
+    412: "Precondition Failed",
+    416: "Range Not Satisfiable",
+    500: "Internal Server Error",
+    503: "Service Unavailable",
+}
+
+
+class Refused(Exception):
+    """What is asked for is not to be had. The message is for the reader."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Connection:
+    """One reader's connection and its thread."""
+
+    def __init__(self, server: SnapshotServer, sock: socket.socket, peer: str) -> None:
+        self._server = server
+        self._sock = sock
+        self._peer = peer
+        self.dropped = False
+        self.receiver = peer
+        self.lease = threading.Lock()
+        self.thread = threading.Thread(target=self._run, name=f"torchft-http-{peer}", daemon=True)
+
+    def cut(self) -> None:
+        """Makes every call on the socket fail now. The server's lock is held: the socket is not closed meanwhile."""
+        self.dropped = True
+        shut_down(self._sock)
+
+    def _run(self) -> None:
+        try:
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            reader = HeadReader(self._sock)
+            while self._one(reader):
+                pass
+        except (OSError, TimeoutError, Withdrawn, Gone) as e:
+            logger.debug("checkpoint reader %s: %s", self._peer, e)
+        except Exception:
+            logger.exception("serving the checkpoint reader %s failed", self._peer)
+        finally:
+            self._server.ended(self)
+            self._sock.close()
+
+    def _one(self, reader: HeadReader) -> bool:
+        head = reader.head(Deadline(_IDLE))
+        if head is None:
+            return False
+        line, headers = head
+        limit_calls(self._sock, _TICK)
+        try:
+            method, target, version = line.split(" ")
+        except ValueError:
+            self._answer(400, {}, b"not HTTP\n")
+            return False
+        try:
+            if version != "HTTP/1.1" or headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
+                raise Refused(400, "HTTP/1.1 requests without a body are served")
+            if method not in ("GET", "HEAD"):
+                raise Refused(405, "GET is served")
+            if not self._server.allows(headers):
+                raise Refused(401, "this source asks for a token: give the transport the job's token=")
+            path = _PATH.fullmatch(target)
+            if path is None:
+                raise Refused(
+                    404, "GET /checkpoint/{step}/manifest, /checkpoint/{step}/data or /checkpoint/{step}/hashes"
+                )
+            wait = _WAIT.search(headers.get("prefer", ""))
+            deadline = Deadline(min(float(wait[1]) if wait else 0.0, _MAX_WAIT))
+            self.receiver = headers.get("receiver", self._peer)[:64]
+            offer = self._server.find(int(path[1]), self, deadline)
+            try:
+                if path[2] == "manifest":
+                    self._document(offer, offer.document, method)
+                elif path[2] == "hashes":
+                    if offer.await_seal(deadline, self) is None:
+                        raise Refused(503, f"the snapshot of step {offer.step} is being hashed")
+                    self._document(offer, offer.hashes, method)
+                else:
+                    self._data(offer, headers, method, deadline)
+            except Gone as e:
+                raise Refused(410, str(e)) from e
+        except Refused as e:
+            self._answer(e.status, {"Retry-After": "1"} if e.status == 503 else {}, f"{e}\n".encode())
+            if e.status == 400:
+                return False
+        return headers.get("connection", "").lower() != "close"
+
+    def _document(self, offer: Offer, document: bytes, method: str) -> None:
+        fields = {**_etag(offer), "Content-Type": "application/json"}
+        views = [memoryview(_head(200, fields, len(document))), memoryview(document)]
+        send_views(self._sock, views if method == "GET" else views[:1], self._server.stall)
+
+    def _data(self, offer: Offer, headers: dict[str, str], method: str, deadline: Deadline) -> None:
+        if "if-match" in headers:
+            if offer.await_seal(deadline, self) is None:
+                raise Refused(503, f"the snapshot of step {offer.step} is being hashed")
+            if headers["if-match"] not in ("*", *_etag(offer).values()):
+                raise Refused(412, f"the root of step {offer.step} is {_etag(offer)['ETag']}")
+        cut = offer.cut
+        start, stop, status = 0, cut.total, 200
+        fields = {**_etag(offer), "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
+        if "range" in headers:
+            span = parse_range(headers["range"], cut.total)
+            if span is None:
+                self._answer(416, {"Content-Range": f"bytes */{cut.total}"}, b"no such range\n")
+                return
+            start, stop, status = *span, 206
+            fields["Content-Range"] = f"bytes {start}-{stop - 1}/{cut.total}"
+        hashed = headers.get("accept") == HASHED
+        first, last = start // cut.chunk_size, -(-stop // cut.chunk_size)
+        length = stop - start
+        if hashed:
+            if start != cut.span(first)[0] or (stop > start and stop != cut.span(last - 1)[1]):
+                raise Refused(416, f"hashes come with whole chunks of {cut.chunk_size} bytes")
+            fields["Content-Type"] = HASHED
+            length += 16 * (last - first)
+        offer.check_held(first, last)
+        send_views(self._sock, [memoryview(_head(status, fields, length))], self._server.stall)
+        if method == "GET":
+            _Body(self._sock, self, offer, self._server.stall).send(start, stop, hashed)
+
+    def _answer(self, status: int, fields: dict[str, str], body: bytes) -> None:
+        head = _head(status, {**fields, "Content-Type": "text/plain"}, len(body))
+        send_views(self._sock, [memoryview(head + body)], self._server.stall)
+
+
+class _Body:
+    """Sends a range of an offer's data."""
+
+    def __init__(self, sock: socket.socket, reader: Connection, offer: Offer, stall: float) -> None:
+        self._sock = sock
+        self._reader = reader
+        self._offer = offer
+        self._stall = stall
+        self._tail = b""
+
+    def send(self, start: int, stop: int, hashed: bool) -> None:
+        size = self._offer.cut.chunk_size
+        while start < stop:
+            index = start // size
+            end = min(stop, (index + 1) * size)
+            known = self._offer.digest_of(index) if hashed else None
+            hasher = xxhash.xxh3_128() if hashed and known is None else None
+            while start < end:
+                there = self._offer.await_bytes(start + 1, self._stall, self._reader)
+                until = min(end, start + PIECE, there)
+                self._piece(start, until, hasher)
+                start = until
+            if hashed:
+                if hasher is not None:
+                    known = hasher.digest()
+                    self._offer.hashed(index, known)
+                assert known is not None
+                self._tail = known
+                self._offer.sent(self._reader, index)
+        if self._tail:
+            send_views(self._sock, [memoryview(self._tail)], self._stall)
+
+    def _piece(self, start: int, stop: int, hasher: xxhash.xxh3_128 | None) -> None:
+        """Sends bytes of one chunk, after the hash of the chunk before, hashing them first."""
+        moved_on = time.monotonic()
+        fresh = True
+        while start < stop:
+            with self._offer.reading(self._reader.lease, start, stop) as views:
+                if fresh and hasher is not None:
+                    for view in views:
+                        hasher.update(view)
+                fresh = False
+                tail = len(self._tail)
+                sent = send_some(self._sock, [memoryview(self._tail), *views] if tail else views)
+            if sent:
+                self._tail = self._tail[sent:]
+                start += max(0, sent - tail)
+            elif time.monotonic() - moved_on > self._stall:
+                raise TimeoutError("the reader takes nothing")
+            else:
+                self._offer.await_bytes(start, None, self._reader)  # ends with the offer
+                continue
+            if start < stop:
+                moved_on = time.monotonic()
+
+
+def _etag(offer: Offer) -> dict[str, str]:
+    return {} if offer.seal is None else {"ETag": f'"{offer.seal.root}"'}
+
+
+def _head(status: int, fields: dict[str, str], length: int) -> bytes:
+    lines = [f"HTTP/1.1 {status} {_REASONS[status]}", *(f"{k}: {v}" for k, v in fields.items())]
+    return ("\r\n".join([*lines, f"Content-Length: {length}"]) + "\r\n\r\n").encode("latin-1")

@@ -1,0 +1,93 @@
+"""One of the sources of a fetch: where it is, whether it answers, what it has announced; and whom to believe.
+
+States: *idle* (not asked yet) → *opening* (connecting, waiting for its manifest) → *ready* → and from anywhere *out*
+(lost, refused, or not believed: the reason is kept for the messages).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from torchft.checkpointing.chunks import Seal
+from torchft.checkpointing.http_client import SourceConnection
+from torchft.checkpointing.transport import CheckpointError, CheckpointTimeout, SourceLost, StepNotServed
+
+__all__ = ["HTTPSource", "failure_of", "judge"]
+
+
+@dataclass(eq=False)
+class HTTPSource:
+    """A source, as the fetch sees it."""
+
+    index: int
+    """Its place among the sources: the assigned one is 0."""
+    name: str
+    """For messages."""
+    addresses: Sequence[str]
+    state: str = "idle"
+    why: CheckpointError | None = None
+    """Why it is out."""
+    failures: int = 0
+    """Connections lost since a chunk came from it."""
+    address: str = ""
+    """The one that answered."""
+    first: SourceConnection | None = None
+    """On which the manifest came, for the first worker."""
+    seal: Seal | None = None
+    """Its hashes of all chunks, when asked for and there."""
+    asked_for_seal: bool = False
+    workers: dict[int, SourceConnection] = field(default_factory=dict)
+    closed: int = 0
+    """Bytes that came on connections that are closed."""
+
+    @property
+    def usable(self) -> bool:
+        return self.state == "ready"
+
+    @property
+    def received(self) -> int:
+        """Bytes of data, on all connections."""
+        return self.closed + sum(c.received for c in self.workers.values())
+
+    def end(self, why: CheckpointError) -> None:
+        """It is out. Its connections are cut."""
+        if self.state != "out":
+            self.state, self.why = "out", why
+        for connection in self.workers.values():
+            connection.cut()
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.address or ', '.join(self.addresses)})"
+
+
+def failure_of(sources: Sequence[HTTPSource], step: int) -> CheckpointError:
+    """What a fetch fails with whose sources are all out."""
+    reasons = [s.why for s in sources if s.why is not None]
+    if len(sources) == 1:
+        return type(reasons[0])(f"{sources[0].name}: {reasons[0]}")
+    kind = SourceLost
+    for same in (StepNotServed, CheckpointTimeout):
+        if all(isinstance(r, same) for r in reasons):
+            kind = same  # type: ignore[assignment]
+    told = "; ".join(f"{s.name}: {s.why}" for s in sources)
+    return kind(f"no source of step {step} is left. {told}")
+
+
+def judge(sources: Sequence[HTTPSource], distrusted: Collection[int]) -> tuple[Seal, list[HTTPSource]]:
+    """Whose hashes are right, and which sources have others.
+
+    Most of those that sent no bad bytes decide; where as many stand on both sides, those with the assigned source, or
+    the one nearest to it in the order.
+
+    Args:
+        sources: at least one; each with its hashes.
+        distrusted: indices of those that do not count, unless there is no other.
+    """
+    voters = [s for s in sources if s.index not in distrusted] or list(sources)
+    roots = {s.index: s.seal.root for s in sources if s.seal is not None}
+    votes = Counter(roots[s.index] for s in voters)
+    best = max(voters, key=lambda s: (votes[roots[s.index]], -s.index))
+    assert best.seal is not None
+    return best.seal, [s for s in sources if roots[s.index] != roots[best.index]]
