@@ -137,6 +137,7 @@ def lighthouse(
         level=logging.DEBUG if verbose else logging.INFO,
         format="%(asctime)s [%(levelname)s] %(name)s - %(message)s",
     )
+    logging.getLogger("urllib3").setLevel(logging.INFO)  # a line for each word with etcd is no user's business
     if ha is None and state_file is None:
         kept = default_state_file(bind)
     else:

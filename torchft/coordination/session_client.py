@@ -54,6 +54,9 @@ class Servers(Protocol):
     def admit(self, epoch: int) -> bool:
         """Whether a server of this epoch may be believed."""
 
+    def why_refused(self, epoch: int) -> str:
+        """In words, where :meth:`admit` said no."""
+
     def leave(self, address: str, leader: str | None = None) -> None:
         """That server does not lead, but ``leader``, which may be empty; None: it does not answer."""
 
@@ -73,6 +76,9 @@ class OneServer:
 
     def admit(self, epoch: int) -> bool:
         return True
+
+    def why_refused(self, epoch: int) -> str:
+        return ""
 
     def leave(self, address: str, leader: str | None = None) -> None:
         pass
@@ -116,6 +122,7 @@ class SessionClient:
         self._events = events
         self._server = server
         self._log = log
+        self._refused = ""
         self._interval = 1.0
         self._life_address = ""
         self._lock = threading.Lock()
@@ -216,16 +223,21 @@ class SessionClient:
             try:
                 address, stub = self._servers.begin()
                 call = self._call = stub.Session(self._messages(outbox))
+                epoch = 0
                 for message in call:
-                    kind = message.WhichOneof("kind")
-                    if kind == "redirect":
+                    if message.HasField("redirect"):
                         leader = message.redirect.leader
-                    elif kind == "welcome" and not self._servers.admit(message.welcome.epoch):
+                        continue
+                    if message.HasField("welcome"):
+                        epoch = message.welcome.epoch
+                    if not self._servers.admit(epoch):
+                        self._refuse(epoch)
                         leader = ""
-                        call.cancel()
-                    elif self._take(message):
+                        break
+                    if self._take(message):
                         backoff = Backoff(0.02, 1.0)
-                cause = "the server ended it"
+                cause = "the server ended it" if leader is None else "it does not lead"
+                call.cancel()
             except grpc.RpcError as e:
                 if isinstance(e, grpc.Call) and e.code() == grpc.StatusCode.UNIMPLEMENTED:
                     self._settled.set()
@@ -244,6 +256,12 @@ class SessionClient:
             if leader is not None or not stood:
                 self._servers.leave(address, leader)
             self._closed.wait(backoff.delay())
+
+    def _refuse(self, epoch: int) -> None:
+        why = self._servers.why_refused(epoch)
+        if why != self._refused:
+            self._refused = why
+            self._log.warning("%s: nothing it says is believed", why)
 
     def _messages(self, outbox: queue.SimpleQueue[pb.SessionUp | None]) -> Iterator[pb.SessionUp]:
         """On a thread of gRPC's."""

@@ -1,0 +1,476 @@
+"""Several lighthouses that elect their leader in a real etcd, and clients that find it."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from tests.etcd import Etcd, needs_etcd, running_etcd
+from torchft.coordination import LighthouseClient, LighthouseServer, ManagerServer
+from torchft.coordination.channel import open_channel
+from torchft.coordination.election import RegisterError
+from torchft.coordination.etcd import EtcdRegister, parse_ha
+from torchft.coordination.lighthouses import LEADER_KEY, Lighthouses
+from torchft.coordination.proto import session_pb2, session_pb2_grpc
+from torchft.coordination.proto import torchft_pb2 as pb
+from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
+from torchft.core.election import Holder, LeaseOptions, Register, first_id
+from torchft.testing.faults import Link
+from torchft.testing.wait import wait_until
+
+TEN = timedelta(seconds=10)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Etcd]:
+    """For tests that leave it as it is."""
+    with running_etcd(tmp_path_factory.mktemp("etcd")) as etcd:
+        yield etcd
+
+
+class Lights:
+    """Lighthouses of one job in this process."""
+
+    def __init__(self) -> None:
+        self.servers: list[LighthouseServer] = []
+
+    def start(self, ha: str, lease_ms: int = 5000, **kwargs: Any) -> LighthouseServer:
+        options = {"min_replicas": 1, "heartbeat_timeout_ms": 2000, "join_timeout_ms": 100, **kwargs}
+        server = LighthouseServer("127.0.0.1:0", ha=ha, ha_lease_ms=lease_ms, **options)
+        self.servers.append(server)
+        return server
+
+    def leader(self) -> LighthouseServer:
+        wait_until(lambda: any(s.epoch for s in self.servers), what="that one leads")
+        return next(s for s in self.servers if s.epoch)
+
+    def others(self) -> list[LighthouseServer]:
+        leader = self.leader()
+        return [s for s in self.servers if s is not leader]
+
+    def addresses(self) -> str:
+        return ",".join(s.address() for s in self.servers)
+
+    def end(self, server: LighthouseServer) -> None:
+        self.servers.remove(server)
+        server.shutdown()
+
+
+@pytest.fixture
+def lights() -> Iterator[Lights]:
+    lights = Lights()
+    yield lights
+    for server in list(lights.servers):
+        lights.end(server)
+
+
+@contextmanager
+def member(lighthouses: str, replica_id: str = "a", sessions: bool = True) -> Iterator[ManagerServer]:
+    tenth = timedelta(milliseconds=100)
+    server = ManagerServer(replica_id, lighthouses, "", "127.0.0.1:0", "store:1", 1, tenth, TEN, 0, sessions=sessions)
+    try:
+        yield server
+    finally:
+        server.leave("the test ends", 3)
+        server.shutdown()
+
+
+def ask(server: ManagerServer) -> int:
+    """The epoch of a new quorum, after an old one broke."""
+    return server._quorum(0, 3, "", False, TEN, 1).quorum_id >> 32
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as executor:
+        yield executor
+
+
+def call(server: LighthouseServer, epoch: int = 0) -> pb.LighthouseQuorumResponse:
+    """A bare call at this very lighthouse."""
+    with open_channel(server.address()) as channel:
+        request = pb.LighthouseQuorumRequest(requester=pb.QuorumMember(replica_id="bare"), epoch=epoch)
+        return pb_grpc.LighthouseServiceStub(channel).Quorum(request, timeout=5, wait_for_ready=True)
+
+
+# --------------------------------------------------------------------------------------------------- who leads
+
+
+@needs_etcd
+def test_one_leads_and_the_others_send_everybody_to_it(shared: Etcd, lights: Lights) -> None:
+    for _ in range(3):
+        lights.start(shared.url("send"))
+    leader = lights.leader()
+    assert leader.epoch == 1
+    standby = lights.others()[0]
+    wait_until(lambda: standby._seat.leader, what="that the standby knows the leader")
+    with pytest.raises(grpc.RpcError, match=f"does not lead: {leader.address()} does") as e:
+        call(standby)
+    assert e.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert (LEADER_KEY, leader.address()) in [(k, v) for k, v in e.value.trailing_metadata()]
+    with open_channel(standby.address()) as channel:
+        hello = session_pb2.SessionUp(hello=session_pb2.Hello(replica_id="a"))
+        answers = list(session_pb2_grpc.SessionServiceStub(channel).Session(iter([hello]), timeout=5))
+    assert [a.redirect.leader for a in answers] == [leader.address()]
+
+    # Clients that know only the standby get there by it.
+    client = LighthouseClient(standby.address(), TEN)
+    quorum = client.quorum("a", TEN)
+    assert quorum.quorum_id == first_id(1) + 1
+    client.heartbeat("a")
+    assert client.report_failure("a", "test")
+    client.close()
+    with member(standby.address()) as m:
+        assert ask(m) == 1
+
+
+@needs_etcd
+def test_a_leader_that_ends_hands_over_at_once(shared: Etcd, lights: Lights, pool: ThreadPoolExecutor) -> None:
+    for _ in range(3):
+        lights.start(shared.url("over"), lease_ms=30_000, min_replicas=2)
+    with member(lights.addresses(), "a") as a, member(lights.addresses(), "b") as b:
+        for epoch in (1, 2, 3):
+            waiting = pool.submit(ask, a)
+            leader = lights.leader()
+            wait_until(leader._service._core.waiting)
+            if epoch < 3:
+                lights.end(leader)  # while somebody waits
+                wait_until(lambda: lights.leader()._service._core.waiting(), what="that a asks the next one")
+                assert lights.leader().epoch == epoch + 1
+            other = pool.submit(ask, b)
+            assert waiting.result(10) == other.result(10) == min(epoch + 1, 3)
+
+
+@needs_etcd
+def test_jobs_are_apart(shared: Etcd, lights: Lights) -> None:
+    one, two = lights.start(shared.url("one")), lights.start(shared.url("two"))
+    wait_until(lambda: one.epoch and two.epoch)
+    assert (call(one).epoch, call(two).epoch) == (1, 1)
+
+
+@needs_etcd
+def test_a_subscription_goes_on_at_the_next_leader(shared: Etcd, lights: Lights, pool: ThreadPoolExecutor) -> None:
+    for _ in range(2):
+        lights.start(shared.url("subscription"), lease_ms=30_000)
+    client = LighthouseClient(lights.addresses(), TEN)
+    notices = client.subscribe_failures(timeout=TEN)
+    heard: Future[Any] = pool.submit(next, notices)
+    wait_until(lambda: lights.leader()._service._subscribers)
+    lights.end(lights.leader())
+    wait_until(lambda: lights.leader()._service._subscribers)
+    client.heartbeat("x")
+    lights.leader().inject_failure("x")
+    assert heard.result(10).replica_id == "x"
+    client.close()
+
+
+# ------------------------------------------------------------------------------------------------ etcd is away
+
+
+@needs_etcd
+def test_a_leader_without_etcd_goes_on_until_its_lease_ends(
+    tmp_path: Path, lights: Lights, caplog: pytest.LogCaptureFixture
+) -> None:
+    """etcd is stopped, killed, and started again: with its data the epochs go on, without them as well."""
+    caplog.set_level(logging.INFO, "torchft")
+    with running_etcd(tmp_path) as etcd:
+        server = lights.start(etcd.url("away"), lease_ms=1000)
+        lights.leader()
+        with member(server.address()) as m:
+            assert ask(m) == 1
+            etcd.process.send_signal(signal.SIGSTOP)
+            assert ask(m) == 1, "nobody notices"
+            wait_until(lambda: not server.epoch, what="that it steps down")
+            wait_until(lambda: "may have run out: the register was not reached" in caplog.text)
+            with pytest.raises(grpc.RpcError, match="knows nobody that does right now"):
+                call(server)
+            waiting: list[int] = []
+            asking = threading.Thread(target=lambda: waiting.append(ask(m)))
+            asking.start()
+            etcd.kill()
+            etcd.start_again()
+            asking.join(10)
+            assert waiting == [2]
+
+            etcd.kill()
+            etcd.start_again(with_data=False)
+            wait_until(lambda: server.epoch != 2, what="that it finds its lease gone")
+            assert ask(m) > 2, "the member has seen 2"
+
+
+@needs_etcd
+def test_a_leader_that_is_cut_off_from_etcd_is_replaced_and_joins_again(shared: Etcd, lights: Lights) -> None:
+    with Link(f"127.0.0.1:{shared.port}") as link:
+        first = lights.start(shared.url("cut", int(link.address.rpartition(":")[2])), lease_ms=1000)
+        lights.leader()
+        second = lights.start(shared.url("cut"), lease_ms=1000)
+        with member(lights.addresses()) as m:
+            assert ask(m) == 1
+            link.block()
+            wait_until(lambda: second.epoch == 2, what="that the second one leads")
+            assert first.epoch == 0, "the first one has stepped down before"
+            assert ask(m) == 2
+            link.restore()
+            wait_until(lambda: first._seat.leader == second.address(), what="that the first one stands by")
+            lights.end(second)
+            assert ask(m) == 3
+
+
+@needs_etcd
+def test_what_others_wrote_into_etcd_is_no_leader(
+    shared: Etcd, lights: Lights, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared.put("/torchft/garbage/leader", "me!")
+    server = lights.start(shared.url("garbage"), lease_ms=1000)
+    wait_until(lambda: "did not answer as it should" in caplog.text)
+    assert server.epoch == 0
+    shared.put("/torchft/garbage/leader", '{"name": 1, "address": 2, "life_address": 3}')
+    register = EtcdRegister(shared.url("garbage"), LeaseOptions(1.0))
+    with pytest.raises(RegisterError, match="no lighthouse"):
+        register.look()
+    register.close()
+
+
+@needs_etcd
+def test_the_register_does_what_it_promises(shared: Etcd) -> None:
+    register = EtcdRegister(shared.url("register"), LeaseOptions(5.0))
+    other = EtcdRegister(f"etcd://127.0.0.1:1,127.0.0.1:{shared.port}/register", LeaseOptions(5.0))
+    try:
+        assert register.look() == Register(0, None)
+        with pytest.raises(RegisterError, match=r"127.0.0.1:1 "):
+            other.look()
+        assert other.look() == Register(0, None), "the next endpoint"
+        me = register.campaign(Holder("me", "http://me:1", "me:2", 7, 0), expected=0)
+        assert me is not None
+        assert register.look() == other.look() == Register(7, me)
+        you = Holder("you", "http://you:1", "you:2", 8, 0)
+        assert other.campaign(you, expected=7) is None, "the seat is taken"
+        assert register.renew(me.lease)
+        other.vacate(me.lease)
+        other.vacate(me.lease)
+        assert not register.renew(me.lease)
+        assert other.campaign(you, expected=6) is None, "the epoch is another one by now"
+        assert other.look() == Register(7, None)
+        assert other.campaign(you, expected=7) is not None
+    finally:
+        register.close()
+        other.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "endpoints", "job"),
+    [
+        ("etcd://a:2379", ("a:2379",), "default"),
+        ("etcd://a:2379/", ("a:2379",), "default"),
+        (" etcd://a:1,[::1]:2/my-job.1 ", ("a:1", "[::1]:2"), "my-job.1"),
+    ],
+)
+def test_ha_is_read(url: str, endpoints: tuple[str, ...], job: str) -> None:
+    assert parse_ha(url) == (endpoints, job)
+
+
+@pytest.mark.parametrize(
+    "url", ["", "etcd://", "a:2379", "http://a:2379", "etcd://a", "etcd://a:2379/x/y", "etcd://a:0"]
+)
+def test_other_texts_are_refused(url: str) -> None:
+    with pytest.raises(ValueError, match=r"etcd|job"):
+        LighthouseServer("127.0.0.1:0", 1, ha=url)
+
+
+def test_two_records_are_one_too_many(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="state_file"):
+        LighthouseServer("127.0.0.1:0", 1, ha="etcd://127.0.0.1:1", state_file=tmp_path / "x")
+
+
+def test_without_the_client_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "etcd3gw", None)
+    with pytest.raises(RuntimeError, match=r"pip install 'torchft\[etcd\]'"):
+        LighthouseServer("127.0.0.1:0", 1, ha="etcd://127.0.0.1:1")
+
+
+# ------------------------------------------------------------------------------------------------------ epochs
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[Callable[[str], LighthouseServer]]:
+    """Lighthouses with state files, each on a port of its own."""
+    servers = []
+
+    def start(name: str, bind: str = "127.0.0.1:0") -> LighthouseServer:
+        servers.append(LighthouseServer(bind, 1, join_timeout_ms=100, state_file=tmp_path / name))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+
+
+@pytest.mark.parametrize("sessions", [True, False])
+def test_a_lighthouse_that_lost_its_state_file_takes_a_higher_epoch_than_its_members_have_seen(
+    alone: Callable[..., LighthouseServer], tmp_path: Path, caplog: pytest.LogCaptureFixture, sessions: bool
+) -> None:
+    for _ in range(4):
+        alone("x").shutdown()
+    server = alone("x")
+    with member(server.address(), sessions=sessions) as m:
+        assert ask(m) == 5
+        server.shutdown()
+        (tmp_path / "x").unlink()
+        second = alone("x", f"127.0.0.1:{server.port}")
+        assert second.epoch == 1
+        assert ask(m) == 6
+        assert second.epoch == 6
+        assert "it has lost its state file" in caplog.text
+    assert b'"epoch": 6' in (tmp_path / "x").read_bytes()
+
+
+def test_a_deposed_lighthouse_is_refused(alone: Callable[[str], LighthouseServer], monkeypatch: Any) -> None:
+    """One that does not know of the newer epoch, nor hears of it from its members."""
+    for _ in range(3):
+        alone("new").shutdown()
+    new, old = alone("new"), alone("old")
+
+    async def deaf(epoch: int) -> None:
+        pass
+
+    monkeypatch.setattr(old._seat, "told", deaf)
+    client = LighthouseClient(f"{new.address()},{old.address()}", TEN)
+    assert client.quorum("a", TEN).quorum_id >> 32 == 4
+    new.shutdown()
+    with pytest.raises((RuntimeError, TimeoutError)):
+        client.quorum("a", timedelta(seconds=1))
+    client.close()
+
+    lone = Lighthouses(old.address())
+    lone.admit(4)
+    with member(old.address()) as m:
+        m._lighthouse._lighthouses.admit(4)
+        with pytest.raises((RuntimeError, TimeoutError), match="epoch 4 has begun"):
+            m._quorum(0, 3, "", False, timedelta(seconds=1), 0)
+
+
+def test_an_epoch_that_cannot_be_is_refused(alone: Callable[[str], LighthouseServer]) -> None:
+    server = alone("x")
+    with pytest.raises(grpc.RpcError, match="far beyond") as e:
+        call(server, epoch=2**40)
+    assert e.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert server.epoch == 1
+
+
+def test_several_addresses_are_tried_until_one_answers(alone: Callable[[str], LighthouseServer]) -> None:
+    server = alone("x")
+    client = LighthouseClient(f"127.0.0.1:1, http://127.0.0.1:2,{server.address()}", TEN)
+    assert client.quorum("a", TEN).quorum_id == first_id(1) + 1
+    client.close()
+    with pytest.raises(TimeoutError, match=r"127.0.0.1:1.*127.0.0.1:2.*TORCHFT_LIGHTHOUSE"):
+        LighthouseClient("127.0.0.1:1,127.0.0.1:2", timedelta(milliseconds=300))
+
+
+def test_addresses_that_are_none_are_refused() -> None:
+    for text in ("", ",", "a", "a:1,b"):
+        with pytest.raises(ValueError, match="is not an address"):
+            LighthouseClient(text, TEN)
+
+
+def test_a_named_leader_is_followed_and_garbage_is_not() -> None:
+    lighthouses = Lighthouses("a:1,b:2")
+    assert lighthouses.several
+    lighthouses.leave("http://a:1", "http://c:3")
+    assert lighthouses.current == "http://c:3"
+    lighthouses.leave("http://a:1", "http://d:4")
+    assert lighthouses.current == "http://c:3", "said of one that is not asked any more"
+    lighthouses.leave("http://c:3")
+    assert lighthouses.current == "http://a:1"
+    for leader in ("", "nonsense", "http://a:1", "\0:-1"):
+        at = lighthouses.current
+        lighthouses.leave(at, leader)
+        assert lighthouses.current in lighthouses.addresses
+    lighthouses.close()
+
+
+# ----------------------------------------------------------------------------------------------- real processes
+
+
+class Process:
+    """``torchft lighthouse --ha`` in a process of its own."""
+
+    def __init__(self, ha: str, lease_ms: int) -> None:
+        command = [sys.executable, "-m", "torchft.cli.lighthouse", "--min_replicas", "1", "--bind", "127.0.0.1:0"]
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            [*command, "--ha", ha, "--ha_lease_ms", str(lease_ms)], stderr=subprocess.PIPE, text=True
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        wait_until(lambda: self.said("export TORCHFT_LIGHTHOUSE="), what="that it listens")
+        self.address = self.lines[-1].rpartition("=")[2].strip(") \n")
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        self.lines.extend(self.process.stderr)
+
+    def said(self, text: str) -> bool:
+        return any(text in line for line in list(self.lines))
+
+    def epochs(self) -> list[int]:
+        return [int(line.rpartition("epoch ")[2]) for line in list(self.lines) if "leads from now on" in line]
+
+    def end(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+        self.process.kill()
+        self.process.wait()
+        self._reader.join(10)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+
+@needs_etcd
+def test_killed_and_stopped_leaders_are_replaced_and_fenced_when_they_wake(
+    shared: Etcd, lights: Lights, pool: ThreadPoolExecutor
+) -> None:
+    """SIGKILL is seen by the kernel's refusal, SIGSTOP by the lease. The one that wakes answers nobody."""
+    lease_ms = 1000
+    killed = Process(shared.url("signals"), 30_000)
+    stopped: Process | None = None
+    try:
+        wait_until(lambda: killed.epochs() == [1])
+        stopped = Process(shared.url("signals"), lease_ms)
+        wait_until(lambda: stopped.said("standby: "), what="that it stands by")
+        with member(f"{killed.address},{stopped.address}") as m:
+            assert ask(m) == 1
+            killed.process.kill()
+            assert ask(m) == 2, "although its lease has 30 s to go"
+            assert stopped.epochs() == [2]
+
+            third = lights.start(shared.url("signals"), lease_ms=lease_ms)
+            stopped.process.send_signal(signal.SIGSTOP)
+            wait_until(lambda: third.epoch == 3, what="that the third one leads")
+            # m knows only the two, one dead and one asleep; b knows where the third is.
+            with member(f"{stopped.address},{third.address()}", "b") as b:
+                assert ask(b) == 3
+                with open_channel(stopped.address) as channel:
+                    request = pb.LighthouseQuorumRequest(requester=pb.QuorumMember(replica_id="bare"))
+                    stub = pb_grpc.LighthouseServiceStub(channel)
+                    answer = pool.submit(lambda: stub.Quorum(request, timeout=20, wait_for_ready=True))
+                    stopped.process.send_signal(signal.SIGCONT)
+                    with pytest.raises(grpc.RpcError, match="does not lead"):
+                        answer.result(10)
+                wait_until(lambda: stopped.said("no longer leads (epoch 2)"))
+                assert ask(b) == 3
+            assert ask(m) == 3, "it is sent there by the one that woke"
+    finally:
+        killed.end()
+        if stopped is not None:
+            stopped.end()
