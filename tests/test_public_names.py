@@ -60,16 +60,20 @@ def test_module_says_what_it_is(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["torchft", "torchft.config", "torchft.runtime.loop", "torchft.core.membership"])
 def test_modules_without_tensors_do_not_import_torch(name: str) -> None:
-    _check_imports_no_torch(name)
+    _check_imports_not("torch", name)
+
+
+def test_a_trainer_does_not_wait_for_what_only_sharded_tensors_need() -> None:
+    _check_imports_not("sympy", "torchft.manager, torchft.ddp, torchft.optim, torchft.data, torchft.local_sgd")
 
 
 @pytest.mark.parametrize("package", ["torchft.core", "torchft.runtime", "torchft.coordination", "torchft.cli"])
 def test_lighthouse_and_command_line_do_not_import_torch(package: str) -> None:
-    _check_imports_no_torch(package)
+    _check_imports_not("torch", package)
 
 
-def _check_imports_no_torch(name: str) -> None:
-    code = f"import sys, {name}; sys.exit('torch was imported' if 'torch' in sys.modules else 0)"
+def _check_imports_not(unwanted: str, names: str) -> None:
+    code = f"import sys, {names}; sys.exit('{unwanted} was imported' if '{unwanted}' in sys.modules else 0)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )

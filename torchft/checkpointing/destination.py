@@ -20,7 +20,6 @@ from collections.abc import Iterable
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from torchft.checkpointing.chunks import ByteRun
 from torchft.checkpointing.manifest import Manifest, TensorSpec
@@ -28,6 +27,7 @@ from torchft.checkpointing.memory import huge_empty
 from torchft.checkpointing.mesh import MeshSpec
 from torchft.checkpointing.transport import CheckpointError
 from torchft.checkpointing.tree import tensors_by_path
+from torchft.dtensor import is_dtensor
 
 __all__ = ["Destination"]
 
@@ -59,7 +59,7 @@ class Destination:
         self._given = {} if into is None else dict(tensors_by_path(into))
         self._meshes: dict[MeshSpec, DeviceMesh] = {}
         for given in self._given.values():
-            if isinstance(given, DTensor):
+            if is_dtensor(given):
                 self._meshes.setdefault(MeshSpec.of(given.device_mesh), given.device_mesh)
         members: list[list[TensorSpec]] = [[] for _ in manifest.extents]
         self._counterpart: dict[str, torch.Tensor] = {}
@@ -106,10 +106,10 @@ class Destination:
 
     def _local_counterpart(self, spec: TensorSpec) -> torch.Tensor | None:
         given = self._given.get(spec.path)
-        if given is None or isinstance(given, DTensor) != (spec.dtensor is not None):
+        if given is None or is_dtensor(given) != (spec.dtensor is not None):
             return None
         local = given.detach()
-        if isinstance(local, DTensor):
+        if is_dtensor(local):
             assert spec.dtensor is not None
             if tuple(local.shape) != spec.dtensor.shape or tuple(local.placements) != spec.dtensor.placements:
                 return None
@@ -159,6 +159,8 @@ class Destination:
         known = self._meshes.get(spec.dtensor.mesh)
         mesh = known or self._meshes.setdefault(spec.dtensor.mesh, spec.dtensor.mesh.build())
         with torch.no_grad():
+            from torch.distributed.tensor import DTensor  # here only: see torchft.dtensor
+
             return DTensor.from_local(
                 arrived.to(mesh.device_type),
                 mesh,

@@ -23,14 +23,17 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch.distributed.tensor import DTensor
 
-from torchft.checkpointing.mesh import MeshSpec, Placements, parse_placements, placements_json
+from torchft.checkpointing.mesh import MeshSpec, parse_placements, placements_json
 from torchft.checkpointing.transport import ManifestError, UnsafeStateError
 from torchft.checkpointing.tree import DTYPES, JSON, Decoder, Encoder, dtype_name
+from torchft.dtensor import dtensor_class
+
+if TYPE_CHECKING:  # here only: see torchft.dtensor
+    from torch.distributed.tensor import DTensor, Placement
 
 __all__ = ["MAX_MANIFEST_BYTES", "DTensorSpec", "Manifest", "TensorSpec", "describe"]
 
@@ -47,7 +50,7 @@ class DTensorSpec:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     mesh: MeshSpec
-    placements: Placements
+    placements: tuple[Placement, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,8 +256,9 @@ class _Collector:
 
     def encode(self, tensor: torch.Tensor, path: str) -> JSON:
         node: list[JSON]
-        if type(tensor) is DTensor or type(getattr(tensor, "data", None)) is DTensor:
-            data = cast(DTensor, tensor.detach())
+        kind = dtensor_class()
+        if kind is not None and kind in (type(tensor), type(getattr(tensor, "data", None))):
+            data = cast("DTensor", tensor.detach())
             spec = MeshSpec.of(data.device_mesh)
             if spec not in self.meshes:
                 self.meshes.append(spec)

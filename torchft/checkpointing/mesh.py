@@ -13,18 +13,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Partial, Placement, Replicate, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
 
 from torchft.checkpointing.transport import CheckpointError, ManifestError, UnsafeStateError
 
-__all__ = ["MeshSpec", "Placements", "parse_placements", "placements_json"]
+if TYPE_CHECKING:  # here only: see torchft.dtensor
+    from torch.distributed.tensor import Placement
 
-Placements = tuple[Placement, ...]
+__all__ = ["MeshSpec", "parse_placements", "placements_json"]
+
 _REDUCE_OPS = ("sum", "avg", "product", "max", "min", "norm", "premulsum", "band", "bor", "bxor")
 _MAX_RANKS = 1 << 20
 
@@ -102,6 +103,9 @@ def placements_json(placements: Sequence[Placement], path: str) -> list[list[obj
     Raises:
         UnsafeStateError: a placement of a kind that the format does not have.
     """
+    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
     out: list[list[object]] = []
     for p in placements:
         if type(p) is Replicate:
@@ -117,7 +121,7 @@ def placements_json(placements: Sequence[Placement], path: str) -> list[list[obj
     return out
 
 
-def parse_placements(node: object, tensor_dims: int, mesh_dims: int, path: str) -> Placements:
+def parse_placements(node: object, tensor_dims: int, mesh_dims: int, path: str) -> tuple[Placement, ...]:
     """Reads what :func:`placements_json` wrote, one placement for each dimension of the mesh.
 
     Raises:
@@ -125,6 +129,9 @@ def parse_placements(node: object, tensor_dims: int, mesh_dims: int, path: str) 
     """
     if not isinstance(node, list) or len(node) != mesh_dims:
         raise ManifestError(f"{path} does not have one placement for each dimension of its mesh")
+    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
     out: list[Placement] = []
     for p in node:
         match p:

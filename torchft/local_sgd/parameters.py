@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+
+from torchft.dtensor import is_dtensor
 
 __all__ = ["SynchronisedParameters", "as_gradient", "local_shard"]
 
@@ -25,13 +26,15 @@ def local_shard(parameter: torch.Tensor) -> torch.Tensor:
     """This rank's values of a parameter, in its own memory, outside of autograd."""
     with torch.no_grad():
         detached = parameter.detach()
-        return detached.to_local() if isinstance(detached, DTensor) else detached
+        return detached.to_local() if is_dtensor(detached) else detached
 
 
 def as_gradient(parameter: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     """``local`` as what ``parameter.grad`` may be set to."""
-    if not isinstance(parameter, DTensor):
+    if not is_dtensor(parameter):
         return local
+    from torch.distributed.tensor import DTensor  # here only: see torchft.dtensor
+
     return DTensor.from_local(
         local,
         parameter.device_mesh,
