@@ -20,7 +20,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchft.checkpointing import CheckpointError, ManifestError, PGTransport
+from torchft.checkpointing import CheckpointError, ManifestError, PGTransport, TransferAborted
 from torchft.checkpointing.pg_stream import BUCKET, PROLOGUE_BYTES, ChunkHasher, Prologue, buckets
 from torchft.process_group.gloo import ProcessGroupGloo
 
@@ -127,6 +127,58 @@ def test_receiver_that_is_gone_does_not_cost_the_other_its_state() -> None:
         with pytest.raises(CheckpointError, match="replica rank 2: connection closed"):
             source.send_checkpoint([1, 2], 1, state, TIMEOUT)
         assert torch.equal(receiving.result(30)["w"], state["w"])
+
+
+STOPPED = """
+import os, signal, sys, threading, torch
+from datetime import timedelta
+from torchft.checkpointing import PGTransport
+from torchft.process_group.gloo import ProcessGroupGloo
+t = timedelta(seconds=60)
+live = torch.zeros(int(sys.argv[2]), dtype=torch.uint8)
+def stop_when_bytes_came():
+    while not live[0]:
+        pass
+    os.kill(os.getpid(), signal.SIGSTOP)
+threading.Thread(target=stop_when_bytes_came, daemon=True).start()
+pg = ProcessGroupGloo(t)
+pg.configure(sys.argv[1], "stops", 2, 3)
+PGTransport(pg, t, torch.device("cpu"), lambda: {"w": live}).recv_checkpoint(0, "<n/a>", 7, t)
+"""
+
+
+def test_receiver_that_stops_does_not_cost_the_other_its_state() -> None:
+    """It stops in the middle, with its connection open; only the source's own wait for it is left."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    address = f"127.0.0.1:{store.port}/pg"
+    size = 192 << 20
+    state = {
+        "w": torch.full((size,), 3, dtype=torch.uint8),
+        "small": [torch.full((1000,), float(i)) for i in range(99)],
+    }
+    process = subprocess.Popen([sys.executable, "-c", STOPPED, address, str(size)], cwd=os.getcwd())
+    pgs = [ProcessGroupGloo(timedelta(seconds=60)) for _ in range(2)]
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda i: pgs[i].configure(address, f"r{i}", i, 3), range(2)))
+            source: PGTransport[Any] = PGTransport(pgs[0], TIMEOUT, CPU)
+            receiver: PGTransport[Any] = PGTransport(pgs[1], TIMEOUT, CPU)
+            sending = pool.submit(source.send_checkpoint, [2, 1], 7, state, TIMEOUT)
+            got = pool.submit(receiver.recv_checkpoint, 0, "<n/a>", 7, TIMEOUT).result(15)
+            assert torch.equal(got["w"], state["w"])
+            assert all(torch.equal(a, b) for a, b in zip(got["small"], state["small"], strict=True))
+            _, status = os.waitpid(process.pid, os.WUNTRACED)
+            assert os.WIFSTOPPED(status)
+            assert not sending.done()
+            source.abort("a member died")
+            pgs[0].abort()
+            with pytest.raises(TransferAborted, match="a member died"):
+                sending.result(5)
+    finally:
+        process.kill()
+        process.wait()
+        for pg in pgs:
+            pg.shutdown()
 
 
 MEMBER = """

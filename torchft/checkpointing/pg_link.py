@@ -1,15 +1,20 @@
-"""Messages to members of a process group, or from one: a few on their way at a time, in order, before one deadline.
+"""Messages to one member of a process group, or from it: many on their way at a time, in order, before one deadline.
+
+The idea
+    Waiting for a message costs a change of threads, so messages are waited for in *groups*: for the last of those that
+    make :data:`GROUP` bytes. Messages between two members under one tag complete in the order they were issued in.
 
 Rules
-    - A member that fails is left out from then on; a source goes on for the others.
     - Every wait is bounded by the deadline, and none begins once the transfer is aborted.
+    - A message and its work are kept until their group has been waited for: a backend drops what nobody holds.
     - Messages that are not a tensor's own memory lie in buffers, which are lent and kept for the next time.
+    - A link belongs to one thread. Links of several threads may share their buffers and the process group.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Sequence
 from datetime import timedelta
 from typing import Protocol
 
@@ -21,12 +26,14 @@ from torchft.checkpointing.transfers import Transfer
 from torchft.checkpointing.transport import CheckpointError, CheckpointTimeout, SourceLost
 from torchft.runtime.deadline import Deadline
 
-__all__ = ["AHEAD", "Link", "SendRecv", "message_of"]
+__all__ = ["GROUP", "Buffers", "Link", "SendRecv", "message_of"]
 
 _TAG = 1
 _READY = 2
-AHEAD = 3
-"""Messages that are on their way while the next is hashed, and buffers that are waited for."""
+GROUP = 16 << 20
+"""Bytes after which is waited. Larger: fewer changes of threads. Smaller: what has come is in the cache still."""
+_AHEAD = 2
+"""Groups that are on their way while the next is issued."""
 
 
 class SendRecv(Protocol):
@@ -37,13 +44,44 @@ class SendRecv(Protocol):
     def recv(self, tensors: list[torch.Tensor], src_rank: int, tag: int) -> Work: ...
 
 
+class Buffers:
+    """Memory for messages, kept and used again. From any thread.
+
+    Args:
+        device: where.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._free: list[torch.Tensor] = []
+        self._lock = threading.Lock()
+
+    def take(self, length: int) -> torch.Tensor:
+        """At least that many bytes."""
+        with self._lock:
+            while self._free and self._free[-1].numel() < length:
+                self._free.pop()  # of a source with smaller messages
+            if self._free:
+                return self._free.pop()
+        size = max(length, BUCKET if self._device.type == "cpu" else DEVICE_BUCKET)
+        return torch.empty(size, dtype=torch.uint8, device=self._device)
+
+    def give(self, buffer: torch.Tensor) -> None:
+        with self._lock:
+            self._free.append(buffer)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._free.clear()
+
+
 class Link:
     """See the module.
 
     Args:
-        pg: whose members they are.
+        pg: whose member it is.
         device: what it communicates.
-        ranks: receivers, or the one source.
+        rank: the receiver, or the source.
         deadline: until when.
         buffers: to take from and to give back to.
         transfer: that the messages belong to.
@@ -53,135 +91,113 @@ class Link:
         self,
         pg: SendRecv,
         device: torch.device,
-        ranks: Sequence[int],
+        rank: int,
         deadline: Deadline,
-        buffers: list[torch.Tensor],
+        buffers: Buffers,
         transfer: Transfer,
     ) -> None:
         self._pg = pg
         self._device = device
-        self._ranks = list(ranks)
+        self._rank = rank
         self._deadline = deadline
-        self._free = buffers
+        self._buffers = buffers
         self._transfer = transfer
-        self._lent: set[int] = set()
-        self._under_way: deque[tuple[torch.Tensor, list[tuple[int, Work]]]] = deque()
-        self._failed: dict[int, Exception] = {}
+        self._lent: dict[int, torch.Tensor] = {}
+        self._under_way: deque[tuple[torch.Tensor, Work]] = deque()
+        self._groups: deque[int] = deque()
+        """How many messages each group that is on its way has."""
+        self._open_messages = self._open_bytes = 0
 
     def buffer(self, length: int) -> torch.Tensor:
-        """Memory for one message; given back by :meth:`done_with`."""
-        while self._free and self._free[-1].numel() < length:
-            self._free.pop()  # of a source with smaller messages
-        if self._free:
-            whole = self._free.pop()
-        else:
-            size = max(length, BUCKET if self._device.type == "cpu" else DEVICE_BUCKET)
-            whole = torch.empty(size, dtype=torch.uint8, device=self._device)
-        self._lent.add(whole.data_ptr())
+        """Memory for one message; given back by :meth:`done_with`, or when the message is sent."""
+        whole = self._buffers.take(length)
+        self._lent[whole.data_ptr()] = whole
         return whole[:length]
 
-    @property
-    def lent(self) -> int:
-        """Buffers that are not given back."""
-        return len(self._lent)
+    def may_lend(self, largest: int) -> bool:
+        """Whether another buffer may be waited for.
 
-    @property
-    def lost(self) -> bool:
-        """Whether nobody is left to send to."""
-        return len(self._failed) == len(self._ranks)
+        Args:
+            largest: bytes of the largest message.
+        """
+        return len(self._lent) < max(3, (_AHEAD + 1) * GROUP // largest)
 
     def done_with(self, message: torch.Tensor) -> None:
-        if message.data_ptr() in self._lent:
-            self._lent.remove(message.data_ptr())
-            assert message._base is not None
-            self._free.append(message._base)
+        """Gives the message's buffer back, if it has one."""
+        whole = self._lent.pop(message.data_ptr(), None)
+        if whole is not None:
+            self._buffers.give(whole)
+
+    # ---------------------------------------------------------------------------------------------- the source
 
     def send(self, message: torch.Tensor) -> None:
+        """Returns when few enough messages are on their way."""
         message = message if message.device.type == self._device.type else message.to(self._device)
-        works: list[tuple[int, Work]] = []
-        for rank in self._ranks:
-            if rank not in self._failed:
-                try:
-                    works.append((rank, self._pg.send([message], rank, _TAG)))
-                except Exception as e:
-                    self._failed[rank] = e
-        self._under_way.append((message, works))
-        while len(self._under_way) > AHEAD:
-            self._sent()
-
-    def _sent(self) -> None:
-        message, works = self._under_way.popleft()
-        for rank, work in works:
-            if rank not in self._failed:
-                try:
-                    self._wait(work, rank)
-                except Exception as e:
-                    self._failed[rank] = e
-        self.done_with(message)
-        if self.lost:
-            self._under_way.clear()
+        self._under_way.append((message, self._pg.send([message], self._rank, _TAG)))
+        self._open_messages += 1
+        self._open_bytes += message.numel()
+        if self._open_bytes >= GROUP:
+            self._close_group()
+            while len(self._groups) > _AHEAD:
+                self._await_group()
 
     def drain(self) -> None:
-        """Returns when everything sent so far is out, or has failed."""
-        while self._under_way:
-            self._sent()
+        """Returns when everything sent so far is out."""
+        self._close_group()
+        while self._groups:
+            self._await_group()
+
+    def _close_group(self) -> None:
+        if self._open_messages:
+            self._groups.append(self._open_messages)
+            self._open_messages = self._open_bytes = 0
+
+    def _await_group(self) -> None:
+        count = self._groups.popleft()
+        self._wait(self._under_way[count - 1][1])
+        for _ in range(count):
+            self.done_with(self._under_way.popleft()[0])
 
     def await_ready(self) -> None:
-        """Returns when each receiver has announced messages, or has failed."""
-        works: list[tuple[int, Work]] = []
-        for rank in self._ranks:
-            if rank not in self._failed:
-                try:
-                    works.append((rank, self._pg.recv([message_of(b"\0")], rank, _READY)))
-                except Exception as e:
-                    self._failed[rank] = e
-        for rank, work in works:
-            try:
-                self._wait(work, rank)
-            except Exception as e:
-                self._failed[rank] = e
+        """Returns when the receiver has announced messages."""
+        self._wait(self._pg.recv([message_of(b"\0").to(self._device)], self._rank, _READY))
+
+    # -------------------------------------------------------------------------------------------- the receiver
 
     def tell_ready(self) -> None:
         """What :meth:`await_ready` waits for."""
-        rank = self._ranks[0]
         try:
-            self._wait(self._pg.send([message_of(b"\1").to(self._device)], rank, _READY), rank)
+            self._wait(self._pg.send([message_of(b"\1").to(self._device)], self._rank, _READY))
         except CheckpointError:
             raise
         except Exception as e:
             raise self._lost(e) from e
-
-    def raise_failures(self, step: int) -> None:
-        if self._failed:
-            text = "; ".join(f"replica rank {r}: {e}" for r, e in self._failed.items())
-            late = all(isinstance(e, TimeoutError) for e in self._failed.values())
-            kind = CheckpointTimeout if late else CheckpointError
-            raise kind(f"step {step} could not be sent to {text}") from next(iter(self._failed.values()))
 
     def recv(self, message: torch.Tensor) -> None:
-        rank = self._ranks[0]
+        """Announces a message."""
         try:
-            self._under_way.append((message, [(rank, self._pg.recv([message], rank, _TAG))]))
+            self._under_way.append((message, self._pg.recv([message], self._rank, _TAG)))
         except Exception as e:
             raise self._lost(e) from e
 
-    def wait_first(self) -> None:
-        """Waits for the oldest receive."""
-        _, [(rank, work)] = self._under_way.popleft()
+    def await_first(self, count: int = 1) -> None:
+        """Returns when the oldest ``count`` messages have come."""
         try:
-            self._wait(work, rank)
+            self._wait(self._under_way[count - 1][1])
         except CheckpointError:
             raise
         except Exception as e:
             raise self._lost(e) from e
+        for _ in range(count):
+            self._under_way.popleft()
 
     def recv_bytes(self, length: int) -> bytes:
         message = torch.zeros(length, dtype=torch.uint8, device=self._device)
         self.recv(message)
-        self.wait_first()
+        self.await_first()
         return message.cpu().numpy().tobytes()
 
-    def _wait(self, work: Work, rank: int) -> None:
+    def _wait(self, work: Work) -> None:
         self._transfer.check()
         left = self._deadline.remaining()
         try:
@@ -191,18 +207,18 @@ class Link:
         except Exception as e:
             if not self._deadline.expired:
                 raise
-            raise self._late(rank) from e
+            raise self._late() from e
         if not work.is_completed():
-            raise self._late(rank)
+            raise self._late()
 
-    def _late(self, rank: int) -> CheckpointTimeout:
+    def _late(self) -> CheckpointTimeout:
         return CheckpointTimeout(
-            f"replica rank {rank} did not take part within {self._deadline.timeout:g}s: it is slow, hangs, or died; a "
-            "longer timeout allows for a larger state"
+            f"replica rank {self._rank} did not take part within {self._deadline.timeout:g}s: it is slow, hangs, or "
+            "died; a longer timeout allows for a larger state"
         )
 
     def _lost(self, cause: Exception) -> SourceLost:
-        return SourceLost(f"replica rank {self._ranks[0]}, the source, was lost: {cause}")
+        return SourceLost(f"replica rank {self._rank}, the source, was lost: {cause}")
 
 
 def message_of(data: bytes) -> torch.Tensor:

@@ -32,7 +32,7 @@ _MAGIC = b"TORCHFT\x01"
 _VERSION = 2
 _FORMAT = struct.Struct("<8sIqQQQQ?")
 PROLOGUE_BYTES = 64
-BUCKET = 8 << 20
+BUCKET = 2 << 20
 """Most bytes of one message between hosts. Small enough to be in the cache still when it is sent after it was hashed,
 and hashed after it came; large enough that a message's own cost does not matter."""
 DEVICE_BUCKET = 32 << 20

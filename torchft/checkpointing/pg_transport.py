@@ -9,28 +9,29 @@ Rules
     - Data goes out of and into tensor memory where extents are large; small ones are gathered in a buffer that is kept.
     - Between hosts the receiver announces very many messages before the first byte of data comes. Announcing while
       bytes arrive contends with gloo's thread for the lock that it holds while it reads, and cost a fifth of the speed.
-    - A message is hashed just before it is sent and when it has come, beside the transfer of the others: it is in the
-      cache then, so that hashing costs little more than the transfer alone.
+    - Data is hashed just before it is sent, message by message, and when it has come, in groups of messages, beside the
+      transfer of the others. Groups: what wakes up for each message takes a processor from those who move the data.
     - Every wait is bounded by the call's timeout. After a failure the process group must be configured anew.
     - An abort ends a call at its next message; the message it waits for ends with the process group, which belongs to
       the caller and is to be aborted as well.
-    - A receiver that fails does not keep the others from getting their state; the call then raises, naming it.
+    - A receiver that dies or stops does not keep the others from getting their state; the call then raises, naming it.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
 
-from torchft.checkpointing.chunks import ByteRun, Seal, host_view
+from torchft.checkpointing.chunks import Seal, host_view
 from torchft.checkpointing.destination import Destination
 from torchft.checkpointing.manifest import Manifest, describe
-from torchft.checkpointing.pg_link import AHEAD, Link, SendRecv, message_of
+from torchft.checkpointing.pg_link import GROUP, Buffers, Link, SendRecv
+from torchft.checkpointing.pg_source import Outgoing
 from torchft.checkpointing.pg_stream import (
     BUCKET,
     DEVICE_BUCKET,
@@ -44,6 +45,8 @@ from torchft.checkpointing.snapshot import host_run
 from torchft.checkpointing.transfers import Transfer, Transfers
 from torchft.checkpointing.transport import (
     COPY_BELOW,
+    CheckpointError,
+    CheckpointTimeout,
     CheckpointTransport,
     IntegrityError,
     ManifestError,
@@ -89,7 +92,7 @@ class PGTransport(CheckpointTransport[T]):
         self._device = torch.device(device)
         self._state_dict = state_dict
         self._allow_pickle = allow_pickle
-        self._buffers: list[torch.Tensor] = []
+        self._buffers = Buffers(self._device)
         self._running = Transfers()
         self.receives_in_place = state_dict is not None
 
@@ -117,40 +120,24 @@ class PGTransport(CheckpointTransport[T]):
         manifest, sources = describe(state_dict, self._allow_pickle)
         run = host_run(sources, self._copy_below)
         logger.info("preparing state_dict took %.3fs (step %d, %d bytes)", clock.lap(), step, manifest.total)
-        link = Link(self._pg, self._device, dst_ranks, deadline, self._buffers, transfer)
         on_host = self._device.type == "cpu"
         bucket_size = BUCKET if on_host else DEVICE_BUCKET
         prologue = Prologue(step, len(manifest.body), manifest.total, bucket_size, waits=on_host)
-        link.send(message_of(prologue.pack()))
-        link.send(message_of(manifest.body))
-        link.drain()
-        if on_host:
-            link.await_ready()
-        logger.info("send manifest took %.3fs (%d bytes)", clock.lap(), len(manifest.body))
-        hasher = ChunkHasher()
-        for bucket in buckets(manifest.extents, bucket_size):
-            if link.lost:
-                break
-            views = run.views(bucket.start, bucket.stop)
-            hasher.update(views)
-            link.send(_memory(bucket, sources, views, link.buffer))
-        if not link.lost:
-            seal = Seal.of(manifest, hasher.finish())
-            link.send(message_of(bytes.fromhex(seal.root) + seal.chunks))
-        link.drain()
-        took = clock.lap()
-        logger.info(
-            "send tensors took %.3fs (%d bytes to replica ranks %s, %.2f GB/s)",
-            took,
-            manifest.total,
-            dst_ranks,
-            manifest.total * len(dst_ranks) / took / 1e9,
-        )
-        link.raise_failures(step)
+        links = {rank: self._link(rank, deadline, transfer) for rank in dst_ranks}
+        failed = Outgoing(prologue, manifest, sources, run, logger).to_all(links)
+        transfer.check()
+        if failed:
+            text = "; ".join(f"replica rank {rank}: {e}" for rank, e in failed.items())
+            late = all(isinstance(e, TimeoutError) for e in failed.values())
+            kind = CheckpointTimeout if late else CheckpointError
+            raise kind(f"step {step} could not be sent to {text}") from next(iter(failed.values()))
+
+    def _link(self, rank: int, deadline: Deadline, transfer: Transfer) -> Link:
+        return Link(self._pg, self._device, rank, deadline, self._buffers, transfer)
 
     def _recv(self, src_rank: int, step: int, deadline: Deadline, transfer: Transfer) -> T:
         clock = _Clock()
-        link = Link(self._pg, self._device, [src_rank], deadline, self._buffers, transfer)
+        link = self._link(src_rank, deadline, transfer)
         prologue = Prologue.unpack(link.recv_bytes(PROLOGUE_BYTES))
         body = link.recv_bytes(prologue.body)
         if prologue.step != step:
@@ -187,7 +174,7 @@ class PGTransport(CheckpointTransport[T]):
     def _receive(
         self, link: Link, prologue: Prologue, coming: Iterator[Bucket], destination: Destination, hasher: ChunkHasher
     ) -> None:
-        run: ByteRun = destination.run
+        run = destination.run
         arriving: deque[tuple[Bucket, torch.Tensor]] = deque()
         following = next(coming, None)
 
@@ -197,10 +184,10 @@ class PGTransport(CheckpointTransport[T]):
                 length = following.stop - following.start
                 if following.extent >= 0 and self._device.type == "cpu":
                     message = destination.piece(following.extent)[following.offset :][:length]
-                elif link.lent < AHEAD:
+                elif link.may_lend(prologue.bucket):
                     message = link.buffer(length)
                 else:
-                    return  # until one of the buffers has come
+                    return  # until some of the buffers have come
                 link.recv(message)
                 arriving.append((following, message))
                 following = next(coming, None)
@@ -209,18 +196,22 @@ class PGTransport(CheckpointTransport[T]):
         if prologue.waits:
             link.tell_ready()
         while arriving:
-            bucket, message = arriving.popleft()
-            link.wait_first()
-            views = run.views(bucket.start, bucket.stop)
-            if message.device.type != "cpu" or bucket.extent < 0:
-                data = host_view(message.cpu())
-                for view in views:
-                    view[:] = data[: len(view)]
-                    data = data[len(view) :]
-            link.done_with(message)
+            group: list[tuple[Bucket, torch.Tensor]] = []
+            size = 0
+            while arriving and size < GROUP:
+                group.append(arriving.popleft())
+                size += group[-1][1].numel()
+            link.await_first(len(group))
+            for bucket, message in group:
+                if message.device.type != "cpu" or bucket.extent < 0:
+                    data = host_view(message.cpu())
+                    for view in run.views(bucket.start, bucket.stop):
+                        view[:] = data[: len(view)]
+                        data = data[len(view) :]
+                link.done_with(message)
             if len(arriving) <= _ANNOUNCED // 2:
                 announce()
-            hasher.update(views)
+            hasher.update(run.views(group[0][0].start, group[-1][0].stop))
 
     def _verify(self, seal: Seal, trailer: bytes, step: int, src_rank: int) -> None:
         announced = Seal(seal.cut, trailer[16:], seal.body)
@@ -242,22 +233,3 @@ class _Clock:
         now = time.perf_counter()
         self._last, last = now, self._last
         return max(now - last, 1e-9)
-
-
-def _memory(
-    bucket: Bucket,
-    sources: Sequence[torch.Tensor],
-    views: Sequence[memoryview],
-    buffer: Callable[[int], torch.Tensor],
-) -> torch.Tensor:
-    """A message with the bytes of a bucket: the tensor's own memory, or a buffer they are gathered in."""
-    length = bucket.stop - bucket.start
-    if bucket.extent >= 0:
-        return sources[bucket.extent][bucket.offset : bucket.offset + length]
-    message = buffer(length)
-    gathered = message if message.device.type == "cpu" else torch.empty(length, dtype=torch.uint8)
-    data = host_view(gathered)
-    for view in views:
-        data[: len(view)] = view
-        data = data[len(view) :]
-    return message if gathered is message else message.copy_(gathered)
