@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.cases import faults, rejoin, soak, steps
+from benchmarks.cases import faults, rejoin, soak, steps, transfer_pg
 from benchmarks.cases.base import Case, Figures, Run, larger_is_better
 
 __all__ = ["CASES", "Case", "Figures", "Run", "larger_is_better"]
 
-CASES: tuple[Case, ...] = (*steps.CASES, *faults.CASES, *rejoin.CASES, *soak.CASES)
+CASES: tuple[Case, ...] = (*steps.CASES, *faults.CASES, *rejoin.CASES, *transfer_pg.CASES, *soak.CASES)
