@@ -12,6 +12,7 @@ __all__ = ["cli", "main"]
 
 _COMMANDS = {
     "lighthouse": ("torchft.cli.lighthouse", "Run the job's lighthouse."),
+    "simulate": ("torchft.cli.simulate", "Run the control protocol under thousands of random faults."),
     "demo": ("torchft.cli.demo", "Watch two replica groups train, join late, die and recover."),
 }
 
