@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torchft.coordination.types import Notice
+from torchft.core.election import first_id
 from torchft.core.membership import Death, Member, Options, Outcome, Quorum
-from torchft.core.standing import Decide, Message, Orders, Prepare, first_quorum_id
+from torchft.core.standing import Decide, Message, Orders, Prepare
 from torchft.core.standing_lighthouse import StandingLighthouse
 from torchft.runtime.life import Sign
 from torchft.testing.simulation.invariants import Invariants
@@ -99,9 +100,7 @@ class Lighthouse:
         """It leads: everything it knows it is told anew by those who come."""
         settings = self.settings
         options = Options(settings.min_replicas, settings.join_timeout, settings.heartbeat_timeout, settings.lease)
-        self.core = self._make(
-            options, first_quorum_id(epoch), self.process.time, restarted=epoch > 1, last=self.seat.last
-        )
+        self.core = self._make(options, first_id(epoch), self.process.time, restarted=epoch > 1, last=self.seat.last)
         self._preparing = False
         self._fresh = True
         self._given = self.core.membership.previous
