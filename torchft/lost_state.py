@@ -1,6 +1,10 @@
 """The state of the job is lost: what then (docs/checkpoints.md).
 
-Rules, for a quorum in which no member holds more than its first weights
+Rules, for a quorum that is behind what the job was
+    - Where checkpoints are kept, and one is newer than what the members hold, it is restored.
+    - Otherwise members that hold something go on from there.
+
+Rules, where no member holds more than its first weights
     - Nobody there has a usable state at all: nothing can be trained, whatever is allowed.
     - A *survivor* is there, one that saw the job further: going on from step 0 would throw away what it knows of.
       It is an error, unless ``allow_restart`` is true.
@@ -51,17 +55,24 @@ class Holders:
         return f"it was held by {', '.join(told)}{' …' if len(self._replicas) > 8 else ''}"
 
 
-def check_not_lost(quorum: QuorumResult, allow_restart: bool | None, holders: Holders, log: RankLogger) -> None:
+def check_not_lost(
+    quorum: QuorumResult,
+    allow_restart: bool | None,
+    holders: Holders,
+    saved: Callable[[QuorumResult], int],
+    log: RankLogger,
+) -> None:
     """Lets a quorum go on that may.
 
     Args:
         quorum: this rank's view.
         allow_restart: as of :class:`torchft.manager.Manager`.
         holders: who held what may be lost.
+        saved: the step of the newest checkpoint, the same on all ranks of a group; 0: there is none.
         log: for the warning.
 
     Raises:
-        StateLost: the job would begin again at step 0.
+        StateLost: the job would begin again at step 0, or further back than its newest checkpoint.
         RuntimeError: no member has a usable state, and nothing that was trained is lost.
     """
     members = ", ".join(quorum.replica_ids[:8])
@@ -72,6 +83,14 @@ def check_not_lost(quorum: QuorumResult, allow_restart: bool | None, holders: Ho
             f"Members: {members}"
         )
     if not quorum.lost_step:
+        return
+    if quorum.max_step > 0:
+        if (newest := saved(quorum)) > quorum.max_step:
+            raise StateLost(
+                f"the job was at step {quorum.lost_step}, and nobody holds that state any more: {holders}. The members "
+                f"of quorum {quorum.quorum_id} are at step {quorum.max_step}, behind the checkpoint of step {newest}",
+                quorum.lost_step,
+            )
         return
     strict = quorum.lost_by_survivor if allow_restart is None else not allow_restart
     if quorum.max_step < 0 or strict:

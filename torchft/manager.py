@@ -27,7 +27,7 @@ from torch.distributed import ReduceOp, Work
 from torch.futures import Future
 
 from torchft import config
-from torchft.checkpointing import CheckpointTransport, HTTPTransport
+from torchft.checkpointing import Checkpoints, CheckpointTransport, HTTPTransport
 from torchft.collectives import check_quantizable
 from torchft.departure import Drained, drain_requested, forget, leave_at_the_end, listen_for_sigterm
 from torchft.group import join_group
@@ -35,6 +35,7 @@ from torchft.process_group import ProcessGroup
 from torchft.quorum_phase import Progress, QuorumPhase
 from torchft.recovery import Recovery
 from torchft.reduction import StepFutures
+from torchft.restoring import Restoring
 from torchft.runtime.deadline import Deadline, seconds
 from torchft.runtime.logs import RankLogger
 from torchft.runtime.worker import Worker
@@ -95,6 +96,8 @@ class Manager:
             leaving others to their timeout; ``TORCHFT_PROACTIVE_RECOVERY`` by default.
         drain: at SIGTERM finish the step under way, leave, and exit with code 0: the next :meth:`start_quorum`
             raises :class:`torchft.departure.Drained`. To be set on the main thread.
+        checkpoints: where the state is saved every so many steps, by one of the groups, and restored from: before the
+            first quorum, and when the last replica that held the state is gone (docs/checkpoints.md).
         allow_restart: whether the job may begin again at step 0 when the last replica that held its state is gone.
             None: only if all groups are new, with a warning; if a group that saw the job further is there,
             :meth:`should_commit` raises :class:`torchft.lost_state.StateLost`. ``TORCHFT_ALLOW_RESTART`` wins.
@@ -136,6 +139,7 @@ class Manager:
         *,
         proactive_recovery: bool | None = None,
         drain: bool = False,
+        checkpoints: Checkpoints | None = None,
         allow_restart: bool | None = None,
         timeouts: Timeouts | None = None,
     ) -> None:
@@ -196,6 +200,18 @@ class Manager:
             seconds(self._timeout),
             lambda: self._error.current,
         )
+        self._restoring: Restoring | None = None
+        if checkpoints is not None:
+            self._restoring = Restoring(
+                checkpoints,
+                self._group.store,
+                self._group.replica_id,
+                self._group.rank,
+                self._group.world_size,
+                self._state,
+                max(seconds(self._timeout), seconds(self._timeouts.connect)),
+                self._log,
+            )
         self._begin = QuorumPhase(
             group=self._group,
             pg=pg,
@@ -219,7 +235,9 @@ class Manager:
             fixed_world_size=min_replica_size if world_size_mode is WorldSizeMode.FIXED_WITH_SPARES else None,
             init_sync=init_sync,
             allow_restart=allow_restart if config.ALLOW_RESTART.read() is None else config.ALLOW_RESTART.read(),
+            saved=(lambda _: 0) if self._restoring is None else self._restoring.newest,
         )
+        self._restored = False
         self._worker = Worker("torchft-quorum")
         self._quorum: concurrent.futures.Future[None] | None = None
         self._group.listen(self._begin.hear, self._check_timeouts)
@@ -280,6 +298,30 @@ class Manager:
         """Continues from what :meth:`state_dict` returned."""
         self._progress.load_state_dict(state_dict)
 
+    def restore(self) -> int | None:
+        """Restores the newest checkpoint, if there is one. The first :meth:`start_quorum` does by itself.
+
+        To be called by all ranks of the group, when everything that belongs to the state is registered: before the
+        data is loaded, say, if where that begins depends on the step.
+
+        Returns:
+            The step it is of; None if there is none.
+
+        Raises:
+            DamagedCheckpoint: there are some, and none can be used.
+            UnsafeStateError: the state that is registered could not be saved.
+            RuntimeError: this Manager has no ``checkpoints``.
+        """
+        if self._restoring is None:
+            raise RuntimeError("this Manager has no checkpoints to restore: pass checkpoints=Checkpoints(directory)")
+        self._restored = True
+        torchft = self._restoring.restore()
+        if torchft is None:
+            self._restoring.check()
+            return None
+        self._progress.load_state_dict(torchft)
+        return self._progress.step
+
     def allow_state_dict_read(self) -> None:
         """Ends what :meth:`disallow_state_dict_read` began."""
         self._state.gate.open()
@@ -311,6 +353,7 @@ class Manager:
         self._wait_for_worker()
         self._training_thread.begin()
         self._settle_lost_state()
+        self._save_and_restore()
         self._begin.clear()
         if self._drain and drain_requested():
             self.leave("drained on SIGTERM")
@@ -458,9 +501,26 @@ class Manager:
         return False
 
     def _settle_lost_state(self) -> None:
+        """Nobody holds the state any more: goes on from the newest checkpoint, or not at all."""
         lost, self._begin.lost = self._begin.lost, None
-        if lost is not None:
+        if lost is None:
+            return
+        if self._restoring is None:
             raise lost
+        self._log.warning("%s", lost)
+        if self.restore() is None:
+            raise lost
+
+    def _save_and_restore(self) -> None:
+        """Between two steps, when the state is at rest."""
+        if self._restoring is None:
+            return
+        if not self._restored:
+            self._restored = True
+            if self._progress.step == 0:  # else the program has loaded a state of its own
+                self.restore()
+        elif self._progress.failures == 0 and not self._begin.healing:
+            self._restoring.save(self._progress.step, self._begin.participation.rank, self._progress.state_dict())
 
     # ----------------------------------------------------------- errors, facts
 
@@ -542,6 +602,8 @@ class Manager:
         if wait and self._quorum is not None:
             concurrent.futures.wait([self._quorum], timeout=seconds(self._quorum_timeout))
         self._group.close()
+        if self._restoring is not None:
+            self._restoring.checkpoints.close(None if wait else 0.0)
         self._transport.shutdown(wait=wait)
         self._worker.shutdown(timeout=5.0 if wait else 0.0)
         self._pg.shutdown()

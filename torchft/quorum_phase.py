@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -82,6 +83,7 @@ class QuorumPhase:
         fixed_world_size: the most participants there may be; None: no limit.
         init_sync: at step 0 all groups take the primary's state.
         allow_restart: as of :class:`torchft.manager.Manager`.
+        saved: the step of the newest checkpoint, the same on all ranks of a group; 0: there is none.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class QuorumPhase:
         fixed_world_size: int | None,
         init_sync: bool,
         allow_restart: bool | None,
+        saved: Callable[[QuorumResult], int],
     ) -> None:
         self._group = group
         self._pg = pg
@@ -116,6 +119,7 @@ class QuorumPhase:
         self._fixed = fixed_world_size
         self._init_sync = init_sync
         self._allow_restart = allow_restart
+        self._saved = saved
         self._quorum: QuorumResult | None = None  # of the step under way
         self._configured: int | None = None  # the quorum that the process group stands for
         self._failures = 0
@@ -176,7 +180,7 @@ class QuorumPhase:
         self._progress.timed_out = False
         self._quorum = quorum
         try:
-            check_not_lost(quorum, self._allow_restart, self._holders, self._log)
+            check_not_lost(quorum, self._allow_restart, self._holders, self._saved, self._log)
             self._holders.remember(quorum)
             self._prepare(quorum, allow_heal)
         except Exception as e:

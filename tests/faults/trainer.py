@@ -24,7 +24,7 @@ import xxhash
 from torch import nn
 
 from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
-from torchft.checkpointing import HTTPTransport
+from torchft.checkpointing import Checkpoints, HTTPTransport
 from torchft.checkpointing.pg_transport import PGTransport
 from torchft.testing.faults import Injector
 
@@ -75,6 +75,8 @@ def main() -> None:
     parser.add_argument("--fork", type=int, default=0, help="so many children that live on, as data loaders do")
     parser.add_argument("--state-mb", type=int, default=0, help="ballast that a joiner has to receive")
     parser.add_argument("--heartbeat-only", action="store_true", help="without sessions")
+    parser.add_argument("--checkpoints", type=Path, help="where to save the state, and to restore it from")
+    parser.add_argument("--every", type=int, default=10, help="steps between two checkpoints")
     parser.add_argument("--step-seconds", type=float, default=0.0, help="length of the forward pass")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
@@ -110,6 +112,7 @@ def main() -> None:
         quorum_retries=args.quorum_retries,
         drain=args.drain,
         proactive_recovery=not args.heartbeat_only,
+        checkpoints=Checkpoints(args.checkpoints, every=args.every) if args.checkpoints else None,
     )
     model = DistributedDataParallel(manager, net, bucket_cap_mb=0.02)
     optimizer = Optimizer(manager, inner)

@@ -9,8 +9,8 @@ Rules, with the members sorted by replica id
     - Histories can part: a member that commits a step while the others give it up, and is then cut off, comes back
       at a step that they have committed without it. So where those at ``max_step`` tell different *lineages*, only
       those of the newest are up to date (decision 10). One lineage at one step is one state.
-    - A state is *lost* when ``max_step`` is not above 0, but the job was further: as a member has seen, which then
-      is a survivor, or as only the lighthouse remembers. The Manager decides what to do about it.
+    - A state is *lost* when the job was further than ``max_step``: as a member has seen, which then is a survivor, or,
+      where ``max_step`` is not above 0, as only the lighthouse remembers. The Manager decides what to do about it.
     - The *primary* is ``up_to_date[group_rank mod n]``: its store hosts the rendezvous, and spreading it by group
       rank spreads the load.
     - *Recovering* are the members that are not up to date; and, when ``init_sync`` and ``max_step`` is 0, all but the
@@ -122,7 +122,8 @@ def assign(quorum: Quorum, replica_id: str, group_rank: int, init_sync: bool) ->
     first_of = {dst: (i + group_rank) % len(sources) for i, dst in enumerate(recovering)}
     source_of = {dst: sources[first] for dst, first in first_of.items()}
 
-    seen = max(m.seen_step for m in members) if max_step <= 0 else 0
+    seen = max(m.seen_step for m in members)
+    survived = seen > max(max_step, 0)
     source = source_of.get(me)
     mine = [] if source is None else [*sources[first_of[me] :], *sources[: first_of[me]]][:MAX_SOURCES]
     return View(
@@ -142,6 +143,6 @@ def assign(quorum: Quorum, replica_id: str, group_rank: int, init_sync: bool) ->
         recovering_replica_ranks=tuple(recovering),
         lineage=lineages.pop() if len(lineages) == 1 else 0,
         commit_failures=max(m.commit_failures for m in members),
-        lost_step=seen or quorum.former_step,
-        lost_by_survivor=seen > 0,
+        lost_step=seen if survived else quorum.former_step,
+        lost_by_survivor=survived,
     )

@@ -1,0 +1,281 @@
+"""Checkpoints in a directory: what is complete, what is damaged, what may be deleted.
+
+The idea
+    A checkpoint is a folder that appears whole or not at all. It is written under another name, beside; each file is
+    synced; a *marker* with the size and hash of every file is written last, synced, and only then the folder gets
+    its name. Whoever reads checks the files against the marker before it uses a byte of them.
+
+Layout
+    ``step-000000000500/`` holds ``rank-0.data``, ``rank-0.manifest``, ``rank-0.json``, the same of further ranks, and
+    ``COMPLETE.json``. ``.writing-000000000500-ID/`` is one that is being written, or was when its writer died.
+    ``.replaced-…`` is one whose step was written anew.
+
+Rules
+    - A folder without its marker, or one file of which does not have the announced size and hash, is not a
+      checkpoint: it is passed over, with the reason.
+    - The newest ``keep`` are kept. A complete one of a later step than the one just written belongs to a history that
+      was given up (the job went back behind it): it is renamed to ``abandoned-…`` and never loaded.
+    - What a dead writer left is deleted by a later one: the folder is locked (``flock``) as long as a writer lives.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import xxhash
+
+from torchft.checkpointing.transport import CheckpointError
+
+__all__ = [
+    "MARKER",
+    "DamagedCheckpoint",
+    "FileHash",
+    "Marker",
+    "check_files",
+    "complete",
+    "folder_of",
+    "hash_file",
+    "held",
+    "partial_of",
+    "publish",
+    "read_marker",
+    "sync_folder",
+    "tidy",
+    "write_synced",
+]
+
+logger = logging.getLogger(__name__)
+
+MARKER = "COMPLETE.json"
+_FORMAT = "torchft-checkpoint-directory/1"
+_NAME = re.compile(r"step-(\d{12,18})")
+_WRITING, _REPLACED, _ABANDONED = ".writing-", ".replaced-", "abandoned-"
+_MAX_MARKER = 64 << 20
+_PIECE = 8 << 20
+_ORPHANED_AFTER = 60.0
+"""Seconds without a change after which a folder without a living writer is left over."""
+_ORPHANED_WITHOUT_LOCKS = 86400.0
+"""The same where the file system has no locks."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A folder is not a whole checkpoint. The message names the file and says what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileHash:
+    """A file's size, and the xxh3-128 of its content in hexadecimal."""
+
+    nbytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What a complete checkpoint consists of."""
+
+    step: int
+    world_size: int
+    """Ranks of the group that wrote it."""
+    files: dict[str, FileHash] = field(default_factory=dict)
+
+    def write(self) -> bytes:
+        files = {name: [f.nbytes, f.digest] for name, f in sorted(self.files.items())}
+        body = json.dumps(
+            {"format": _FORMAT, "step": self.step, "world_size": self.world_size, "files": files}, indent=1
+        )
+        return json.dumps({"body": body, "xxh3_128": xxhash.xxh3_128_hexdigest(body.encode())}).encode()
+
+
+def folder_of(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step is when it is complete."""
+    return directory / f"step-{step:012d}"
+
+
+def partial_of(directory: Path, step: int, writer: str) -> Path:
+    """Where it is while it is written; the same for all ranks of the group that writes."""
+    return directory / f"{_WRITING}{step:012d}-{xxhash.xxh3_64_hexdigest(writer.encode())}"
+
+
+def complete(directory: Path) -> list[tuple[int, Path]]:
+    """The steps and folders that look complete, the newest first.
+
+    Raises:
+        OSError: the directory is there and cannot be read.
+    """
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return []
+    found = [(int(m[1]), directory / name) for name in names if (m := _NAME.fullmatch(name))]
+    return sorted(found, reverse=True)
+
+
+def read_marker(folder: Path) -> Marker:
+    """Reads and checks a checkpoint's marker.
+
+    Raises:
+        DamagedCheckpoint: it is missing, or not one.
+    """
+    path = folder / MARKER
+    try:
+        with path.open("rb") as f:
+            text = f.read(_MAX_MARKER + 1)
+        outer = json.loads(text)
+        body = outer["body"]
+        if xxhash.xxh3_128_hexdigest(body.encode()) != outer["xxh3_128"]:
+            raise DamagedCheckpoint(f"{path} does not have its own hash")
+        inner = json.loads(body)
+        if inner["format"] != _FORMAT:
+            raise DamagedCheckpoint(f"{path} is of the format {inner['format']!r}, not {_FORMAT}")
+        files = {str(name): FileHash(int(size), str(digest)) for name, (size, digest) in inner["files"].items()}
+        marker = Marker(int(inner["step"]), int(inner["world_size"]), files)
+    except FileNotFoundError as e:
+        raise DamagedCheckpoint(f"{path} is missing: it was never completed") from e
+    except OSError as e:
+        raise DamagedCheckpoint(f"{path} cannot be read: {e}") from e
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise DamagedCheckpoint(f"{path} is not a marker: {e!r}") from e
+    if any("/" in name or name.startswith(".") for name in files):
+        raise DamagedCheckpoint(f"{path} names a file outside of its folder")
+    if folder.name != folder_of(folder.parent, marker.step).name:
+        raise DamagedCheckpoint(f"{path} is of step {marker.step}: the folder was renamed")
+    return marker
+
+
+def hash_file(path: Path) -> FileHash:
+    """Size and hash of a file as it is.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = xxhash.xxh3_128()
+    total = 0
+    buffer = bytearray(_PIECE)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as f:
+        while n := f.readinto(buffer):
+            digest.update(view[:n])
+            total += n
+    return FileHash(total, digest.hexdigest())
+
+
+def check_files(folder: Path, marker: Marker, names: list[str]) -> None:
+    """Compares files with what the marker says of them; the sizes of all others too.
+
+    Raises:
+        DamagedCheckpoint: one is missing, too short or long, or holds other bytes.
+    """
+    for name, expected in sorted(marker.files.items()):
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != expected.nbytes:
+                raise DamagedCheckpoint(f"{path} has {size} bytes instead of {expected.nbytes}")
+            if name in names and hash_file(path) != expected:
+                raise DamagedCheckpoint(f"{path} does not have the hash it was written with: bytes in it have changed")
+        except FileNotFoundError as e:
+            raise DamagedCheckpoint(f"{path} is missing") from e
+        except OSError as e:
+            raise DamagedCheckpoint(f"{path} cannot be read: {e}") from e
+    unknown = set(names) - set(marker.files)
+    if unknown:
+        raise DamagedCheckpoint(f"{folder} has no {', '.join(sorted(unknown))}: it was written by another layout")
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Writes a file that is there whole, under its name and on the disk, or not at all."""
+    temporary = path.with_name(f"{path.name}.new")
+    with temporary.open("wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.rename(path)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes names in a folder survive a power cut."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def publish(partial: Path, directory: Path, marker: Marker) -> Path:
+    """A folder whose files are all written and synced becomes the checkpoint of its step."""
+    write_synced(partial / MARKER, marker.write())
+    sync_folder(partial)
+    folder = folder_of(directory, marker.step)
+    if folder.exists():
+        folder.rename(directory / f"{_REPLACED}{folder.name}-{time.time_ns()}")
+    partial.rename(folder)
+    sync_folder(directory)
+    return folder
+
+
+def tidy(directory: Path, step: int, keep: int, abandoned: list[Path]) -> None:
+    """Deletes what is no longer needed after the checkpoint of ``step`` was completed.
+
+    Args:
+        keep: how many up to this step are kept.
+        abandoned: those of later steps that were there when the job was at ``step``.
+
+    Raises:
+        OSError: something could not be deleted.
+    """
+    for folder in abandoned:
+        aside = directory / f"{_ABANDONED}{folder.name}-{time.time_ns()}"
+        folder.rename(aside)
+        logger.warning("%s is of a history that was given up; it is kept as %s and not loaded", folder, aside.name)
+    for _, folder in [f for f in complete(directory) if f[0] <= step][keep:]:
+        doomed = directory / f"{_REPLACED}{folder.name}-{time.time_ns()}"
+        folder.rename(doomed)  # it vanishes at once, and not file by file
+        shutil.rmtree(doomed)
+    for name in os.listdir(directory):
+        path = directory / name
+        if name.startswith(_REPLACED) or (name.startswith(_WRITING) and _orphaned(path)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Meanwhile nobody takes the folder for a left one, as long as this process lives."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            pass  # a file system without locks: age tells
+        yield
+    finally:
+        os.close(handle)
+
+
+def _orphaned(folder: Path) -> bool:
+    """Whether no writer of this folder lives any more."""
+    handle = None
+    try:
+        age = time.time() - max(p.stat().st_mtime for p in [folder, *folder.iterdir()])
+        if age < _ORPHANED_AFTER:
+            return False
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return age > _ORPHANED_WITHOUT_LOCKS if handle is not None else False
+    finally:
+        if handle is not None:
+            os.close(handle)
+    return True

@@ -1,0 +1,162 @@
+"""Checkpoints and the Manager: when the state is saved, and when it is restored.
+
+The idea
+    Between two steps, on the training thread, the state is at rest: there a group saves, and there it restores. Every
+    group restores the newest checkpoint before its first quorum, so that all groups meet at one step when all of
+    them begin anew; who joins a running job is behind then, as always, and heals. And a group restores when it
+    learns that nobody holds the state any more.
+
+Rules
+    - The group with participating rank 0 in the step just committed saves: one writer per state, another one when the
+      first is gone.
+    - The ranks of a group restore the same checkpoint: rank 0 proposes the newest, each rank checks what it would
+      read, and only if all of them can use it is it used; else the one before is proposed.
+    - A restored state is written like a healed one: whole, by the registered functions. Until then the replica has
+      none.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from torchft.checkpointing import Checkpoints, DamagedCheckpoint
+from torchft.coordination import QuorumResult
+from torchft.runtime.logs import RankLogger
+from torchft.state import ReplicaState
+from torchft.training_thread import directly
+
+__all__ = ["Restoring"]
+
+_OK = "ok"
+
+
+class Restoring:
+    """One rank's use of the checkpoints of its group. On the training thread.
+
+    Args:
+        checkpoints: where they are.
+        store, prefix: of the group, for its ranks to agree.
+        replica_id, rank, world_size: of this rank.
+        state: what is saved and restored.
+        timeout: seconds, longest wait for the group's other ranks.
+        log: of the manager.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        store: TCPStore,
+        replica_id: str,
+        rank: int,
+        world_size: int,
+        state: ReplicaState,
+        timeout: float,
+        log: RankLogger,
+    ) -> None:
+        self.checkpoints = checkpoints
+        self._store = store
+        self._prefix = f"torchft/group/{replica_id}/restore"
+        self._replica_id = replica_id
+        self._rank = rank
+        self._world_size = world_size
+        self._state = state
+        self._timeout = timeout
+        self._log = log
+        self._rounds = 0
+        self._saved = -1
+
+    def save(self, step: int, participating_rank: int | None, torchft: dict[str, int]) -> None:
+        """Saves the state of the step if it is due and this group is the one that saves.
+
+        Args:
+            step: as many are committed.
+            participating_rank: of the group, in the last of them.
+            torchft: the manager's own part of the state.
+
+        Raises:
+            CheckpointError: see :meth:`torchft.checkpointing.Checkpoints.save`.
+        """
+        if participating_rank != 0 or step == self._saved or not self.checkpoints.due(step) or not self._state.usable:
+            return
+        self._saved = step
+        state = self._state.read(torchft, self._timeout, directly)
+        self.checkpoints.save(step, state, rank=self._rank, world_size=self._world_size, writer=self._replica_id)
+
+    def restore(self) -> dict[str, int] | None:
+        """Restores the newest checkpoint that all ranks of the group can use.
+
+        Returns:
+            The manager's own part of it; None if there is no checkpoint.
+
+        Raises:
+            DamagedCheckpoint: there are some, and none can be used.
+            CheckpointError: it cannot be read.
+            TimeoutError: another rank of the group did not come.
+        """
+        folder = self._choose()
+        if folder is None:
+            return None
+        live = self._state.read({}, self._timeout, directly)
+        self._state.begin_receiving(in_place=True)
+        loaded = self.checkpoints.load(self.checkpoints.directory / folder, live, self._rank, self._world_size)
+        torchft = self._state.received(loaded.state)
+        self._state.apply()
+        self._log.info("restored step %d from %s", loaded.step, loaded.path)
+        return torchft
+
+    def newest(self, quorum: QuorumResult) -> int:
+        """The step of the newest checkpoint, as rank 0 sees it in this quorum; 0: there is none. On any thread."""
+        key = f"{self._prefix}/newest/{quorum.quorum_id}.{quorum.max_step}"
+        if self._rank == 0:
+            found = self.checkpoints.candidates()
+            self._store.set(key, str(found[0][0] if found else 0))
+        return int(self._wait(key, 0))
+
+    def check(self) -> None:
+        """Raises :class:`torchft.checkpointing.UnsafeStateError` now if the state is one that cannot be saved."""
+        self.checkpoints.check(self._state.read({}, self._timeout, directly))
+
+    def _choose(self) -> str | None:
+        """The name of the newest checkpoint that all ranks can use."""
+        self._rounds += 1
+        refused: dict[str, str] = {}
+        while True:
+            here = f"{self._prefix}/{self._rounds}/{len(refused)}"
+            if self._rank == 0:
+                names = [folder.name for _, folder in self.checkpoints.candidates() if folder.name not in refused]
+                self._store.set(f"{here}/proposed", names[0] if names else "")
+            name = self._wait(f"{here}/proposed", 0)
+            if not name:
+                break
+            folder = self.checkpoints.directory / name
+            try:
+                self.checkpoints.verify(folder, self._rank, self._world_size)
+                found = _OK
+            except DamagedCheckpoint as e:
+                found = str(e)
+                if folder.exists():  # else its writer has replaced it by a newer one meanwhile
+                    self._log.warning("%s is passed over for the one before: %s", folder, e)
+            self._store.set(f"{here}/{self._rank}", found)
+            answers = [self._wait(f"{here}/{rank}", rank) for rank in range(self._world_size)]
+            why = next((answer for answer in answers if answer != _OK), None)
+            if why is None:
+                return name
+            refused[name] = why
+        if refused:
+            raise DamagedCheckpoint(
+                f"none of the {len(refused)} checkpoints in {self.checkpoints.directory} can be used; move them away "
+                f"to begin without them. {'; '.join(refused.values())}"
+            )
+        return None
+
+    def _wait(self, key: str, rank: int) -> str:
+        try:
+            self._store.wait([key], timedelta(seconds=self._timeout))
+        except Exception as e:
+            raise TimeoutError(
+                f"rank {rank} of this group took no part in restoring a checkpoint for {self._timeout:g} s ({e})"
+            ) from e
+        value: bytes = self._store.get(key)
+        return value.decode()
