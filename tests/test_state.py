@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from torchft.state import ReplicaState, StateError
+from torchft.training_thread import directly
 
 
 def registered(loaded: dict[str, Any]) -> ReplicaState:
@@ -49,3 +50,18 @@ def test_a_load_function_that_fails_leaves_the_state_unusable() -> None:
 def test_what_is_no_state_is_refused(garbage: object) -> None:
     with pytest.raises(StateError):
         registered({}).received(garbage)
+
+
+def test_on_the_training_thread_a_closed_gate_keeps_nobody_out() -> None:
+    state = registered({})
+    state.gate.close(1.0)
+    with pytest.raises(TimeoutError):
+        state.read({}, 0.01)
+    assert state.read({}, 0.01, directly)["user"] == {"default": {"w": 1}}
+
+
+def test_pieces_for_the_training_thread_are_left_out_where_nobody_can_ask_it() -> None:
+    state = registered({})
+    state.register("gathered", lambda s: None, lambda: {"all": 2}, on_training_thread=True)
+    assert state.read({}, 1.0)["user"] == {"default": {"w": 1}}
+    assert state.read({}, 1.0, directly)["user"] == {"default": {"w": 1}, "gathered": {"all": 2}}

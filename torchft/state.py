@@ -14,11 +14,12 @@ Invariants
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torchft.runtime.gate import Gate
-from torchft.training_thread import Caller
+from torchft.training_thread import Caller, directly
 
 __all__ = ["ReplicaState", "StateError"]
 
@@ -87,7 +88,8 @@ class ReplicaState:
         pieces: dict[str, Any] = {}
         if caller is not None and self.on_training_thread:  # not under the gate: that thread may want to close it
             pieces = caller(lambda: {k: f.save() for k, f in self._functions.items() if f.on_training_thread}, timeout)
-        with self.gate.reading(timeout):
+        # On the training thread nobody else writes the state: that thread closed the gate, if it is closed.
+        with nullcontext() if caller is directly else self.gate.reading(timeout):
             pieces |= {k: f.save() for k, f in self._functions.items() if not f.on_training_thread}
         return {"user": {key: pieces[key] for key in self._functions if key in pieces}, "torchft": torchft}
 

@@ -122,6 +122,7 @@ class Checkpoints:
         self._began = 0.0
         self._step = -1
         self._stop = threading.Event()
+        self._process = os.getpid()
         _alive.add(self)
 
     def due(self, step: int) -> bool:
@@ -370,7 +371,8 @@ _alive: weakref.WeakSet[Checkpoints] = weakref.WeakSet()
 @atexit.register
 def _close_at_exit() -> None:
     for checkpoints in list(_alive):
-        checkpoints.close(_AT_EXIT)
+        if checkpoints._process == os.getpid():  # a forked child has no part in its parent's save
+            checkpoints.close(_AT_EXIT)
 
 
 def _failure(partial: Path, rank: int) -> Path:

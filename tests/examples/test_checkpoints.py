@@ -1,0 +1,49 @@
+"""The example of checkpoints as its README runs it: a job that was stopped goes on from the newest one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from torchft.coordination.lighthouse_server import LighthouseServer
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples" / "checkpoints" / "train_ddp_checkpoints.py"
+
+
+def run(lighthouse: str, folder: Path, steps: int) -> list[dict[str, Any]]:
+    """Trains until so many steps are committed; what happened."""
+    metrics = folder / f"until-{steps}.jsonl"
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE), "--directory", str(folder / "checkpoints"), "--every", "5"],
+        env={
+            **os.environ,
+            "TORCHFT_LIGHTHOUSE": lighthouse,
+            "NUM_REPLICA_GROUPS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "QUICK_RUN": "1",
+            "TOTAL_STEPS": str(steps),
+            "METRICS_FILE": str(metrics),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in metrics.read_text().splitlines()]
+
+
+def test_a_job_that_is_started_again_goes_on_from_the_newest_checkpoint(tmp_path: Path) -> None:
+    server = LighthouseServer("127.0.0.1:0", min_replicas=1)
+    try:
+        first, second = run(server.address(), tmp_path, 12), run(server.address(), tmp_path, 17)
+    finally:
+        server.shutdown()
+    restored = [e["step"] for e in (*first, *second) if e["event"] == "restored"]
+    assert restored == [None, 10]
+    assert [e["step"] for e in second if e["event"] == "step"] == list(range(11, 18))

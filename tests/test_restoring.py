@@ -1,0 +1,86 @@
+"""The Manager's checkpoints: all ranks of a group save and restore the same ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed import TCPStore
+
+from tests.groups import Groups, Replica
+from torchft.checkpointing import Checkpoints, DamagedCheckpoint
+
+
+def group_of_two(groups: Groups, name: str, folder: Path, seed: int) -> list[Replica]:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def rank(rank: int) -> Replica:
+        where = {"store_addr": "127.0.0.1", "store_port": store.port, "rank": rank, "world_size": 2}
+        replica = groups.replica(name, seed=seed + rank, checkpoints=Checkpoints(folder, every=2, keep=9), **where)
+        replica.store = store  # type: ignore[attr-defined]
+        return replica
+
+    return sorted(groups.together(lambda: rank(0), lambda: rank(1)), key=lambda r: r.manager._group.rank)
+
+
+def train(groups: Groups, ranks: list[Replica], until: int) -> dict[int, list[bytes]]:
+    """The weights of each rank before each step."""
+    seen: dict[int, list[bytes]] = {}
+
+    def loop(r: Replica) -> None:
+        while r.manager.current_step() < until:
+            assert r.manager._restoring is not None
+            assert r.manager._restoring.checkpoints.wait(30), "each step's checkpoint is completed here"
+            r.step()
+            seen.setdefault(r.manager.current_step(), [b"", b""])[r.manager._group.rank] = r.weights()
+
+    groups.together(*(lambda r=r: loop(r) for r in ranks))
+    return seen
+
+
+def test_the_ranks_of_a_group_restore_one_checkpoint_that_all_of_them_can_use(groups: Groups, tmp_path: Path) -> None:
+    a = group_of_two(groups, "a", tmp_path, seed=1)
+    weights = train(groups, a, until=7)
+    for r in a:
+        r.manager.shutdown()
+    found = Checkpoints(tmp_path).candidates()
+    assert [step for step, _ in found] == [6, 4, 2]
+    (found[0][1] / "rank-1.data").unlink()  # rank 0 could use it
+
+    b = group_of_two(groups, "b", tmp_path, seed=8)
+    assert groups.together(*(r.manager.restore for r in b)) == [4, 4]
+    assert [r.weights() for r in b] == weights[4]
+    assert weights[4][0] != weights[4][1], "each rank has its own"
+    assert [r.manager.state_dict() for r in b] == [{"step": 4, "batches_committed": 4}] * 2
+    again = train(groups, b, until=6)
+    assert again[5] == weights[5]
+
+
+def test_no_rank_begins_anew_when_all_checkpoints_are_damaged(groups: Groups, tmp_path: Path) -> None:
+    a = group_of_two(groups, "a", tmp_path, seed=1)
+    train(groups, a, until=3)
+    for r in a:
+        r.manager.shutdown()
+    (tmp_path / "step-000000000002" / "rank-0.data").write_bytes(b"")
+    b = group_of_two(groups, "b", tmp_path, seed=1)
+
+    def begin(r: Replica) -> Any:
+        with pytest.raises(DamagedCheckpoint, match=r"rank-0\.data has 0 bytes"):
+            r.optimizer.zero_grad()
+        return r.manager.current_step()
+
+    assert groups.together(*(lambda r=r: begin(r) for r in b)) == [0, 0]
+
+
+def test_a_program_that_loaded_a_state_of_its_own_is_left_alone(groups: Groups, tmp_path: Path) -> None:
+    Checkpoints(tmp_path).save(9, {"user": {}, "torchft": {"step": 9, "batches_committed": 9}})
+    a = groups.replica("a", checkpoints=Checkpoints(tmp_path, every=100))
+    a.manager.load_state_dict({"step": 5, "batches_committed": 9})
+    a.step()
+    assert a.manager.current_step() == 6
+
+
+def test_restoring_without_checkpoints_is_a_clear_error(groups: Groups) -> None:
+    with pytest.raises(RuntimeError, match=r"checkpoints=Checkpoints\(directory\)"):
+        groups.replica("a").manager.restore()
