@@ -179,10 +179,8 @@ class Checkpoints:
         copied = time.monotonic() - self._began
         if self._worker is None:
             self._worker = Worker("torchft-checkpoint")
-        job = self._worker.submit(lambda: self._write(shard, world_size, writer))
-        job.add_done_callback(lambda done: self._ended(done, shard, copied))
-        self._job = job
-        return job
+        self._job = self._worker.submit(lambda: self._carry_out(shard, world_size, writer, copied))
+        return self._job
 
     def wait(self, timeout: timedelta | float | None = None) -> bool:
         """Waits for a save under way. Returns whether there is none any more.
@@ -210,6 +208,23 @@ class Checkpoints:
         return ended
 
     # ------------------------------------------------------------- writing
+
+    def _carry_out(self, shard: Shard, world_size: int, writer: str, copied: float) -> Path:
+        try:
+            folder = self._write(shard, world_size, writer)
+        except Exception as e:
+            self._report(shard.step, e)
+            raise
+        self.failures, self.last_error = 0, None
+        logger.info(
+            "saved step %d to %s: %d bytes in %.2f s, of which the training waited %.3f s for the copy",
+            shard.step,
+            folder,
+            shard.run.total,
+            time.monotonic() - self._began,
+            copied,
+        )
+        return folder
 
     def _write(self, shard: Shard, world_size: int, writer: str) -> Path:
         later = [folder for step, folder in complete(self.directory) if step > shard.step]
@@ -256,28 +271,15 @@ class Checkpoints:
             marker.files[index.name] = hash_file(index)
         return marker
 
-    def _ended(self, job: concurrent.futures.Future[Path], shard: Shard, copied: float) -> None:
-        error = job.exception()
-        took = time.monotonic() - self._began
-        if error is None:
-            self.failures, self.last_error = 0, None
-            logger.info(
-                "saved step %d to %s: %d bytes in %.2f s, of which the training waited %.3f s for the copy",
-                shard.step,
-                job.result(),
-                shard.run.total,
-                took,
-                copied,
-            )
-            return
+    def _report(self, step: int, error: Exception) -> None:
         self.failures += 1
-        self.last_error = error if isinstance(error, Exception) else CheckpointError(repr(error))
+        self.last_error = error
         number = error.errno if isinstance(error, OSError) else None
         hint = _HINTS.get(number or 0, "look into what it says")
         logger.error(
             "step %d could not be saved to %s (%d failed in a row): %s. The training goes on without it; the newest "
             "complete checkpoint is %s. What to do: %s",
-            shard.step,
+            step,
             self.directory,
             self.failures,
             error,

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from torchft.checkpointing.chunks import ByteRun, read_manifest, write_manifest
 from torchft.checkpointing.destination import Destination
@@ -30,6 +28,7 @@ from torchft.checkpointing.directory import DamagedCheckpoint, FileHash, write_s
 from torchft.checkpointing.manifest import Manifest
 from torchft.checkpointing.transport import CheckpointError
 from torchft.checkpointing.tree import tensors_by_path
+from torchft.dtensor import is_dtensor
 
 __all__ = ["Shard", "ShardIndex", "chunk_offsets", "file_names", "read_index", "read_shard", "read_shard_manifest"]
 
@@ -94,10 +93,14 @@ def file_names(rank: int) -> tuple[str, str, str]:
 
 def chunk_offsets(state: object) -> dict[str, list[int]]:
     """Where the local tensor of each DTensor of a state lies in the global one, by path."""
+    sharded = [(path, tensor) for path, tensor in tensors_by_path(state) if is_dtensor(tensor)]
+    if not sharded:
+        return {}
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # see torchft.dtensor
+
     return {
-        path: list(compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1])
-        for path, tensor in tensors_by_path(state)
-        if isinstance(tensor, DTensor)
+        path: list(compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)[1])
+        for path, t in sharded
     }
 
 
