@@ -77,8 +77,10 @@ def spread(values: list[float], repeat: int) -> str:
     return f"{statistics.median(values):.3f} ({min(values):.3f} … {max(values):.3f}){few}"
 
 
-def cell(case: Case, runs: list[Figures], figure: str, repeat: int) -> str:
-    """What the table says of one figure of one implementation."""
+def cell(case: Case, name: str, runs: list[Figures], figure: str, repeat: int) -> str:
+    """What the table says of one figure of the implementation of that name."""
+    if case.runs(name, repeat) == 0:
+        return "not run"
     values = known(runs, figure)
     if values:
         return spread(values, repeat)
@@ -115,7 +117,7 @@ def table(cases: list[Case], results: Results, names: list[str], repeat: int) ->
             for rows in runs.values():
                 rows[:] = [{"over plain DDP, ms": (f["step mean, ms"] or 0.0) - base, **f} for f in rows]
         for i, figure in enumerate(dict.fromkeys(k for n in names for f in runs[n] for k in f)):
-            cells = [cell(case, runs[n], figure, repeat) for n in names]
+            cells = [cell(case, n, runs[n], figure, repeat) for n in names]
             if len(names) == 2:
                 cells.append(ratio(figure, [runs[n] for n in names]))
             out.add_row(case.name if i == 0 else "", figure, case.target if i == 0 else "", *cells)

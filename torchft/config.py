@@ -173,6 +173,14 @@ USE_OTEL = Setting(
     "Send quorums, commits, errors and heals to OpenTelemetry's `OTEL_EXPORTER_OTLP_ENDPOINT` (extra `[otel]`).",
     _flag,
 )
+FLIGHT_RECORDER = Setting(
+    "TORCHFT_FLIGHT_RECORDER",
+    "start of a path",
+    _none_str,
+    "Where a collective of a GPU fails or takes too long, torch's flight recorder is written to this and the rank. "
+    "torch records only with `TORCH_FR_BUFFER_SIZE` set.",
+    str,
+)
 
 
 # What torchrun and other launchers set for each process of a group.

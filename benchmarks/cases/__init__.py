@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from benchmarks.cases import faults, rejoin, soak, steps, transfer_pg
+from benchmarks.cases import collectives, faults, rejoin, soak, steps, transfer_pg
 from benchmarks.cases.base import Case, Figures, Run, larger_is_better
 
 __all__ = ["CASES", "Case", "Figures", "Run", "larger_is_better"]
 
-CASES: tuple[Case, ...] = (*steps.CASES, *faults.CASES, *rejoin.CASES, *transfer_pg.CASES, *soak.CASES)
+CASES: tuple[Case, ...] = (
+    *steps.CASES,
+    *collectives.CASES,
+    *faults.CASES,
+    *rejoin.CASES,
+    *transfer_pg.CASES,
+    *soak.CASES,
+)

@@ -10,8 +10,8 @@ from benchmarks.processes import CHILDREN, Cluster, Event
 __all__ = ["CASES"]
 
 
-def _steps(run: Run, *flags: str) -> list[Event]:
-    steps, warmup = (100, 20) if run.quick else (1000, 100)
+def _steps(run: Run, *flags: object, fewer: int = 1) -> list[Event]:
+    steps, warmup = (100 // fewer, 20 // fewer) if run.quick else (1000 // fewer, 100 // fewer)
     with Cluster() as cluster:
         where: tuple[object, ...] = ("--rendezvous", cluster.folder / "rendezvous")
         if "--plain" not in flags:
@@ -62,8 +62,14 @@ def step_sync(run: Run) -> Figures:
     return _step_figures(_steps(run, "--sync"))
 
 
+def step_25mb(run: Run) -> Figures:
+    figures = _step_figures(_steps(run, "--megabytes", 25, fewer=10))
+    return {name: value for name, value in figures.items() if name.startswith("step")}
+
+
 CASES = (
     Case("step-plain", "a step of plain DDP over gloo, two processes", step_plain, plain=True),
     Case("step-async", "a step of two groups, async quorum", step_async),
     Case("step-sync", "a step of two groups, sync quorum", step_sync),
+    Case("ddp-25mb", "a step of two groups with 25 MB of gradients, async quorum", step_25mb),
 )

@@ -18,8 +18,12 @@ from torch import nn
 from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
 
 
-def tiny() -> nn.Module:
+def build(megabytes: float) -> nn.Module:
+    """A tiny model, with ``megabytes`` MB of parameters between its layers."""
     torch.manual_seed(0)
+    if megabytes:
+        side = int((megabytes * 1e6 / 4 / 4) ** 0.5)  # four of them: gradients arrive one after the other
+        return nn.Sequential(nn.Linear(32, side), *(nn.Linear(side, side) for _ in range(4)), nn.Linear(side, 8))
     return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
 
 
@@ -27,7 +31,7 @@ def plain(args: argparse.Namespace) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{args.rendezvous}", rank=args.replica, world_size=args.replicas
     )
-    model = nn.parallel.DistributedDataParallel(tiny())
+    model = nn.parallel.DistributedDataParallel(build(args.megabytes))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     x = torch.randn(16, 32)
 
@@ -55,7 +59,7 @@ def timed(step: Callable[[], None], count: int) -> list[float]:
 
 def tolerant(args: argparse.Namespace) -> Manager:
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    model = tiny()
+    model = build(args.megabytes)
     inner = torch.optim.SGD(model.parameters(), lr=1e-3)
     manager = Manager(
         pg=ProcessGroupGloo(),
@@ -109,6 +113,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--warmup", type=int, required=True)
+    parser.add_argument("--megabytes", type=float, default=0.0, help="of parameters, instead of a tiny model")
     parser.add_argument("--sync", action="store_true")
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--lighthouse", default="")

@@ -162,7 +162,7 @@ class BackendProcessGroup(ProcessGroupWrapper):
                 session.store = store
                 remaining = timedelta(seconds=max(0.001, deadline.remaining()))
                 group = self._open(session, member.rank, member.world_size, remaining, member.global_ranks)
-                group.set_timeout(self._timeout)
+                self._bound(group)
                 session.issue = _collectives(group)
                 session.group = group
                 store.lift_deadline()
@@ -241,7 +241,11 @@ class BackendProcessGroup(ProcessGroupWrapper):
         self._timeout = timeout
         session = self._session
         if session is not None and session.group is not None:
-            session.group.set_timeout(timeout)
+            self._bound(session.group)
+
+    def _bound(self, group: dist.ProcessGroup) -> None:
+        """The backend's collectives take no longer than the timeout from now on."""
+        group.set_timeout(self._timeout)
 
     # ---------------------------------------------------------------------------------------- collectives
 
@@ -254,14 +258,19 @@ class BackendProcessGroup(ProcessGroupWrapper):
         issue = session.issue.get(op)
         if issue is None:  # another thread ended the session just now
             raise self._refusal(op, session)
+        reached = self._mark()
         try:
             work = issue(*args)
         except Exception as e:
             session.fail(e)
             raise
-        return self._watched(session, op, args, work)
+        return self._watched(session, op, args, work, reached)
 
-    def _watched(self, session: Session, op: str, args: tuple[Any, ...], work: Work) -> Work:
+    def _mark(self) -> Any:
+        """Called before a collective is issued; for :meth:`_watched`."""
+        return None
+
+    def _watched(self, session: Session, op: str, args: tuple[Any, ...], work: Work, reached: Any) -> Work:
         """The work that the caller gets, in place of the backend's; the session learns how that ends."""
         if op == "send" or op == "recv":
             if self._loses_works:

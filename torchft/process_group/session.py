@@ -29,6 +29,7 @@ from torchft.process_group.build import end_builds
 from torchft.process_group.lost_works import GRACE, Ending
 from torchft.process_group.rendezvous import Questions, RendezvousStore
 from torchft.process_group.sockets import DeviceAddress, shut_down_connections
+from torchft.process_group.stream_watch import StreamWatch
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.loop import Timer, call_later
 
@@ -69,6 +70,8 @@ class Session:
         """Ends what is pending, at once; set by the backend's ``_open``, before it waits for other members."""
         self.forget: Callable[[], None] = nothing
         """Called when it is released; set by the backend's ``_open``."""
+        self.watch: StreamWatch | None = None
+        """Of collectives that a device carries out."""
         self.ending = Ending()
         """Of its works."""
         self.questions = Questions()
@@ -114,6 +117,11 @@ class Session:
             for ended in done:
                 self._settle(ended)
         return self.error
+
+    @property
+    def busy(self) -> bool:
+        """Something has been issued that was not known to have ended when somebody last looked."""
+        return bool(self._pending)
 
     def _settle(self, ended: Work) -> None:
         try:

@@ -110,6 +110,11 @@ class _Host:
 
         arguments = arguments_of(message["args"], block, use)
         work: Work = getattr(self._made(), message["call"])(*arguments)
+        if self._device.type != "cpu":
+            work.wait()  # makes this thread's stream wait, not this thread
+            event = torch.accelerator.current_stream(self._device).record_event()
+            self._waiter.submit(partial(self._ended, message["id"], written, event.synchronize))
+            return
         try:
             future: Future[Any] = work.get_future()
         except RuntimeError:  # some of gloo's collectives have none

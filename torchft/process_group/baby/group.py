@@ -165,7 +165,7 @@ class _BabyProcessGroup(BackendProcessGroup):
         if carrier is not None and carrier.idle:
             carrier.set_timeout(timeout)
 
-    def _watched(self, session: Session, op: str, args: tuple[Any, ...], work: Work) -> Work:
+    def _watched(self, session: Session, op: str, args: tuple[Any, ...], work: Work, reached: Any) -> Work:
         return work  # the carrier tells the session
 
     def __del__(self) -> None:
