@@ -261,7 +261,9 @@ class Cluster:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         command = (impl.commands / "torchft_lighthouse", "--min_replicas", 1, "--bind", f"[::]:{port}", *args)
-        child = self.spawn(impl, CHILDREN / "orphan.py", *command, name="torchft_lighthouse")
+        # Ours keeps a state file; not in the folder of whoever measures.
+        own = {"TORCHFT_STATE_DIR": str(self.folder)}
+        child = self.spawn(impl, CHILDREN / "orphan.py", *command, name="torchft_lighthouse", env=own)
         deadline = time.monotonic() + 60
         while True:
             try:

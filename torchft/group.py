@@ -32,7 +32,7 @@ from torchft.runtime.deadline import seconds
 from torchft.runtime.fork import Registration, close_in_children
 from torchft.runtime.life import life_address
 from torchft.runtime.logs import RankLogger
-from torchft.runtime.net import advertised_host, parse_address
+from torchft.runtime.net import advertised_host, parse_address, parse_addresses
 
 __all__ = ["Group", "GroupClient", "join_group"]
 
@@ -212,7 +212,7 @@ def _open_store(
                 "a group of several ranks needs its store: start it with torchrun, or pass store_addr and "
                 "store_port (MASTER_ADDR, MASTER_PORT) of a TCPStore that you host"
             )
-        host = advertised_host(parse_address(lighthouse_addr) if lighthouse_addr else None)
+        host = advertised_host(parse_address(parse_addresses(lighthouse_addr)[0]) if lighthouse_addr else None)
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
         return store, f"{host}:{store.port}", close_in_children(own=[store.port])
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from typing import Any
 import grpc
 import pytest
 
-from tests.etcd import Etcd, needs_etcd, running_etcd
+from tests.etcd import Etcd, LighthouseProcess, needs_etcd, running_etcd
 from torchft.coordination import LighthouseClient, LighthouseServer, ManagerServer
 from torchft.coordination.channel import open_channel
 from torchft.coordination.election import RegisterError
@@ -403,50 +402,17 @@ def test_a_named_leader_is_followed_and_garbage_is_not() -> None:
 # ----------------------------------------------------------------------------------------------- real processes
 
 
-class Process:
-    """``torchft lighthouse --ha`` in a process of its own."""
-
-    def __init__(self, ha: str, lease_ms: int) -> None:
-        command = [sys.executable, "-m", "torchft.cli.lighthouse", "--min_replicas", "1", "--bind", "127.0.0.1:0"]
-        self.lines: list[str] = []
-        self.process = subprocess.Popen(
-            [*command, "--ha", ha, "--ha_lease_ms", str(lease_ms)], stderr=subprocess.PIPE, text=True
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        wait_until(lambda: self.said("export TORCHFT_LIGHTHOUSE="), what="that it listens")
-        self.address = self.lines[-1].rpartition("=")[2].strip(") \n")
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        self.lines.extend(self.process.stderr)
-
-    def said(self, text: str) -> bool:
-        return any(text in line for line in list(self.lines))
-
-    def epochs(self) -> list[int]:
-        return [int(line.rpartition("epoch ")[2]) for line in list(self.lines) if "leads from now on" in line]
-
-    def end(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
-        self.process.kill()
-        self.process.wait()
-        self._reader.join(10)
-        assert self.process.stderr is not None
-        self.process.stderr.close()
-
-
 @needs_etcd
 def test_killed_and_stopped_leaders_are_replaced_and_fenced_when_they_wake(
     shared: Etcd, lights: Lights, pool: ThreadPoolExecutor
 ) -> None:
     """SIGKILL is seen by the kernel's refusal, SIGSTOP by the lease. The one that wakes answers nobody."""
     lease_ms = 1000
-    killed = Process(shared.url("signals"), 30_000)
-    stopped: Process | None = None
+    killed = LighthouseProcess(shared.url("signals"), 30_000)
+    stopped: LighthouseProcess | None = None
     try:
         wait_until(lambda: killed.epochs() == [1])
-        stopped = Process(shared.url("signals"), lease_ms)
+        stopped = LighthouseProcess(shared.url("signals"), lease_ms)
         wait_until(lambda: stopped.said("standby: "), what="that it stands by")
         with member(f"{killed.address},{stopped.address}") as m:
             assert ask(m) == 1

@@ -36,7 +36,7 @@ class Trainer:
             for k, v in os.environ.items()
             if not k.startswith("TORCHFT_") and k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         }
-        own = {"TORCHFT_LIGHTHOUSE": job.lighthouse.address(), "OMP_NUM_THREADS": "1"}
+        own = {"TORCHFT_LIGHTHOUSE": job.addresses, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, str(TRAINER), "--name", name, "--stop-file", str(job.stop_file), *args],
             stdout=subprocess.PIPE,
@@ -107,9 +107,15 @@ class Trainer:
 
 
 class Job:
-    """A lighthouse and trainers. ``close`` ends every one of them."""
+    """A lighthouse and trainers. ``close`` ends every one of them.
 
-    def __init__(self, folder: Path, **lighthouse: int) -> None:
+    Args:
+        folder: for logs.
+        addresses: of lighthouses that are somebody else's; the one here stands idle then.
+        **lighthouse: options of the one here.
+    """
+
+    def __init__(self, folder: Path, addresses: str | None = None, **lighthouse: int) -> None:
         self.folder = folder
         self.stop_file = folder / "stop-at"
         self.changed = threading.Condition()
@@ -117,6 +123,7 @@ class Job:
         self.lighthouse = LighthouseServer(
             "127.0.0.1:0", **{"min_replicas": 1, "join_timeout_ms": 100, "heartbeat_timeout_ms": 1000, **lighthouse}
         )
+        self.addresses = addresses or self.lighthouse.address()
         self.trainers: list[Trainer] = []
         self._stores: list[TCPStore] = []
 
