@@ -38,6 +38,8 @@ DANGEROUS = (
     "state lost",
     "answered again",
     "left",
+    "begun once more",
+    "went on",
 )
 """What has to have happened in some of them, or they prove little."""
 

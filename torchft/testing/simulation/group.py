@@ -33,7 +33,6 @@ __all__ = ["Ask", "GroupServer"]
 class Ask:
     """A rank's request for a quorum."""
 
-    trainer: Trainer
     rank: int
     step: int
     lineage: int
@@ -81,6 +80,7 @@ class GroupServer:
         self._asked = False
         self._attempt = 0
         self._seen_step = 0
+        self._asking: tuple[list[Ask], Member] | None = None
         self.asked_step = 0
         """Of the newest request; below 0: the group held no usable state."""
         self.standing = standing or StandingMember()
@@ -115,6 +115,7 @@ class GroupServer:
             for rank in got.answer:
                 waiting[rank].answer(None, RuntimeError(f"no quorum for this group: {got.failed}"))
         else:
+            self._asking = None
             self.link.withdraw()
 
     def _ask_lighthouse(self, asks: list[Ask]) -> None:
@@ -140,9 +141,28 @@ class GroupServer:
         self.process.world.tell(
             self.process.name, "asks for a quorum at step %s (%s failures)", member.step, member.commit_failures
         )
+        self._asking = asks, member
         self.link.ask(member, lambda quorum, cause, sent_at: self._answered(asks, member, quorum, cause, sent_at))
+        if not self.link.stands:
+            self._wait_for_session(self._attempt)
+
+    def _wait_for_session(self, attempt: int) -> None:
+        """A question without a session waits for one for a moment, then the group looks whether it may go on."""
+        self.process.after(self._settings.heartbeat_timeout / 2, self._go_on, attempt)
+
+    def _go_on(self, attempt: int) -> None:
+        if self._asking is None or attempt != self._attempt or self.link.stands:
+            return
+        asks, member = self._asking
+        if not member.commit_failures and self.stands(member.step):
+            self.process.world.point("went on", self.process.name)
+            self.link.forget()
+            self._answer(asks, self._quorum, "")
+        else:
+            self._wait_for_session(attempt)
 
     def _answered(self, asks: list[Ask], member: Member, quorum: Quorum | None, cause: str, sent_at: float) -> None:
+        self._asking = None
         if quorum is None and not cause:
             assert self.standing.quorum_id is not None
             self.standing.go_on(self.standing.quorum_id, sent_at)
@@ -159,6 +179,10 @@ class GroupServer:
             rank = quorum.replica_ids.index(self.replica_id)
             grant = Grant(quorum.quorum_id, rank, len(quorum.participants), quorum.fenced, quorum.stands)
             self.standing.entered(grant, max(m.step for m in quorum.participants), sent_at)
+        self._answer(asks, quorum, cause)
+
+    def _answer(self, asks: list[Ask], quorum: Quorum | None, cause: str) -> None:
+        self._asking = None
         for ask in asks:
             if quorum is None:
                 ask.answer(None, RuntimeError(cause))
@@ -267,6 +291,8 @@ class GroupServer:
             self._look_at_lease()
         elif kind == "lost":
             self.standing.lost()
+            if self._asking is not None:
+                self._wait_for_session(self._attempt)
         elif kind == "left" and self._left is not None:
             self._left()
 

@@ -106,6 +106,10 @@ class Link:
             self.say(("withdraw", self._asked[0]))
             self._asked = None
 
+    def forget(self) -> None:
+        """The question has been answered in another way."""
+        self._asked = None
+
     def say(self, message: tuple[Any, ...]) -> None:
         """Says something, if the session stands."""
         if self.stands and self._stream is not None:
