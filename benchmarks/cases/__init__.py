@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.cases import collectives, faults, rejoin, soak, steps, transfer_pg
+from benchmarks.cases import collectives, faults, lighthouse, rejoin, soak, steps, transfer_pg
 from benchmarks.cases.base import Case, Figures, Run, larger_is_better
 
 __all__ = ["CASES", "Case", "Figures", "Run", "larger_is_better"]
@@ -14,4 +14,5 @@ CASES: tuple[Case, ...] = (
     *rejoin.CASES,
     *transfer_pg.CASES,
     *soak.CASES,
+    *lighthouse.CASES,
 )

@@ -52,6 +52,7 @@ class Case:
         target: what the figures of ours should be, in words; for the table.
         most: no more runs of either implementation than this, whatever `--repeat` says.
         most_peer: no more runs of the peer than this.
+        only_ours: the peer has nothing that could be measured.
     """
 
     name: str
@@ -62,8 +63,11 @@ class Case:
     target: str = ""
     most: int | None = None
     most_peer: int | None = None
+    only_ours: bool = False
 
     def runs(self, impl: str, repeat: int) -> int:
         """How often the implementation of that name runs this case."""
+        if self.only_ours and impl == "peer":
+            return 0
         bounds = [self.most, self.most_peer if impl == "peer" else None]
         return min([repeat, *(b for b in bounds if b is not None)])

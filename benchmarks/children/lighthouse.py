@@ -12,15 +12,24 @@ def main() -> None:
     parser.add_argument("min_replicas", type=int)
     parser.add_argument("join_timeout_ms", type=int)
     parser.add_argument("heartbeat_timeout_ms", type=int)
+    parser.add_argument("--ha")
     args = parser.parse_args()
     stop = hello()
+    more = {}
+    if args.ha is not None:  # what only some have
+        more["ha"] = args.ha
     server = LighthouseServer(
         bind="[::]:0",
         min_replicas=args.min_replicas,
         join_timeout_ms=args.join_timeout_ms,
         heartbeat_timeout_ms=args.heartbeat_timeout_ms,
+        **more,
     )
     say("address", address=server.address())
+    while args.ha is not None and not stop.wait(0.001):
+        if server.epoch:
+            say("leads", epoch=server.epoch)
+            break
     stop.wait()
     server.shutdown()
 
