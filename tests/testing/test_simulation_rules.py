@@ -13,7 +13,7 @@ import pytest
 
 from torchft.core.assignment import View, assign
 from torchft.core.election import Candidate, Ended
-from torchft.core.membership import Member, Membership, Options, Quorum
+from torchft.core.membership import Member, Options, Quorum
 from torchft.core.standing import Ack, Announcement, Decide, Orders
 from torchft.core.standing_lighthouse import StandingLighthouse
 from torchft.core.standing_member import MayCommit, StandingMember
@@ -71,17 +71,10 @@ class UsesIdsTwice(AdoptsNothing):
 
 
 class KeepsTheId(StandingLighthouse):
-    """A quorum whose process group broke lends its id to the next one."""
+    """A quorum that a member could not go on with lends its id to the next one."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        membership = self.membership
-
-        def form(members: list[Member]) -> Quorum:
-            membership._broken = False
-            return Membership._form(membership, [replace(m, commit_failures=0) for m in members])
-
-        membership._form = form  # type: ignore[method-assign]
+    def request(self, member: Member, now: float) -> Orders:
+        return super().request(replace(member, commit_failures=0), now)
 
 
 class StandsWithoutLease(StandingMember):
