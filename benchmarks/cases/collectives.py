@@ -27,10 +27,10 @@ def _pair(run: Run, script: str, *args: object) -> list[Event]:
     return results
 
 
-def _allreduce(group: str, run: Run) -> Figures:
+def _allreduce(group: str, run: Run, *flags: str) -> Figures:
     small, large, configurations = (50, 4, 3) if run.quick else (500, 20, 20)
     times = ["--kilobytes", 1, 65536, "--times", small, large]
-    results = _pair(run, "allreduce.py", "--group", group, *times, "--configurations", configurations)
+    results = _pair(run, "allreduce.py", "--group", group, *times, "--configurations", configurations, *flags)
 
     def median(kilobytes: str, skipped: int) -> float:
         return 1e3 * statistics.median(s for r in results for s in r["collectives"][kilobytes][skipped:])
@@ -42,6 +42,10 @@ def _allreduce(group: str, run: Run) -> Figures:
         "first configure, ms": 1e3 * max(r["first"] for r in results),
         "later configure median, ms": 1e3 * statistics.median(s for r in results for s in r["later"]),
     }
+
+
+def _shared(run: Run) -> Figures:
+    return _allreduce("ProcessGroupBabyGloo", run, "--shared")
 
 
 def _synchronisation(algorithm: str, run: Run) -> Figures:
@@ -81,6 +85,7 @@ def _quantized(run: Run) -> Figures:
 CASES = (
     Case("gloo", "allreduce and configure of ProcessGroupGloo", partial(_allreduce, "ProcessGroupGloo")),
     Case("baby-gloo", "the same of ProcessGroupBabyGloo", partial(_allreduce, "ProcessGroupBabyGloo")),
+    Case("shared-baby-gloo", "the same with tensors in shared memory", _shared),
     Case("localsgd", "a synchronisation of LocalSGD", partial(_synchronisation, "localsgd")),
     Case("diloco", "a synchronisation of DiLoCo, one fragment", partial(_synchronisation, "diloco")),
     Case(

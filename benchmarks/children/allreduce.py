@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--store", default="")
     parser.add_argument("--kilobytes", type=int, nargs="+", required=True)
     parser.add_argument("--times", type=int, nargs="+", required=True)
+    parser.add_argument("--shared", action="store_true", help="the tensors are in shared memory")
     parser.add_argument("--configurations", type=int, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -44,6 +45,8 @@ def main() -> None:
     collectives: dict[int, list[float]] = {}
     for kilobytes, times in zip(args.kilobytes, args.times, strict=True):
         tensor = torch.ones(kilobytes * 256)
+        if args.shared:
+            tensor.share_memory_()
         collectives[kilobytes] = []
         for _ in range(times):
             start = time.perf_counter()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -159,6 +160,22 @@ class TestProcessGroupBabyGloo(ProcessGroupSuite):
             return whole.tolist()
 
         assert each(groups, act) == [[[0.0, 3.0, 6.0], [3.0, 12.0, 15.0]]] * 3
+
+    def test_tensors_in_shared_memory_are_used_where_they_are(self, groups: list[ProcessGroup]) -> None:
+        def act(rank: int, pg: Any) -> list[object]:
+            whole = torch.zeros(3, 4).share_memory_()
+            part = whole[1]
+            part.fill_(rank + 1)
+            pg.allreduce([part]).wait()
+            out = [torch.zeros(1) for _ in range(3)]
+            pg.allgather([out], [whole[1, :1]]).wait()
+            known = dict(pg._carrier._adopted._known)
+            del whole, part
+            pg.broadcast_one(torch.zeros(2).share_memory_(), 0).wait()
+            return [*out, len(known), len(pg._carrier._adopted._known)]
+
+        # The second one took the place of the first, which was gone.
+        assert self.each(groups, act) == [[6.0, 6.0, 6.0, 1, 1]] * 3
 
     def test_a_group_that_is_dropped_takes_its_child_with_it(self, store: str) -> None:
         pair = [self.make(), self.make()]

@@ -9,6 +9,8 @@ Rules
     1. What a collective reads is copied into the block before the call returns; what it writes is copied out of it
        when it has succeeded. One that fails leaves its tensors as they were, and a child never sees memory of ours.
     2. Only what a collective reads is copied in, and only what it writes is copied out.
+    3. A tensor whose memory is shared already (``tensor.share_memory_()``) is its own block, and is not copied. It is
+       written at once: one that fails may leave it half written.
 """
 
 from __future__ import annotations
@@ -61,13 +63,16 @@ class Plan:
         op: name of the method.
         args: its arguments, options included.
         rank: of the caller.
+        shared: the number of the block that a tensor in shared memory is in; None: it has to be copied.
 
     Raises:
         ValueError: an argument cannot be said in a message (a reduction with a factor of its own).
     """
 
-    def __init__(self, op: str, args: tuple[Any, ...], rank: int) -> None:
+    def __init__(self, op: str, args: tuple[Any, ...], rank: int, shared: Callable[[torch.Tensor], int | None]) -> None:
         self.op = op
+        self._shared = shared
+        self._kept: list[torch.Tensor] = []  # until it has ended
         self.nbytes = 0
         """Of the block."""
         self.devices: set[torch.device] = set()
@@ -106,6 +111,11 @@ class Plan:
 
     def _encode(self, value: Any, role: int) -> Any:
         if isinstance(value, torch.Tensor):
+            number = self._shared(value) if value.is_contiguous() else None
+            if number is not None:
+                self._kept.append(value)
+                at = value.storage_offset() * value.element_size()
+                return {"t": at, "d": str(value.dtype)[6:], "s": list(value.shape), "w": role & _WRITTEN, "b": number}
             offset = self.nbytes
             self.nbytes = -(-(offset + value.numel() * value.element_size()) // _ALIGNMENT) * _ALIGNMENT
             self.devices.add(value.device)
@@ -145,13 +155,15 @@ def result_of(op: str, args: tuple[Any, ...]) -> Any:
 
 
 def arguments_of(
-    encoded: Any, block: torch.Tensor | None, use: Callable[[torch.Tensor, bool], torch.Tensor] = lambda view, _: view
+    encoded: Any,
+    block: Callable[[int | None], torch.Tensor],
+    use: Callable[[torch.Tensor, bool], torch.Tensor] = lambda view, _: view,
 ) -> Any:
     """The arguments that a :class:`Plan` encoded, with views of the block in place of the tensors.
 
     Args:
         encoded: ``Plan.arguments``, or a part of it.
-        block: as bytes; None where there are no tensors.
+        block: the block of that number, as bytes; None: the collective's own.
         use: given each view and whether it is written; what it returns is used instead.
     """
     if isinstance(encoded, list):
@@ -159,8 +171,7 @@ def arguments_of(
     if not isinstance(encoded, dict):
         return encoded
     if "t" in encoded:
-        assert block is not None
-        view = _view(block, encoded["t"], getattr(torch, encoded["d"]), encoded["s"])
+        view = _view(block(encoded.get("b")), encoded["t"], getattr(torch, encoded["d"]), encoded["s"])
         return use(view, bool(encoded["w"]))
     options = _OPTIONS[encoded["o"]]()
     for name, value in encoded["f"].items():

@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any
 
 from torchft.process_group.baby.calls import Plan, result_of
-from torchft.process_group.baby.memory import Block, Pool
+from torchft.process_group.baby.memory import Adopted, Block, Pool
 from torchft.process_group.baby.work import BabyWork
 from torchft.process_group.base import ProcessGroupError
 from torchft.process_group.dummy import COLLECTIVES
@@ -71,6 +71,10 @@ class Carrier:
         wanted: Callable[[], bool],
     ) -> None:
         self._pool = Pool(make_block)
+        self._adopted = Adopted(
+            lambda number, size, file: self._send({"adopt": number, "size": size}, None, (file,)),
+            lambda numbers: self._send({"gone": numbers}, None),
+        )
         self._lock = threading.Lock()
         self._waiting: dict[int, Callable[[Message | None], None]] = {}  # answers, by number; None: it has ended
         self._next = 0
@@ -160,7 +164,7 @@ class Carrier:
         return ProcessGroupError(self._reason or "the child process has ended")
 
     def _issue(self, op: str, *args: Any) -> BabyWork:
-        plan = Plan(op, args, self.rank)
+        plan = Plan(op, args, self.rank, self._adopted.number)
         block: Block | None = None
         message: Message = {"call": op, "args": plan.arguments}
         files: tuple[int, ...] = ()
@@ -215,6 +219,7 @@ class Carrier:
                 with self._lock:
                     answer = self._waiting.pop(int(message["id"]))
                 answer(message)
+                del answer, message, received  # and with them the tensors
         except Exception as e:
             logger.exception("the answers of the child process %d cannot be understood", self.pid)
             self.kill(f"the child process answers nonsense: {e}")

@@ -17,7 +17,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -81,8 +81,16 @@ class _Host:
         elif "configure" in message:
             self._made().configure(**message["configure"])
             self._answer(message["id"], None)
+        elif "adopt" in message:
+            self._blocks[message["adopt"]] = map_host_block(files[0], message["size"])
         else:
-            self._call(message, files)
+            self._forget(message.get("gone", ()))
+            if "call" in message:
+                self._call(message, files)
+
+    def _forget(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            del self._blocks[number]
 
     def _made(self) -> ProcessGroup:
         if self._group is None:
@@ -93,11 +101,8 @@ class _Host:
         return self._group
 
     def _call(self, message: Message, files: list[int]) -> None:
-        for number in message.get("gone", ()):
-            del self._blocks[number]
         if "new" in message:
             self._blocks[message["block"]] = _open(message["new"], files)
-        block = self._blocks[message["block"]] if "block" in message else None
         written: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def use(view: torch.Tensor, is_written: bool) -> torch.Tensor:
@@ -108,7 +113,7 @@ class _Host:
                 written.append((view, there))
             return there
 
-        arguments = arguments_of(message["args"], block, use)
+        arguments = arguments_of(message["args"], lambda n: self._blocks[message["block"] if n is None else n], use)
         work: Work = getattr(self._made(), message["call"])(*arguments)
         if self._device.type != "cpu":
             work.wait()  # makes this thread's stream wait, not this thread

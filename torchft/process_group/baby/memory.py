@@ -20,10 +20,11 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from torchft.process_group.baby.calls import Plan
 
-__all__ = ["KEPT", "Block", "HostBlock", "Pool", "map_host_block"]
+__all__ = ["KEPT", "Adopted", "Block", "HostBlock", "Pool", "map_host_block"]
 
 KEPT = 1 << 20
 """Bytes of idle blocks that a pool keeps in any case."""
@@ -177,6 +178,48 @@ class Pool:
             idle, self._idle = self._idle, []
         for block in idle:
             block.close()
+
+
+class Adopted:
+    """Shared memory of the caller's that a child has mapped, too. From any thread.
+
+    Args:
+        introduce: tells the child of a block: its number, its size in bytes, and the file.
+        forget: tells it that blocks are not used any more.
+    """
+
+    def __init__(self, introduce: Callable[[int, int, int], None], forget: Callable[[list[int]], None]) -> None:
+        self._introduce = introduce
+        self._forget = forget
+        self._lock = threading.Lock()  # held while the child is told, so that nobody refers to a block before that
+        self._known: dict[int, tuple[int, Any]] = {}  # numbers, by the storage's address
+        self._next = 0
+
+    def number(self, tensor: torch.Tensor) -> int | None:
+        """Of the block that is the tensor's storage, below 0; None: its memory is not shared by a file."""
+        storage: Any = tensor.untyped_storage()
+        if tensor.device.type != "cpu" or not storage.is_shared():
+            return None
+        with self._lock:
+            known = self._known.get(storage._cdata)
+            if known is not None and not known[1].expired():
+                return known[0]
+            gone = [address for address, (_, reference) in self._known.items() if reference.expired()]
+            if gone:
+                self._forget([self._known.pop(address)[0] for address in gone])
+            try:
+                file, size = storage._share_fd_cpu_()  # it is shared: this moves nothing
+            except RuntimeError:
+                return None  # by a name in the file system
+            if size == 0:
+                return None
+            self._next -= 1
+            self._introduce(self._next, size, file)
+            self._known[storage._cdata] = (self._next, _weak(storage))
+            return self._next
+
+
+_weak: Any = StorageWeakRef
 
 
 def _rounded(nbytes: int) -> int:
