@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from torchft.process_group import (
     ProcessGroupError,
     ProcessGroupGloo,
 )
+from torchft.process_group.baby import gpu
 from torchft.process_group.baby.memory import Block, HostBlock, Pool
 from torchft.testing.process_group_life import Held
 from torchft.testing.process_group_member import Member
@@ -223,7 +226,41 @@ def test_a_pool_uses_blocks_again_and_keeps_no_more_than_was_in_use() -> None:
     assert new
     assert gone == [big.number]  # 9 MiB were never in use at the same time
     assert other.data.numel() == 4 << 20
+    failed, _, _ = pool.take(1 << 20)
+    pool.keep(failed)
+    assert failed.data.numel() > 0  # the child may still write into it
     pool.close()
+    assert failed.data.numel() == 0
     pool.give_back(other)
     assert other.data.numel() == 0
-    assert made == [5 << 20, 4 << 20]
+    assert made == [5 << 20, 4 << 20, 1 << 20]
+
+
+def test_a_dead_childs_count_of_a_gpu_block_is_given_back_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU is faked: what is shown is what torch is told, and when."""
+    released: list[tuple[bytes, int]] = []
+    handle = (0, b"memory", 4096, 512, b"counter", 7, b"event", True)
+    shared = SimpleNamespace(
+        _release_ipc_counter_cuda=lambda *counter: released.append(counter),
+        _new_shared_cuda=lambda *parts: parts,
+    )
+    monkeypatch.setattr(gpu.torch, "UntypedStorage", shared)
+
+    def block() -> gpu.GpuBlock:
+        made = gpu.GpuBlock.__new__(gpu.GpuBlock)
+        made._counter, made._ready = None, SimpleNamespace(ipc_handle=lambda: b"ready")
+        made.data = SimpleNamespace(  # type: ignore[assignment]
+            untyped_storage=lambda: SimpleNamespace(_share_cuda_=lambda: handle)
+        )
+        return made
+
+    let_go, dead = block(), block()
+    told, files = let_go.introduce()
+    assert gpu._handle(json.loads(json.dumps(told["cuda"]))) == handle
+    assert files == ()
+    let_go.close(dead=False)
+    assert released == []
+    dead.introduce()
+    dead.close(dead=True)
+    dead.close(dead=True)
+    assert released == [(b"counter", 7)]

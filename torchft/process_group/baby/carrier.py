@@ -178,7 +178,7 @@ class Carrier:
                     message["new"], files = block.introduce()
                 block.load(plan)
             except BaseException:
-                block.close()
+                self._pool.keep(block)
                 raise
         timeout = plan.timeout or self.timeout
         work = BabyWork(result_of(op, args))
@@ -237,9 +237,10 @@ class Carrier:
         self._tell(self.end())
         for answer in waiting:
             answer(None)
-        self._pool.close()
         self._process.signal(signal.SIGKILL)  # it may have closed its end and live on
-        if self._process.wait(_BURIAL) is None:
+        if self._process.wait(_BURIAL) is not None:
+            self._pool.close()
+        else:  # what it may still write into is not used again
             logger.warning("the child process %d is still there %g s after SIGKILL", self.pid, _BURIAL)
         self._channel.close()
 
@@ -259,7 +260,7 @@ class Carrier:
                 error = e
                 self._tell(e)
         if block is not None:
-            self._pool.give_back(block) if error is None else block.close()
+            self._pool.give_back(block) if error is None else self._pool.keep(block)
         work.finish(error, event)
 
     def _tell(self, error: Exception) -> None:

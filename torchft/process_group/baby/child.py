@@ -27,6 +27,7 @@ from torch.distributed import Work
 from torch.futures import Future
 
 from torchft.process_group.baby.calls import arguments_of
+from torchft.process_group.baby.gpu import open_gpu_block
 from torchft.process_group.baby.memory import map_host_block
 from torchft.process_group.base import ProcessGroup
 from torchft.runtime.messages import Channel, Message
@@ -61,6 +62,7 @@ class _Host:
         self._timeout = timeout
         self._group: ProcessGroup | None = None
         self._blocks: dict[int, torch.Tensor] = {}
+        self._ready: dict[int, Any] = {}  # events, of blocks on a GPU
         self._waiter = Worker("torchft-baby-wait")  # one will do: what was issued first ends first
 
     def run(self) -> None:
@@ -91,6 +93,13 @@ class _Host:
     def _forget(self, numbers: Iterable[int]) -> None:
         for number in numbers:
             del self._blocks[number]
+            self._ready.pop(number, None)
+
+    def _open(self, number: int, told: dict[str, Any], files: list[int]) -> None:
+        if "host" in told:
+            self._blocks[number] = map_host_block(files[0], told["host"])
+        else:
+            self._blocks[number], self._ready[number] = open_gpu_block(told)
 
     def _made(self) -> ProcessGroup:
         if self._group is None:
@@ -102,7 +111,10 @@ class _Host:
 
     def _call(self, message: Message, files: list[int]) -> None:
         if "new" in message:
-            self._blocks[message["block"]] = _open(message["new"], files)
+            self._open(message["block"], message["new"], files)
+        ready = self._ready.get(message.get("block", 0))
+        if ready is not None:  # the trainer's copy into the block
+            torch.accelerator.current_stream(self._device).wait_event(ready)
         written: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def use(view: torch.Tensor, is_written: bool) -> torch.Tensor:
@@ -145,7 +157,3 @@ class _Host:
             self._channel.send({"id": number, "error": text})
         except OSError:
             os._exit(0)  # the trainer is gone
-
-
-def _open(told: dict[str, Any], files: list[int]) -> torch.Tensor:
-    return map_host_block(files[0], told["host"])

@@ -23,6 +23,7 @@ from torch.distributed import Work
 from torch.distributed import distributed_c10d as c10d
 
 from torchft.process_group.baby.carrier import GRACE, Carrier
+from torchft.process_group.baby.gpu import GpuBlock
 from torchft.process_group.baby.memory import Block, HostBlock
 from torchft.process_group.backend import BackendProcessGroup, Membership
 from torchft.process_group.base import DEFAULT_TIMEOUT, ProcessGroupError
@@ -214,6 +215,10 @@ class ProcessGroupBabyNCCL(_BabyProcessGroup):
 
     def _device(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())
+
+    @staticmethod
+    def _make_block(device: torch.device, number: int, size: int) -> Block:
+        return GpuBlock(device, number, size)
 
     def getBackendName(self) -> str:
         return "torchft-baby-nccl"

@@ -56,8 +56,12 @@ class Block(Protocol):
         """Copies out what it wrote. On a device: the event after that."""
         ...
 
-    def close(self) -> None:
-        """It is not used any more."""
+    def close(self, dead: bool) -> None:
+        """It is not used any more.
+
+        Args:
+            dead: the child has ended. Otherwise it has been told to let the block go.
+        """
         ...
 
 
@@ -88,7 +92,7 @@ class HostBlock:
         plan.copy_out(self.data)
         return None
 
-    def close(self) -> None:
+    def close(self, dead: bool) -> None:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -125,6 +129,7 @@ class Pool:
         self._make = make
         self._lock = threading.Lock()
         self._idle: list[Block] = []  # the longest unused first
+        self._kept: list[Block] = []
         self._used = 0
         self._most_used = KEPT
         self._next = 0
@@ -154,7 +159,7 @@ class Pool:
             self._next += 1
             number = self._next
         for old in gone:
-            old.close()
+            old.close(dead=False)
         try:
             return self._make(number, size), True, [old.number for old in gone]
         except BaseException:
@@ -169,15 +174,24 @@ class Pool:
             if not self._closed:
                 self._idle.append(block)
                 return
-        block.close()
+        block.close(dead=True)
+
+    def keep(self, block: Block) -> None:
+        """Its collective has failed: nobody uses it until the child is dead, which may still write into it."""
+        with self._lock:
+            self._used -= block.data.numel()
+            if not self._closed:
+                self._kept.append(block)
+                return
+        block.close(dead=True)
 
     def close(self) -> None:
-        """The child is gone: blocks that are idle, or will be, are let go."""
+        """The child is dead: all blocks are let go, those in use when they are given back."""
         with self._lock:
             self._closed = True
-            idle, self._idle = self._idle, []
-        for block in idle:
-            block.close()
+            blocks, self._idle, self._kept = [*self._idle, *self._kept], [], []
+        for block in blocks:
+            block.close(dead=True)
 
 
 class Adopted:
