@@ -29,12 +29,14 @@ from torch.futures import Future
 from torchft import config
 from torchft.checkpointing import Checkpoints, CheckpointTransport, HTTPTransport
 from torchft.collectives import check_quantizable
+from torchft.coordination.types import Notice
 from torchft.departure import Drained, drain_requested, forget, leave_at_the_end, listen_for_sigterm
 from torchft.group import join_group
-from torchft.process_group import ProcessGroup
+from torchft.group_loss import GroupLoss
+from torchft.process_group import ProcessGroup, Reduction
 from torchft.quorum_phase import Progress, QuorumPhase
 from torchft.recovery import Recovery
-from torchft.reduction import StepFutures
+from torchft.reduction import StepFutures, contribute_nothing
 from torchft.restoring import Restoring
 from torchft.runtime.deadline import Deadline, seconds
 from torchft.runtime.logs import RankLogger
@@ -240,8 +242,15 @@ class Manager:
         self._restored = False
         self._worker = Worker("torchft-quorum")
         self._quorum: concurrent.futures.Future[None] | None = None
-        self._group.listen(self._begin.hear, self._check_timeouts)
+        self._loss: GroupLoss | None = None
+        self._group.listen(self._hear, self._check_timeouts)
         leave_at_the_end(self)
+
+    def _hear(self, notice: Notice) -> None:
+        """Somebody is no longer there. From any thread."""
+        self._begin.hear(notice)
+        if self._loss is not None:
+            self._loss.hear(notice)
 
     def _check_timeouts(self, heartbeat_timeout: timedelta, join_timeout: timedelta) -> None:
         """The lighthouse has told its own."""
@@ -399,12 +408,13 @@ class Manager:
         self,
         tensor: torch.Tensor,
         should_quantize: bool = False,
-        reduce_op: ReduceOp.RedOpType = ReduceOp.AVG,
+        reduce_op: Reduction = ReduceOp.AVG,
     ) -> Work:
         """Reduces ``tensor`` over the participants, in place. Never raises for a failure of communication.
 
-        Waits for the quorum. A group that does not participate contributes zeros. After an error in this step
-        it does nothing; the work then completes with the tensor as it is, and the step will not be committed.
+        Waits for the quorum. A group that does not participate contributes zeros (to another reduction than SUM and
+        AVG: what changes nothing in its result). After an error in this step it does nothing; the work then completes
+        with the tensor as it is, and the step will not be committed.
 
         Args:
             tensor: any shape, on the process group's device.
@@ -427,7 +437,7 @@ class Manager:
         if self._error.current is not None:
             return CompletedWork(tensor)
         if not self.is_participating():
-            tensor.zero_()
+            contribute_nothing(tensor, reduce_op)
         divisor = self.num_participants() if average else 1
         op = ReduceOp.SUM if average else reduce_op
         out = self._works.reduce(self._pg, tensor, op, divisor, seconds(self._timeout), should_quantize)
@@ -471,6 +481,8 @@ class Manager:
             commit = self._group.client.should_commit(
                 self._group.rank, self._progress.step, mine, timeout or self._vote_timeout
             )
+            if self._loss is not None:
+                self._loss.whole()
         except Exception as e:
             self.report_error(e)
             commit = False
@@ -588,8 +600,24 @@ class Manager:
             return False
         self._left = reason
         forget(self)
+        if self._loss is not None:
+            self._loss.stop()
         self._log.info("leaving: %s", reason)
         return self._group.leave(reason, self._progress.step, _LEAVE_TIMEOUT)
+
+    def end_with_group(self, grace: timedelta = timedelta(seconds=10)) -> None:
+        """From now on this process ends when it waits in vain for another rank of its own group.
+
+        To be called where the ranks of a group have collectives among themselves (FSDP, tensor parallelism, inner
+        data parallelism): those of NCCL never end when a member dies, and those of gloo do not when one is stopped,
+        until their own timeout of many minutes. :func:`torchft.parallel.replicate` calls it.
+
+        Args:
+            grace: after the loss of a rank was seen, for the training loop to end by itself. Then the process ends
+                with exit code 1 and the stacks of its threads on stderr, if it is in the middle of a step and the
+                rank has not come back.
+        """
+        self._loss = GroupLoss(self._group.replica_id, seconds(grace), lambda: not self._voted, self._log)
 
     def shutdown(self, wait: bool = True) -> None:
         """Leaves, and ends servers, transfers and threads. Idempotent.

@@ -11,6 +11,7 @@ the next one.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -23,13 +24,13 @@ from torch.futures import Future
 from torchft.collectives import allreduce_quantized
 from torchft.futures import future_timeout, future_wait
 from torchft.lane import Lane
-from torchft.process_group import ProcessGroup
+from torchft.process_group import ProcessGroup, Reduction
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.loop import call_later
 from torchft.step_error import StepError
 from torchft.work import completed as completed_future
 
-__all__ = ["StepFutures", "reduce"]
+__all__ = ["StepFutures", "contribute_nothing", "reduce"]
 
 T = TypeVar("T")
 _ABORT_GRACE = timedelta(seconds=30)
@@ -59,7 +60,7 @@ class StepFutures:
         self,
         pg: ProcessGroup,
         tensor: torch.Tensor,
-        op: ReduceOp.RedOpType,
+        op: Reduction,
         divisor: int,
         timeout: float,
         quantized: bool = False,
@@ -131,10 +132,30 @@ class StepFutures:
                     self._error.report(e)
 
 
+def contribute_nothing(tensor: torch.Tensor, op: Reduction) -> None:
+    """Fills ``tensor`` with what changes no result of ``op``: zeros in a sum, ones in a product, the least number in
+    a maximum, and so on.
+    """
+    if op == ReduceOp.PRODUCT:
+        tensor.fill_(1)
+    elif op == ReduceOp.BAND:
+        tensor.zero_().bitwise_not_()
+    elif op == ReduceOp.MAX or op == ReduceOp.MIN:
+        if tensor.is_floating_point():
+            least, most = -math.inf, math.inf
+        elif tensor.dtype == torch.bool:
+            least, most = False, True
+        else:
+            least, most = torch.iinfo(tensor.dtype).min, torch.iinfo(tensor.dtype).max
+        tensor.fill_(least if op == ReduceOp.MAX else most)
+    else:
+        tensor.zero_()
+
+
 def reduce(
     pg: ProcessGroup,
     tensor: torch.Tensor,
-    op: ReduceOp.RedOpType,
+    op: Reduction,
     *,
     divisor: int,
     timeout: float,

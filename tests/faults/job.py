@@ -38,7 +38,7 @@ class Trainer:
         }
         own = {"TORCHFT_LIGHTHOUSE": job.addresses, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, str(TRAINER), "--name", name, "--stop-file", str(job.stop_file), *args],
+            [sys.executable, str(job.trainer), "--name", name, "--stop-file", str(job.stop_file), *args],
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
@@ -112,11 +112,15 @@ class Job:
     Args:
         folder: for logs.
         addresses: of lighthouses that are somebody else's; the one here stands idle then.
+        trainer: what each of them runs.
         **lighthouse: options of the one here.
     """
 
-    def __init__(self, folder: Path, addresses: str | None = None, **lighthouse: int) -> None:
+    def __init__(
+        self, folder: Path, addresses: str | None = None, *, trainer: Path = TRAINER, **lighthouse: int
+    ) -> None:
         self.folder = folder
+        self.trainer = trainer
         self.stop_file = folder / "stop-at"
         self.changed = threading.Condition()
         self.environment: dict[str, str] = {}
@@ -137,6 +141,7 @@ class Job:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._stores.append(store)
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(ranks)}
+        where["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # it is not rank 0 that hosts it
         return [self.start(name, *args, RANK=str(rank), **where) for rank in range(ranks)]
 
     def until(self, condition: Callable[[], object], what: str, timeout: float = 60.0) -> None:

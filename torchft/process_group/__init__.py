@@ -5,7 +5,8 @@
 - :class:`ProcessGroupGloo` for CPU tensors, :class:`ProcessGroupNCCL` and :class:`ProcessGroupXCCL` for GPUs;
 - :class:`ProcessGroupBabyGloo`, :class:`ProcessGroupBabyNCCL` and :class:`ProcessGroupBabyXCCL` where a collective that
   hangs must be ended whatever it does: it runs in a child process, which an abort kills;
-- :class:`ManagedProcessGroup` where torch wants a group and a Manager is to do the work;
+- :class:`ManagedProcessGroup` where torch wants a group and a Manager is to do the work, and
+  :func:`ft_init_device_mesh` where it wants a device mesh;
 - :class:`ErrorSwallowingProcessGroupWrapper`, :class:`FakeProcessGroupWrapper` and :class:`ProcessGroupDummy`
   around or instead of one of these.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 from torchft.process_group.baby import ProcessGroupBabyGloo, ProcessGroupBabyNCCL, ProcessGroupBabyXCCL
 from torchft.process_group.backend import BackendProcessGroup
 from torchft.process_group.base import DEFAULT_TIMEOUT, ProcessGroup, ProcessGroupError, Reduction
+from torchft.process_group.device_mesh import ft_init_device_mesh
 from torchft.process_group.dummy import ProcessGroupDummy
 from torchft.process_group.error_swallowing import ErrorSwallowingProcessGroupWrapper
 from torchft.process_group.fake import FakeProcessGroupWrapper
@@ -42,4 +44,5 @@ __all__ = [
     "ProcessGroupWrapper",
     "ProcessGroupXCCL",
     "Reduction",
+    "ft_init_device_mesh",
 ]

@@ -59,6 +59,9 @@ class ProcessGroup(_TorchProcessGroup):  # type: ignore[misc]
     Rank and size are those of the last ``configure``: 0 and 1 before the first.
     """
 
+    _related = True
+    """Registered, its members are those of torch's default group, by their numbers there."""
+
     def __init__(self) -> None:
         super().__init__(0, 1)
         self._rank = 0
@@ -277,7 +280,7 @@ class ProcessGroup(_TorchProcessGroup):  # type: ignore[misc]
         """
         if self._registered_name is not None:
             raise ProcessGroupError(f"the process group is registered already, as {self._registered_name!r}")
-        registry.register(self, name)
+        registry.register(self, name, self._related)
         self._registered_name = name
         return self
 

@@ -28,8 +28,10 @@ class ManagerLike(Protocol):
 class ManagedProcessGroup(ProcessGroupWrapper):
     """Allreduce through a Manager, so that errors are reported there and never raised.
 
-    Its size is the number of participants of the step and its rank the participating rank (0 while this group
-    does not participate: torch knows no missing rank). Reductions are SUM and AVG.
+    Its size is the number of participants of the step (1 where its quorum failed) and its rank the participating rank
+    (0 while this group does not participate): torch knows no empty group and no missing rank. All reductions are
+    possible; AVG divides by the number of participants. Work completes in any case: whether it did what it should is
+    known when the step is committed.
 
     Broadcasting and waiting, which torch's wrappers do when they are built, are no-ops: each replica group starts
     from its own weights, and joiners are healed by the Manager. Other collectives are not supported.
@@ -37,6 +39,8 @@ class ManagedProcessGroup(ProcessGroupWrapper):
     Args:
         manager: does the work. Its process group is configured by its quorums, so this one must not be.
     """
+
+    _related = False  # torch's default group has the ranks of this replica group
 
     def __init__(self, manager: ManagerLike) -> None:
         super().__init__()
@@ -86,7 +90,7 @@ class ManagedProcessGroup(ProcessGroupWrapper):
         """Nothing: the Manager bounds its collectives."""
 
     def size(self) -> int:
-        return self._manager.num_participants()
+        return max(1, self._manager.num_participants())
 
     def rank(self) -> int:
         return self._manager.participating_rank() or 0

@@ -38,8 +38,19 @@ class _OwnRanks(Mapping[int, int]):
         return self._group.size()
 
 
-def register(group: ProcessGroup, name: str) -> None:
+class _NoRanksOfOthers(_OwnRanks):
+    """Of a group whose members are in no relation to the ranks of the default group: this process has its rank."""
+
+    def __getitem__(self, rank: int) -> int:
+        return self._group.rank()
+
+
+def register(group: ProcessGroup, name: str, related: bool = True) -> None:
     """Enters ``group`` under ``name``.
+
+    Args:
+        group, name: see there.
+        related: its members are those of the default group, by their numbers there. False: they are elsewhere.
 
     Raises:
         ValueError: another group has the name.
@@ -54,7 +65,7 @@ def register(group: ProcessGroup, name: str) -> None:
     world: Any = c10d._world
     world.pg_map[group] = (group.getBackendName(), None)
     world.pg_names[group] = name
-    world.pg_group_ranks[group] = _OwnRanks(group)
+    world.pg_group_ranks[group] = _OwnRanks(group) if related else _NoRanksOfOthers(group)
     world.pg_backend_config[group] = ""
     tag = f"ptd:{name}"
     world.pg_to_tag[group] = tag

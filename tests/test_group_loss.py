@@ -1,0 +1,92 @@
+"""A process that waits in vain for another rank of its own group ends, and no other."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import subprocess
+import sys
+
+import pytest
+
+from torchft.coordination.types import ANY_QUORUM, Notice
+from torchft.group_loss import EXIT_CODE, GroupLoss
+from torchft.runtime.logs import RankLogger
+
+GRACE = 0.05
+LOST = Notice("g:1", "rank 1 of this group is no longer there: its process has ended", ANY_QUORUM)
+
+
+class Watched:
+    """A process that notes that it would end."""
+
+    def __init__(self, grace: float = GRACE) -> None:
+        self.in_step = True
+        self.ends: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.looked = queue.SimpleQueue[bool]()
+        log = RankLogger(logging.getLogger(__name__), "g:1", 0, lambda: 3)
+        self.loss = GroupLoss("g:1", grace, self._look, log, self.ends.put)
+
+    def _look(self) -> bool:
+        self.looked.put(self.in_step)
+        return self.in_step
+
+
+def test_in_the_middle_of_a_step_it_ends_after_the_grace() -> None:
+    watched = Watched()
+    watched.loss.hear(LOST)
+    assert "rank 1" in watched.ends.get(timeout=5)
+
+
+@pytest.mark.parametrize(
+    "notice",
+    [
+        Notice("other:1", "its process has ended", ANY_QUORUM),
+        Notice("g:1", "its rank 1 is no longer there", 7),  # the lighthouse's word about the whole group
+        Notice("g:1", "could not finish its step", ANY_QUORUM, lives=True),
+    ],
+)
+def test_news_that_are_not_of_a_rank_of_its_own_group_end_nothing(notice: Notice) -> None:
+    watched = Watched(grace=0.0)
+    watched.loss.hear(notice)
+    with pytest.raises(queue.Empty):
+        watched.ends.get(timeout=0.1)
+
+
+def test_between_two_steps_it_waits_for_nobody_and_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchft.group_loss._AGAIN", 0.01)
+    watched = Watched()
+    watched.in_step = False
+    watched.loss.hear(LOST)
+    assert [watched.looked.get(timeout=5) for _ in range(2)] == [False, False]
+    assert watched.ends.empty()
+    watched.in_step = True
+    assert watched.ends.get(timeout=5)
+
+
+@pytest.mark.parametrize("off", ["whole", "stop"])
+def test_a_whole_group_or_an_orderly_end_calls_it_off_and_a_new_loss_counts_again(off: str) -> None:
+    watched = Watched()
+    watched.loss.hear(LOST)
+    getattr(watched.loss, off)()
+    with pytest.raises(queue.Empty):
+        watched.ends.get(timeout=4 * GRACE)
+    watched.loss.hear(LOST)
+    assert watched.ends.get(timeout=5)
+
+
+def test_the_process_ends_with_the_stacks_of_its_threads() -> None:
+    code = """
+import threading
+from torchft.group_loss import end_process
+def waits_in_a_collective():
+    ready.set()
+    threading.Event().wait()
+ready = threading.Event()
+threading.Thread(target=waits_in_a_collective).start()
+ready.wait()
+end_process("rank 1 is gone")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == EXIT_CODE
+    assert "waits_in_a_collective" in done.stderr
