@@ -260,8 +260,9 @@ class Manager:
     def _default_transport(self) -> CheckpointTransport[dict[str, Any]]:
         """HTTP from the live state of the source straight into the live state here.
 
-        Nothing is copied for a snapshot: the source's next commit waits for the receiver in any case, whose
-        gradients (zeros) its allreduce needs, and parameters are written only after that.
+        Nothing is copied for a snapshot, but for what a slow receiver has not read when the parameters are about to
+        be written: the source's next commit waits for the receiver in any case, whose gradients (zeros) its
+        allreduce needs.
         """
         return HTTPTransport(
             self._timeout,
@@ -371,6 +372,7 @@ class Manager:
             raise RuntimeError(f"this group has left the job ({self._left}): there is no further step")
         if not self._voted and self._error.current is not None:
             self._progress.failures += 1  # the loop left the last step without a vote
+            self._progress.breaks += 1
         self._voted = False
         self._error.begin()
         self._works.clear()
@@ -395,6 +397,8 @@ class Manager:
         self._wait_for_worker()
         if self._error.current is not None and self._begin.failed:
             raise self._error.current
+        if self._begin.unhealed is not None:
+            raise self._begin.unhealed
 
     def _wait_for_worker(self, collective: bool = False) -> None:
         """The training thread meanwhile makes the calls that only it may make."""
@@ -476,7 +480,7 @@ class Manager:
         self._begin.watch.exit()  # all it had to say is said: who dies or leaves from now on is no matter of this step
         participants = self.num_participants()
         few = participants < self._min_replica_size
-        mine = self._error.current is None and not few
+        mine = self.errored() is None and not few
         try:
             commit = self._group.client.should_commit(
                 self._group.rank, self._progress.step, mine, timeout or self._vote_timeout
@@ -492,15 +496,17 @@ class Manager:
             self._progress.step += 1
             self._progress.lineage = self._begin.quorum_id
             self._progress.batches_committed += participants
-            self._progress.failures = 0
+            self._progress.failures = self._progress.breaks = 0
             self._log.debug("committed with %d participants", participants)
             self._telemetry.commit(participants, self._progress.batches_committed)
             return True
         self._progress.failures += 1
+        if self._error.current is not None or self._begin.unhealed is None or self._group.world_size > 1:
+            self._progress.breaks += 1
         if not self._begin.failed:
             self._progress.timed_out = waited_in_vain(self._error.current)
-        cause: object = self._error.current or "another rank of this group failed"
-        if few and self._error.current is None:
+        cause: object = self.errored() or "another rank of this group failed"
+        if few and self.errored() is None:
             cause = f"{participants} participants, min_replica_size is {self._min_replica_size}"
         self._log.warning("the step is not committed (%d in a row): %s", self._progress.failures, cause)
         self._settle_lost_state()
@@ -550,8 +556,8 @@ class Manager:
             self._pg.abort()
 
     def errored(self) -> Exception | None:
-        """The error of this step, None while there is none."""
-        return self._error.current
+        """The error of this step, or why this group is not healed in it; None while there is none."""
+        return self._error.current or self._begin.unhealed
 
     @property
     def use_async_quorum(self) -> bool:

@@ -9,6 +9,8 @@ Rules
     - Nothing here decides: who is in, who heals from whom and who participates are computed in ``torchft.core``.
     - From the moment the quorum is known, the death of a member is the step's error, and ends what is waited for.
     - While the live state may be half written, this replica asks with step -1: it is nobody's source.
+    - A group that heals contributes zeros when it has the state. If the state does not come, over a transport that
+      leaves the process group alone, it contributes them all the same and votes no: the others lose no step by it.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from torchft.checkpointing import CheckpointTransport
+from torchft.checkpointing import CheckpointTransport, TooSlow
 from torchft.coordination import QuorumResult
 from torchft.coordination.types import Notice
 from torchft.core.participation import Participation, participation
 from torchft.failure_watch import FailureWatch, ReplicaLost
 from torchft.group import Group
+from torchft.heal_pause import HealPause
 from torchft.lost_state import Holders, StateLost, check_not_lost
 from torchft.process_group import ProcessGroup
 from torchft.recovery import Recovery
@@ -53,6 +56,8 @@ class Progress:
     """Over all participants."""
     failures: int = 0
     """Steps in a row that were not committed."""
+    breaks: int = 0
+    """Of these, from the last that was not only this replica's own heal: so often did a quorum break."""
     timed_out: bool = False
     """In the last step it waited for the other groups in vain."""
     lineage: int = 0
@@ -135,6 +140,9 @@ class QuorumPhase:
         """Of the step under way."""
         self.loads = False
         """A state is to be written at its end: a peer's, or this rank's own because the group's others load."""
+        self.unhealed: Exception | None = None
+        """Why the state that this replica needs did not come, in a step that the others can do without it."""
+        self._pause = HealPause()
         self.lost: StateLost | None = None
         """Nobody holds the state of the job any more."""
 
@@ -149,6 +157,7 @@ class QuorumPhase:
         if self.loads and not self.healing:
             self._state.drop_pending()  # its own
         self.healing = self.loads = False
+        self.unhealed = None
         self.participation = _NOBODY
         self._quorum = None
 
@@ -199,7 +208,7 @@ class QuorumPhase:
             checkpoint_metadata=self._transport.metadata(),
             shrink_only=shrink_only,
             timeout=timedelta(seconds=deadline.remaining()),
-            commit_failures=self._progress.failures,
+            commit_failures=self._progress.breaks,
             init_sync=self._init_sync,
             timed_out=self._progress.timed_out,
             lineage=self._progress.lineage,
@@ -228,13 +237,32 @@ class QuorumPhase:
             self.loads = self._together.all_load(quorum)
             if quorum.heal:
                 self.healing = True
-                began = time.monotonic()
-                self._progress.load_state_dict(self._recovery.heal(quorum, self._progress.step, self._error))
-                self._telemetry.heal(quorum, time.monotonic() - began)
-                self._progress.lineage = quorum.lineage
+                if self._use_async_quorum and getattr(self._transport, "receives_beside_collectives", False):
+                    self._try_to_heal(quorum)
+                else:
+                    self._heal(quorum)
             elif self.loads and own is not None:
                 self._state.keep_own(own)
         self.participation = part
+
+    def _heal(self, quorum: QuorumResult) -> None:
+        began = time.monotonic()
+        self._progress.load_state_dict(self._recovery.heal(quorum, self._progress.step, self._error))
+        self._telemetry.heal(quorum, time.monotonic() - began)
+        self._progress.lineage = quorum.lineage
+
+    def _try_to_heal(self, quorum: QuorumResult) -> None:
+        """A heal that fails is no error of the step: the process group is as good as before, and carries zeros."""
+        try:
+            self._pause.check()
+            self._heal(quorum)
+            self._pause.over()
+        except Exception as e:
+            if isinstance(e, TooSlow):
+                self._pause.begin()
+            self.unhealed = e
+            self._together.refuse(quorum, str(e))
+            self._log.warning("this group is not healed in this step: %s: %s", type(e).__name__, e)
 
     def _configure(self, quorum: QuorumResult) -> None:
         address = f"{quorum.store_address}/torchft/{quorum.quorum_id}/{self._group.rank}"

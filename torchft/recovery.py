@@ -6,12 +6,15 @@ of a heal line by line (README, *what the log says*).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 from torchft.checkpointing import CheckpointTransport
 from torchft.coordination import ManagerClient, QuorumResult
+from torchft.core.assignment import Source
+from torchft.runtime.deadline import Deadline, seconds
 from torchft.runtime.logs import RankLogger, speaking
 from torchft.runtime.loop import call_later
 from torchft.state import ReplicaState
@@ -20,13 +23,74 @@ from torchft.together import Together
 
 __all__ = ["Recovery"]
 
+_PATIENCE = 0.5
+"""Seconds after which another source that has answered is as good as the assigned one."""
 
-@dataclass(frozen=True, eq=False)
-class _Source:
-    """Whom the heal under way takes the state from."""
 
-    replica_id: str
-    client: ManagerClient
+class _Heal:
+    """The sources of the heal under way, and who of them is no longer there."""
+
+    def __init__(self, quorum: QuorumResult, sources: Sequence[Source], connect_timeout: timedelta) -> None:
+        self.ids = {s.replica_rank: quorum.replica_ids[s.replica_rank] for s in sources}
+        self.clients = {s.replica_rank: ManagerClient(s.manager_address, connect_timeout, wait=False) for s in sources}
+        self.changed = threading.Condition()
+        self.known: list[tuple[int, str]] = []
+        """Replica rank and metadata of those that have answered, the assigned one first if it was in time."""
+        self.failures: dict[int, Exception] = {}
+        self.lost: dict[str, str] = {}
+        self.over = False
+
+    def lose(self, replica_id: str, cause: str) -> bool:
+        """A source is no longer there. Whether none is left."""
+        with self.changed:
+            self.lost[replica_id] = cause
+            for rank, name in self.ids.items():
+                if name == replica_id:
+                    self.clients[rank].close()
+            self.changed.notify_all()
+            return set(self.ids.values()) <= self.lost.keys()
+
+    def ask(self, rank: int, group_rank: int, timeout: timedelta) -> None:
+        """Asks a source for its metadata. On a thread of its own."""
+        try:
+            metadata = self.clients[rank]._checkpoint_metadata(group_rank, timeout)
+        except Exception as e:
+            with self.changed:
+                self.failures[rank] = e
+                self.changed.notify_all()
+            return
+        with self.changed:
+            if not self.over and self.ids[rank] not in self.lost:
+                self.known.append((rank, metadata))
+                self.changed.notify_all()
+
+    def first(self, assigned: int, patience: float, limit: float) -> tuple[int, str]:
+        """Waits for the assigned source's metadata, or after ``patience`` seconds for anybody's.
+
+        Raises:
+            Exception: why there is none.
+        """
+        deadline, patient = Deadline(limit), Deadline(patience)
+        with self.changed:
+            while True:
+                for i, (rank, _) in enumerate(self.known):
+                    if rank == assigned:
+                        self.known.insert(0, self.known.pop(i))
+                answered = bool(self.known) and self.known[0][0] == assigned
+                gone = assigned in self.failures or self.ids[assigned] in self.lost
+                if answered or (self.known and (gone or patient.expired)):
+                    return self.known[0]
+                if len(self.failures) == len(self.ids) or deadline.expired:
+                    raise self.failures.get(assigned) or TimeoutError(
+                        f"no source told within {limit:g}s how to get its state"
+                    )
+                self.changed.wait(0.02)
+
+    def close(self) -> None:
+        with self.changed:
+            self.over = True
+        for client in self.clients.values():
+            client.close()
 
 
 class Recovery:
@@ -60,22 +124,33 @@ class Recovery:
         self._connect_timeout = connect_timeout
         self._log = log
         self._receivers: tuple[str, ...] = ()
-        self._source: _Source | None = None
+        self._heal: _Heal | None = None
 
     def drop(self, replica_id: str, cause: str) -> None:
-        """A replica is no longer there: a transfer to or from it ends now. From any thread."""
-        source = self._source
-        if source is not None and replica_id == source.replica_id:
-            self._abandon(source, cause)
-        elif replica_id in self._receivers:
-            self.transport.abort(f"the receiver {replica_id} is no longer there: {cause}")
+        """A replica is no longer there: a transfer to it, or from it alone, ends now. From any thread.
 
-    def _abandon(self, source: _Source, cause: str) -> None:
+        Where there are other sources the transfer goes on with them.
+        """
+        heal = self._heal
+        if heal is not None and replica_id in heal.ids.values():
+            if heal.lose(replica_id, cause):
+                self._abandon(heal, cause)
+        elif replica_id in self._receivers:
+            self._receivers = tuple(r for r in self._receivers if r != replica_id)
+            if not self._receivers:
+                self.transport.abort(f"the receiver {replica_id} is no longer there: {cause}")
+
+    def _abandon(self, heal: _Heal, cause: str) -> None:
         """Again and again until the heal has ended: it may be between two waits right now."""
-        if self._source is source:
-            source.client.close()
-            self.transport.abort(f"the source {source.replica_id} is no longer there: {cause}")
-            call_later(0.05, lambda: self._abandon(source, cause))
+        if self._heal is heal:
+            self.transport.abort(f"the sources {sorted(heal.lost)} are no longer there: {cause}")
+            call_later(0.05, lambda: self._abandon(heal, cause))
+
+    def _receivers_of(self, quorum: QuorumResult) -> list[int]:
+        """The replica ranks that this one offers its state to."""
+        source = quorum.max_replica_rank is not None and not quorum.heal
+        many = getattr(self.transport, "takes_many_sources", False)
+        return quorum.recovering_replica_ranks if many and source else quorum.recover_dst_replica_ranks
 
     def serve(self, quorum: QuorumResult, torchft: dict[str, int]) -> dict[str, Any] | None:
         """Gives the state to the members that recover from this one, if there are any.
@@ -90,7 +165,7 @@ class Recovery:
         Raises:
             Exception: the state could not be read or sent.
         """
-        self._receivers = tuple(quorum.replica_ids[r] for r in quorum.recover_dst_replica_ranks)
+        self._receivers = tuple(quorum.replica_ids[r] for r in self._receivers_of(quorum))
         if not self._receivers and not self._together.all_save(quorum):
             return None
         state = self._together.save(quorum, torchft)
@@ -107,10 +182,10 @@ class Recovery:
         return state
 
     def heal(self, quorum: QuorumResult, step: int, error: StepError) -> dict[str, int]:
-        """Takes the state from the member that the quorum names. It waits in ``state`` to be applied.
+        """Takes the state from the members that the quorum names. It waits in ``state`` to be applied.
 
         Args:
-            quorum: this rank's view, with a source.
+            quorum: this rank's view, with a source. A transport that takes many is told of all.
             step: where this replica is, for the log.
             error: of the step under way: with one, nothing is begun.
 
@@ -130,28 +205,38 @@ class Recovery:
             address,
             quorum.max_step,
         )
-        client = ManagerClient(address, self._connect_timeout, wait=False)
-        self._source = _Source(quorum.replica_ids[source], client)
+        many = getattr(self.transport, "takes_many_sources", False)
+        sources = quorum.recover_sources if many else []
+        heal = _Heal(quorum, sources or [Source(source, address)], self._connect_timeout)
+        self._heal = heal
         try:
-            return self._receive(client, source, quorum.max_step, error)
+            return self._receive(heal, source, quorum.max_step, error)
         finally:
-            self._source = None
-            client.close()
+            self._heal = None
+            heal.close()
 
-    def _receive(self, client: ManagerClient, source: int, step: int, error: StepError) -> dict[str, int]:
+    def _receive(self, heal: _Heal, assigned: int, step: int, error: StepError) -> dict[str, int]:
         # Who learns of the source's death sets the error first and then looks for a source: one of us sees it.
         if error.current is not None:
             raise error.current
         # A source that died since the quorum must not cost the whole timeout: the others wait for this replica.
-        metadata = client._checkpoint_metadata(self._group_rank, min(self._connect_timeout, self._timeout))
+        limit = min(self._connect_timeout, self._timeout)
+        for rank in heal.ids:
+            threading.Thread(
+                target=heal.ask, args=(rank, self._group_rank, limit), name="torchft-ask-source", daemon=True
+            ).start()
+        source, metadata = heal.first(assigned, _PATIENCE, seconds(limit))
         self._log.info(
             "fetching checkpoint from recover_src_replica_rank=%d with checkpoint_metadata=%r", source, metadata
         )
         self._state.begin_receiving(in_place=getattr(self.transport, "receives_in_place", False))
         with speaking(self._log):
-            received = self.transport.recv_checkpoint(
-                src_rank=source, metadata=metadata, step=step, timeout=self._timeout
-            )
+            if getattr(self.transport, "takes_many_sources", False):
+                received = self.transport.recv_from_many(heal.known, step=step, timeout=self._timeout)
+            else:
+                received = self.transport.recv_checkpoint(
+                    src_rank=source, metadata=metadata, step=step, timeout=self._timeout
+                )
         torchft = self._state.received(received)
         if torchft.get("step") != step:
             raise RuntimeError(f"the source sent its state of step {torchft.get('step')}, the quorum is at {step}")

@@ -141,7 +141,7 @@ def main() -> None:
     elif phase == "send":
         before(transport, "send_checkpoint", die)
     elif phase == "receive":
-        before(transport, "recv_checkpoint", die)
+        before(transport, "recv_from_many" if args.transport == "http" else "recv_checkpoint", die)
 
     emit("start", pid=os.getpid(), replica_id=manager.replica_id())
     if args.faults:

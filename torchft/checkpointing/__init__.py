@@ -15,6 +15,7 @@ from torchft.checkpointing.transport import (
     ManifestError,
     SourceLost,
     StepNotServed,
+    TooSlow,
     TransferAborted,
     UnsafeStateError,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "PGTransport",
     "SourceLost",
     "StepNotServed",
+    "TooSlow",
     "TransferAborted",
     "UnsafeStateError",
     "load_latest",

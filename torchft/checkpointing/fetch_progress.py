@@ -13,6 +13,7 @@ logger = SpeakerLogger("torchft.checkpointing.http_transport")
 _QUIET = 2.0
 _EVERY = 1.0
 _FIRST = 0.05
+_SPAN = 0.5
 
 
 class FetchProgress:
@@ -27,6 +28,8 @@ class FetchProgress:
         self._began = self._counted = time.monotonic()
         self._told = self._began + _QUIET - _EVERY
         self._told_bytes = 0
+        self._judged = self._began
+        self._judged_bytes = self._slow_spans = 0
         self.total = 0
         """Bytes of the state."""
         self.done = 0
@@ -56,6 +59,7 @@ class FetchProgress:
         self.total, self.done, self.kept = total, kept, kept
         self._began = self._counted = time.monotonic()
         self._told = self._began + _QUIET - _EVERY
+        self._judged = self._began
 
     def landed(self, nbytes: int) -> None:
         self.done += nbytes
@@ -70,6 +74,21 @@ class FetchProgress:
         if elapsed < _FIRST:
             return 0.0
         return (self.total - self.kept - received) * elapsed / max(1, received)
+
+    def hopeless(self, received: int, time_left: float) -> bool:
+        """Whether it comes, but over two spans of time so slowly that twice the time left would not do.
+
+        What does not come at all is not judged: a source may pause, and go on as fast as ever.
+        """
+        now = time.monotonic()
+        span, came = now - self._judged, received - self._judged_bytes
+        if span < _SPAN or came <= 0:
+            return False
+        needed = (self.total - self.kept - received) * span / came
+        slow = needed > 2 * time_left
+        self._judged, self._judged_bytes = now, received
+        self._slow_spans = self._slow_spans + 1 if slow else 0
+        return self._slow_spans >= 2
 
     def tell(self, received: int, sources: int) -> None:
         """A line each second, for a fetch that takes longer than two."""

@@ -30,7 +30,7 @@ from torchft.checkpointing.http_client import ChunksGone, SourceConnection
 from torchft.checkpointing.http_source import HTTPSource, failure_of, judge
 from torchft.checkpointing.manifest import Manifest
 from torchft.checkpointing.transfers import Transfer
-from torchft.checkpointing.transport import CheckpointError, CheckpointTimeout, IntegrityError, SourceLost
+from torchft.checkpointing.transport import CheckpointError, CheckpointTimeout, IntegrityError, SourceLost, TooSlow
 from torchft.core.transfer_plan import Hopeless, TakeOver, TransferPlan, Work
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.logs import SpeakerLogger
@@ -168,6 +168,12 @@ class Download:
                 if self._more_sources_pay():
                     self._open(self._sources)
                 self._ask_for_seals()
+                if self.progress.hopeless(self._received(), self._deadline.remaining()):
+                    raise TooSlow(
+                        f"step {self._step} comes too slowly from source {', '.join(map(str, self._sources))}: "
+                        f"{self.progress} after {self.progress.elapsed:.1f}s, and {self._deadline.remaining():.0f}s "
+                        "are left for the rest. A longer timeout lets the other groups wait longer for this one"
+                    )
                 self.progress.tell(self._received(), sum(s.usable for s in self._sources))
 
     def _received(self) -> int:

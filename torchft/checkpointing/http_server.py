@@ -67,13 +67,6 @@ class SnapshotServer:
             self._changed.notify_all()
         return offer
 
-    def close(self) -> None:
-        """Refuses new readers."""
-        with self._changed:
-            if self._offer is not None:
-                self._offer.open = False
-                self._changed.notify_all()
-
     def wait_for_readers(self, deadline: Deadline) -> bool:
         """Whether all readers of the offer have ended before the deadline."""
         with self._changed:

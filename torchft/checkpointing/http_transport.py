@@ -10,8 +10,8 @@ Snapshot
     ``"copy"``: the state is copied into memory that is kept for the next time, beside what the caller computes;
     ``disallow_checkpoint`` waits for the copying, and readers may finish until the next snapshot is taken. ``"lock"``:
     nothing is copied at first. ``disallow_checkpoint`` waits for readers that are about as fast as a copy; what slower
-    ones have not read is copied then, and they may finish as well. So either way a slow reader costs the source the
-    time of a copy, not its own.
+    ones have not read is copied then. Either way a slow reader costs the source the time of a copy, not its own, and
+    may read on until ``disallow_checkpoint`` is called once more (a step later) or another state is offered.
 
 Abort
     Sockets of a download that runs are shut down, whatever it waits for; the source cuts off those who read now. The
@@ -120,6 +120,7 @@ class HTTPTransport(CheckpointTransport[T]):
         self.last_receive: FetchProgress | None = None
         """How the newest receive goes, or went: bytes that were fetched, kept, bad, retries."""
         self._partial: Partial | None = None
+        self._outlived: Offer | None = None  # it was offered in a step that has ended
         self._live = False  # what is offered is the caller's own memory
         self._worker: Worker | None = None
         self._fill: concurrent.futures.Future[None] | None = None
@@ -146,6 +147,7 @@ class HTTPTransport(CheckpointTransport[T]):
             if not self._server.withdraw(Deadline(min(_DROP, deadline.remaining()))):
                 raise CheckpointTimeout("the readers of the last snapshot could not be dropped in time")
             if self._snapshot == "lock":
+                self._outlived = None
                 self._live = any(s.device.type == "cpu" and s.numel() >= self._copy_below for s in sources)
                 offer = self._server.offer(step, manifest, host_run(sources, self._copy_below))
                 offer.advance(manifest.total)
@@ -190,12 +192,14 @@ class HTTPTransport(CheckpointTransport[T]):
             raise CheckpointTimeout(f"the snapshot was not copied within {deadline.timeout:g}s") from e
 
     def disallow_checkpoint(self) -> None:
-        self._server.close()
-        if self._snapshot == "copy":
-            self._await_fill(Deadline(self._timeout))
-            return
+        self._await_fill(Deadline(self._timeout))
         offer = self._server.current
-        if offer is None or not self._live or self._read_soon(offer):
+        if offer is None or offer is self._outlived or self._read_soon(offer):
+            self._outlived = None
+            self._drop()
+            return
+        self._outlived = offer  # who reads may finish, until the next time
+        if not self._live:
             return
         self._live = False
         started = time.perf_counter()
@@ -203,8 +207,7 @@ class HTTPTransport(CheckpointTransport[T]):
             copied = offer.move(self._arena.lend(offer.cut.total), self._arena.copy)
         except RuntimeError as e:
             logger.warning("there is no memory for what readers have not read (%s): they are dropped", e)
-            if not self._server.withdraw(Deadline(_DROP)):
-                raise CheckpointTimeout(f"readers of the checkpoint could not be dropped within {_DROP:g}s") from e
+            self._drop()
             return
         took = time.perf_counter() - started
         metrics.SNAPSHOT_SECONDS.inc(took)
@@ -218,15 +221,21 @@ class HTTPTransport(CheckpointTransport[T]):
             copied / took / 1e9,
         )
 
+    def _drop(self) -> None:
+        if not self._server.withdraw(Deadline(_DROP)):
+            raise CheckpointTimeout(f"readers of the checkpoint could not be dropped within {_DROP:g}s")
+
     def _read_soon(self, offer: Offer) -> bool:
         """Waits for readers as long as they are about as fast as a copy would be; whether they are done."""
+        if not self._live:
+            return self._server.wait_for_readers(Deadline(0))
         before = offer.bytes_sent
         while not self._server.wait_for_readers(Deadline(_WINDOW)):
             now = offer.bytes_sent
             if now - before < _WORTH_WAITING * _WINDOW:
                 return False
             before = now
-        return self._server.withdraw(Deadline(_DROP))
+        return True
 
     def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> T:
         return self.recv_from_many([(src_rank, metadata)], step, timeout)

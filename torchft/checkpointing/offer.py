@@ -152,19 +152,21 @@ class Offer:
         Returns:
             How many bytes were copied.
         """
-        there = frozenset(self.needed())
-        spans = [self.cut.span(i) for i in sorted(there)]
-        copy(self._run, memory, spans)
+        there: set[int] = set()
+        share = max(8, self.cut.count // 64)
+        while ahead := sorted(self.needed() - there)[:share]:  # fewer and fewer, as readers read on or go
+            copy(self._run, memory, [self.cut.span(i) for i in ahead])
+            there.update(ahead)
         with self._changed:
             leases = [r.lease for r in self.readers] + [self._sealing]
         for lease in leases:
             lease.acquire()
         try:
-            self._run, self._there = memory, there
+            self._run, self._there = memory, frozenset(there)
         finally:
             for lease in leases:
                 lease.release()
-        return sum(stop - start for start, stop in spans)
+        return sum(stop - start for start, stop in map(self.cut.span, there))
 
     # ----------------------------------------------------------- the hashes
 

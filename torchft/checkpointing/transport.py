@@ -33,6 +33,7 @@ __all__ = [
     "ManifestError",
     "SourceLost",
     "StepNotServed",
+    "TooSlow",
     "TransferAborted",
     "UnsafeStateError",
 ]
@@ -77,6 +78,10 @@ class CheckpointTimeout(CheckpointError, TimeoutError):
     """The time allowed was over first."""
 
 
+class TooSlow(CheckpointTimeout):
+    """It comes, but so slowly that it cannot be there in the time allowed. Nothing is wrong with the source's state."""
+
+
 class CheckpointTransport(ABC, Generic[T]):
     """Moves a state of type ``T`` between replica groups. See the rules at the top of this module."""
 
@@ -97,7 +102,8 @@ class CheckpointTransport(ABC, Generic[T]):
         """Offers or sends the state of ``step``.
 
         Args:
-            dst_ranks: replica ranks, in the current quorum, of those who will receive.
+            dst_ranks: replica ranks, in the current quorum, of those who will receive from here. Empty where
+                ``takes_many_sources`` and others may come, if their own source is not enough.
             step: the step the state belongs to.
             state_dict: the state, as it is now.
             timeout: longest that this call may take.

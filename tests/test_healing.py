@@ -1,0 +1,177 @@
+"""Healing beside the others' steps: from all groups that have the state, slowly, or not at all; never by half."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+
+from tests.groups import Groups, Replica, running
+from torchft.checkpointing import HTTPTransport
+from torchft.runtime.deadline import Deadline
+from torchft.testing.faults import Link
+
+MB = 1 << 20
+
+
+class Big(Replica):
+    """A replica with a large piece of state, which each committed step changes, behind a link of its own."""
+
+    def __init__(self, stack: ExitStack, groups: Groups, name: str, megabytes: int, **kwargs: Any) -> None:
+        self.big = torch.zeros(megabytes * MB // 4)
+        timeout = kwargs.setdefault("timeout", timedelta(seconds=20))
+        self.transport: HTTPTransport[Any] = HTTPTransport(
+            timeout, snapshot="lock", hostname="127.0.0.1", state_dict=self.all_state
+        )
+        super().__init__(groups.lighthouse.address(), name, checkpoint_transport=self.transport, **kwargs)
+        self.manager.register_state_dict_fn("big", self.load_big, lambda: {"big": self.big})
+        groups._replicas.append(self)
+        self.link = stack.enter_context(Link(self.transport.metadata().rpartition("http://")[2]))
+        self.transport.metadata = lambda: f"torchft-http/1 http://{self.link.address}"  # type: ignore[method-assign]
+        self.committed: list[float] = []
+        self.stop = threading.Event()
+
+    def load_big(self, state: dict[str, torch.Tensor]) -> None:
+        self.big.copy_(state["big"])
+
+    def all_state(self) -> Any:
+        return self.manager._state.read(self.manager.state_dict(), 20.0)
+
+    def train(self, enough: Callable[[], bool] = lambda: False) -> None:
+        """Until told to stop, or ``enough``."""
+        limit = Deadline(50)
+        while not self.stop.is_set() and not enough():
+            assert not limit.expired, self.manager.errored()
+            self.optimizer.zero_grad()
+            self.compute(1.0)
+            time.sleep(0.01)  # the host waits for its accelerator
+            if self.manager.should_commit():
+                self.inner.step()
+                self.big.add_(1.0)
+                self.committed.append(time.monotonic())
+
+    def longest_gap(self, since: float, until: float) -> float:
+        times = [t for t in self.committed if since <= t <= until]
+        return max(b - a for a, b in zip([since, *times], [*times, until], strict=True))
+
+
+@contextmanager
+def jobs(heartbeat_timeout_ms: int = 5000) -> Iterator[tuple[ExitStack, Groups]]:
+    with running(heartbeat_timeout_ms=heartbeat_timeout_ms) as groups, ExitStack() as stack:
+        yield stack, groups
+
+
+def until(happened: Callable[[], object], seconds: float = 40.0) -> None:
+    limit, pause = Deadline(seconds), threading.Event()
+    while not happened():
+        assert not limit.expired, "it did not happen"
+        pause.wait(0.002)
+
+
+def finish(replicas: list[Big], running: list[Any]) -> None:
+    """All stop at one step, with the same state."""
+    last = max(r.manager.current_step() for r in replicas) + 5
+
+    def done(r: Big) -> Callable[[], bool]:
+        return lambda: r.manager.current_step() >= last
+
+    for r in replicas:
+        r.stop.set()
+    for future in running:
+        future.result(30)
+    for r in replicas:
+        r.stop.clear()
+    groups = [threading.Thread(target=r.train, args=(done(r),), daemon=True) for r in replicas]
+    for thread in groups:
+        thread.start()
+    for thread in groups:
+        thread.join(60)
+    assert len({r.manager.current_step() for r in replicas}) == 1
+    assert len({r.weights() for r in replicas}) == 1
+    assert all(torch.equal(r.big, replicas[0].big) for r in replicas)
+
+
+def test_a_receiver_that_is_much_too_slow_holds_up_nobody_and_heals_when_it_can(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchft.heal_pause._FIRST", 1.0)
+    with caplog.at_level("WARNING"), jobs() as (stack, groups):
+        a, b = (Big(stack, groups, name, 64) for name in ("a", "b"))
+        for r in (a, b):
+            r.link.throttle(1e6)  # at step 0 b needs a's state
+        r0 = [groups.start(a.train)]
+        until(lambda: len(a.committed) >= 2)
+        b.link.restore()
+        a.link.restore()
+        r0.append(groups.start(b.train))
+        until(lambda: len(b.committed) >= 2)
+        a.link.throttle(1e6)
+        b.link.throttle(1e6)
+        c = Big(stack, groups, "c", 64)
+        began, before = time.monotonic(), len(a.committed)
+        r0.append(groups.start(c.train))
+        until(lambda: "too slowly" in caplog.text)
+        until(lambda: len(a.committed) > before + 20)
+        seen = time.monotonic()
+        assert not c.committed
+        assert a.longest_gap(began, seen) < 4.0  # not the 20 s that its timeout allows, nor the 64 s that it would take
+        a.link.restore()
+        b.link.restore()
+        until(lambda: c.committed)
+        finish([a, b, c], r0)
+
+
+def test_source_lost_in_the_middle_of_a_heal_the_receiver_goes_on_with_the_others() -> None:
+    with jobs() as (stack, groups):
+        a, b = (Big(stack, groups, name, 96) for name in ("a", "b"))
+        trains = [groups.start(a.train), groups.start(b.train)]
+        until(lambda: len(a.committed) >= 2 and len(b.committed) >= 2)
+        a.link.throttle(60e6)
+        b.link.throttle(60e6)
+        c = Big(stack, groups, "c", 96)
+        trains.append(groups.start(c.train))
+        until(lambda: c.transport.last_receive is not None and c.transport.last_receive.done >= 16 * MB)
+        for link in (a.link,):
+            link.refuse()
+            link.cut()
+        until(lambda: c.committed)
+        progress = c.transport.last_receive
+        assert progress is not None
+        assert progress.received < 1.3 * progress.total, "it did not begin again"
+        assert progress.sources == 2
+        finish([a, b, c], trains)
+
+
+def test_all_sources_lost_in_the_middle_no_half_state_is_used_or_given_away() -> None:
+    with jobs() as (stack, groups):
+        a = Big(stack, groups, "a", 96)
+        trains = [groups.start(a.train)]
+        until(lambda: len(a.committed) >= 2)
+        a.link.throttle(60e6)
+        b = Big(stack, groups, "b", 96)
+        trains.append(groups.start(b.train))
+        until(lambda: b.transport.last_receive is not None and b.transport.last_receive.done >= 16 * MB)
+        a.link.refuse()
+        a.link.cut()
+        until(lambda: b.manager.errored() is not None)
+        assert not b.manager._state.usable
+        assert not b.committed
+        before = len(a.committed)
+        until(lambda: len(a.committed) >= before + 10)  # the receiver's process goes on, and the source is not held up
+        # Somebody else joins meanwhile: it is not b that is asked for the state.
+        c = Big(stack, groups, "c", 96)
+        trains.append(groups.start(c.train))
+        offered: list[object] = []
+        real = b.transport.send_checkpoint
+        b.transport.send_checkpoint = lambda *args, **kw: (offered.append(args or kw), real(*args, **kw))[1]  # type: ignore[method-assign]
+        until(lambda: c.manager.errored() is not None)
+        assert not offered
+        a.link.restore()
+        until(lambda: b.committed and c.committed)
+        finish([a, b, c], trains)
