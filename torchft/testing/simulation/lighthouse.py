@@ -75,7 +75,7 @@ class Lighthouse:
         self.settings = settings
         self.invariants = invariants
         self._make = make
-        self._tick = settings.heartbeat_timeout / 4
+        self._tick = settings.heartbeat_timeout / 3
         self.seat = seat(self)
         self._preparing = False
         self._fresh = False

@@ -85,7 +85,7 @@ class Trainer(QuorumPhase):
         self._watch.exit()
         enough = self._part is not None and self._part.world_size >= self._settings.min_replica_size
         attempt = self._attempt
-        self._wait("vote", self._settings.collective_timeout * 1.2, self._vote_timeout)
+        self._in = "vote"
         self._call(
             self.server.cast,
             self.rank,
@@ -93,6 +93,8 @@ class Trainer(QuorumPhase):
             self._error is None and enough,
             lambda commit, cause, stands: self._reach(self._decided, attempt, commit, cause, stands),
         )
+        if attempt == self._attempt and self._in == "vote":  # it is not decided yet
+            self._wait("vote", self._settings.collective_timeout * 1.2, self._vote_timeout)
 
     def _vote_timeout(self, attempt: int) -> None:
         if attempt == self._attempt and self._in == "vote":
