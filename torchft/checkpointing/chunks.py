@@ -19,6 +19,7 @@ import binascii
 import bisect
 import itertools
 import json
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -26,7 +27,7 @@ from typing import Any, cast
 import torch
 import xxhash
 
-from torchft.checkpointing.manifest import Manifest
+from torchft.checkpointing.manifest import MAX_TOTAL, Manifest
 from torchft.checkpointing.transport import IntegrityError, ManifestError
 
 __all__ = [
@@ -49,7 +50,7 @@ __all__ = [
 FORMAT = "torchft-checkpoint/1"
 CHUNK_SIZE = 8 << 20
 DIGEST_BYTES = 16
-_MAX_CHUNK_SIZE = 1 << 30
+_CHUNK_SIZES = range(64 << 10, (1 << 30) + 1)
 
 
 def digest(views: Sequence[memoryview]) -> bytes:
@@ -221,12 +222,17 @@ def _read_header(line: bytes) -> tuple[dict[str, object], int, Cut, bytes]:
         raise ManifestError(f"what the source serves is not {FORMAT}: it begins {line[:60]!r}") from e
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         spoken = header.get("format") if isinstance(header, dict) else line[:60]
-        raise ManifestError(f"the source speaks {spoken!r}, not {FORMAT}: run the same torchft on both sides")
+        raise ManifestError(
+            f"the source speaks {reprlib.repr(spoken)}, not {FORMAT}: run the same torchft on both sides"
+        )
     step, total, chunk_size = (header.get(k) for k in ("step", "total", "chunk_size"))
     if type(step) is not int or type(total) is not int or type(chunk_size) is not int:
         raise ManifestError("the header's numbers are missing")
-    if total < 0 or not 0 < chunk_size <= _MAX_CHUNK_SIZE:
-        raise ManifestError(f"the header announces {total} bytes in chunks of {chunk_size}")
+    if not 0 <= total <= MAX_TOTAL or chunk_size not in _CHUNK_SIZES or not 0 <= step < 1 << 63:
+        raise ManifestError(
+            f"the header announces step {reprlib.repr(step)}, {reprlib.repr(total)} bytes in chunks of "
+            f"{reprlib.repr(chunk_size)}"
+        )
     try:
         body = bytes.fromhex(str(header.get("body")))
     except ValueError as e:

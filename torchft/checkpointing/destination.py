@@ -158,17 +158,20 @@ class Destination:
             return arrived.to(self._device)
         known = self._meshes.get(spec.dtensor.mesh)
         mesh = known or self._meshes.setdefault(spec.dtensor.mesh, spec.dtensor.mesh.build())
-        with torch.no_grad():
-            from torch.distributed.tensor import DTensor  # here only: see torchft.dtensor
+        from torch.distributed.tensor import DTensor  # here only: see torchft.dtensor
 
-            return DTensor.from_local(
-                arrived.to(mesh.device_type),
-                mesh,
-                spec.dtensor.placements,
-                run_check=False,
-                shape=torch.Size(spec.dtensor.shape),
-                stride=spec.dtensor.stride,
-            )
+        try:
+            with torch.no_grad():
+                return DTensor.from_local(
+                    arrived.to(mesh.device_type),
+                    mesh,
+                    spec.dtensor.placements,
+                    run_check=False,
+                    shape=torch.Size(spec.dtensor.shape),
+                    stride=spec.dtensor.stride,
+                )
+        except Exception as e:
+            raise CheckpointError(f"the DTensor {spec.path} on a mesh of {mesh.device_type} cannot be made: {e}") from e
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

@@ -10,6 +10,7 @@ Rules
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Callable, Sequence
 
@@ -36,6 +37,8 @@ Landed = Callable[[int, bytes, bytes], None]
 _CONNECT = 5.0
 _MAX_DOCUMENT = MAX_MANIFEST_BYTES + (1 << 20)
 _MAX_TEXT = 4096
+_STATUS = re.compile(r"[1-5][0-9]{2}")
+_LENGTH = re.compile(r"[0-9]{1,19}")
 
 
 class ChunksGone(CheckpointError):
@@ -174,7 +177,12 @@ class SourceConnection:
         line, headers = head
         parts = line.split(" ", 2)
         length = headers.get("content-length", "")
-        if len(parts) < 2 or not parts[0].startswith("HTTP/1.") or not parts[1].isdigit() or not length.isdigit():
+        if (
+            len(parts) < 2
+            or not parts[0].startswith("HTTP/1.")
+            or not _STATUS.fullmatch(parts[1])
+            or not _LENGTH.fullmatch(length)
+        ):
             raise CheckpointError(f"{self.address} does not speak HTTP/1.1 as torchft does: {line[:60]!r}")
         return int(parts[1]), headers, int(length)
 

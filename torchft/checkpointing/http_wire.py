@@ -229,8 +229,8 @@ class BodyReader:
             data = data[len(view) :]
 
 
-_RANGE = re.compile(r"bytes=(\d{1,19})-(\d{1,19})?")
-_CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})")
+_RANGE = re.compile(r"bytes=([0-9]{1,19})-([0-9]{1,19})?")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
 
 
 def parse_range(text: str, total: int) -> tuple[int, int] | None:

@@ -14,13 +14,15 @@ Form (JSON, UTF-8, no spaces)
 
 Invariants, checked on reading before anything is allocated
     Every tensor lies inside its extent, and its offset is a multiple of its element size. Counts, dimensions and
-    sizes are bounded. What is read allocates as many bytes as ``total`` says, and no more.
+    sizes are bounded. What is read allocates as many bytes as ``total`` says, and no more; packed tensors that are
+    spread out over more memory than they have bytes have a bound of their own.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
@@ -35,11 +37,14 @@ from torchft.dtensor import dtensor_class
 if TYPE_CHECKING:  # here only: see torchft.dtensor
     from torch.distributed.tensor import DTensor, Placement
 
-__all__ = ["MAX_MANIFEST_BYTES", "DTensorSpec", "Manifest", "TensorSpec", "describe"]
+__all__ = ["MAX_MANIFEST_BYTES", "MAX_TOTAL", "DTensorSpec", "Manifest", "TensorSpec", "describe"]
 
 MAX_MANIFEST_BYTES = 256 << 20
-_MAX_TOTAL = 1 << 50
+MAX_TOTAL = 1 << 50
 _MAX_DIMS = 64
+_MAX_ELEMENTS = 1 << 62
+_MAX_SPREAD = 64
+"""How much more memory than bytes the packed tensors of a state may take, beyond 1 GiB."""
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
@@ -106,10 +111,10 @@ class Manifest:
         if not isinstance(document, dict) or set(document) != {"extents", "meshes", "tree"}:
             raise ManifestError("the manifest does not have exactly extents, meshes and tree")
         extents, meshes = document["extents"], document["meshes"]
-        if not isinstance(extents, list) or not all(type(n) is int and 0 < n <= _MAX_TOTAL for n in extents):
+        if not isinstance(extents, list) or not all(type(n) is int and 0 < n <= MAX_TOTAL for n in extents):
             raise ManifestError("the manifest's extents are not positive byte counts")
-        if sum(extents) > _MAX_TOTAL:
-            raise ManifestError(f"the manifest announces more than {_MAX_TOTAL} bytes")
+        if sum(extents) > MAX_TOTAL:
+            raise ManifestError(f"the manifest announces more than {MAX_TOTAL} bytes")
         if not isinstance(meshes, list) or len(meshes) > 1000:
             raise ManifestError("the manifest's meshes are not a list of at most 1000")
         reader = _SpecReader(extents, [MeshSpec.parse(m) for m in meshes])
@@ -139,6 +144,8 @@ class _SpecReader:
         self._meshes = meshes
         self.specs: list[TensorSpec] = []
         self.used: set[int] = set()
+        self._spread = 0
+        self._packed = 0
 
     def read(self, node: list[JSON], path: str) -> None:
         spec = self._dtensor(node, path) if node[0] == "D" else self._tensor(node, path, None)
@@ -147,7 +154,7 @@ class _SpecReader:
     def _dtensor(self, node: list[JSON], path: str) -> TensorSpec:
         if len(node) != 6 or not isinstance(node[5], list) or not node[5] or node[5][0] != "T":
             raise ManifestError(f"{path} is not a DTensor")
-        shape, stride = _sizes(node[1], path), _sizes(node[2], path)
+        shape, stride = _shape(node[1], path), _sizes(node[2], path)
         if len(shape) != len(stride) or type(node[3]) is not int or not 0 <= node[3] < len(self._meshes):
             raise ManifestError(f"{path} is not a DTensor: its strides or its mesh do not exist")
         mesh = self._meshes[node[3]]
@@ -160,8 +167,8 @@ class _SpecReader:
         _, name, raw_shape, raw_stride, offset, extent, packed = node
         dtype = DTYPES.get(name) if isinstance(name, str) else None
         if dtype is None:
-            raise ManifestError(f"{path} has a dtype that this receiver does not know: {str(name)[:40]!r}")
-        shape = _sizes(raw_shape, path)
+            raise ManifestError(f"{path} has a dtype that this receiver does not know: {reprlib.repr(name)}")
+        shape = _shape(raw_shape, path)
         stride = _contiguous_stride(shape) if raw_stride is None else _sizes(raw_stride, path)
         if len(stride) != len(shape) or type(offset) is not int or offset < 0 or type(packed) is not bool:
             raise ManifestError(f"{path} has malformed strides or offset")
@@ -174,10 +181,15 @@ class _SpecReader:
             length = self._extents[extent]
             reach = _span(shape, stride) * dtype.itemsize
             if packed:
-                if extent in self.used or offset or numel * dtype.itemsize != length or reach > _MAX_TOTAL:
+                if extent in self.used or offset or numel * dtype.itemsize != length or reach > MAX_TOTAL:
                     raise ManifestError(f"{path} is packed, but does not fill an extent of its own")
-                if reach > 64 * length + (1 << 20) and reach > 1 << 30:
-                    raise ManifestError(f"{path} would take {reach} bytes for {length} bytes of elements")
+                self._spread += reach
+                self._packed += length
+                if self._spread > _MAX_SPREAD * self._packed + (1 << 30):
+                    raise ManifestError(
+                        f"{path} is one of the tensors that would take {self._spread} bytes for {self._packed} bytes "
+                        "of elements"
+                    )
             elif offset % dtype.itemsize or offset + reach > length:
                 raise ManifestError(f"{path} does not lie inside its extent of {length} bytes")
             self.used.add(extent)
@@ -188,11 +200,17 @@ def _sizes(node: JSON, path: str) -> tuple[int, ...]:
     if (
         not isinstance(node, list)
         or len(node) > _MAX_DIMS
-        or not all(type(n) is int and 0 <= n <= _MAX_TOTAL for n in node)
-        or math.prod(n for n in node if n) > _MAX_TOTAL**2
+        or not all(type(n) is int and 0 <= n <= MAX_TOTAL for n in node)
     ):
         raise ManifestError(f"{path} has a malformed shape or stride")
     return tuple(node)
+
+
+def _shape(node: JSON, path: str) -> tuple[int, ...]:
+    sizes = _sizes(node, path)
+    if math.prod(n for n in sizes if n) > _MAX_ELEMENTS:  # without elements, too: torch multiplies all of them
+        raise ManifestError(f"{path} has a shape that no tensor can have")
+    return sizes
 
 
 def _contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:

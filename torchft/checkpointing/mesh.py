@@ -62,7 +62,9 @@ class MeshSpec:
         device, shape, ranks, names = node["device"], node["shape"], node["ranks"], node["names"]
         if not (
             isinstance(device, str)
+            and device.isascii()
             and device.isalnum()
+            and len(device) < 32
             and _counts(shape, 1, 16)
             and _counts(ranks, 0, _MAX_RANKS)
             and math.prod(shape) == len(ranks)

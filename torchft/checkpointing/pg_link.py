@@ -30,9 +30,10 @@ __all__ = ["GROUP", "Buffers", "Link", "SendRecv", "message_of"]
 
 _TAG = 1
 _READY = 2
-GROUP = 16 << 20
-"""Bytes after which is waited. Larger: fewer changes of threads. Smaller: what has come is in the cache still."""
-_AHEAD = 2
+GROUP = 4 << 20
+"""Bytes after which is waited. Larger: fewer changes of threads. Smaller: what has come is in the cache still, and the
+thread that hashes it is done before gloo's wakes up and must look for another processor."""
+_AHEAD = 4
 """Groups that are on their way while the next is issued."""
 
 

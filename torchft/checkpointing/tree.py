@@ -17,16 +17,16 @@ Rules
     - Types are matched exactly: a subclass is not its base, because the receiver could not tell them apart.
       ``Parameter`` and ``Buffer`` are tensors; they arrive as plain tensors without gradient.
     - Reading calls nothing but the constructors named here and those of registered dataclasses.
-    - Trees are at most ``MAX_DEPTH`` deep; keys are ``str`` or ``int``, and no key comes twice.
+    - Trees are at most ``MAX_DEPTH`` deep and paths ``MAX_PATH`` long; keys are ``str`` or ``int``, no key comes twice.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
 import io
 import math
+import reprlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -40,6 +40,7 @@ __all__ = [
     "DTYPES",
     "JSON",
     "MAX_DEPTH",
+    "MAX_PATH",
     "Decoder",
     "Encoder",
     "dtype_name",
@@ -51,6 +52,8 @@ JSON = Any
 """What ``json`` reads and writes: None, bool, int, float, str, list, dict."""
 
 MAX_DEPTH = 100
+MAX_PATH = 4096
+"""Characters of a value's path. Each tensor has one: long keys above many tensors would take memory without bound."""
 _MAX_INT_BITS = 4096
 
 _DTYPE_NAMES = (
@@ -80,6 +83,8 @@ _DTYPE_NAMES = (
 DTYPES: dict[str, torch.dtype] = {n: getattr(torch, n) for n in _DTYPE_NAMES if hasattr(torch, n)}
 """The tensor types of the format, by name."""
 _NAME_OF_DTYPE = {d: n for n, d in DTYPES.items()}
+_NAMED_DTYPES = {n: d for n, d in vars(torch).items() if isinstance(d, torch.dtype)}
+"""All that torch has. Its attributes are not looked up by a name from the network: some import a module."""
 
 _NUMPY_SCALARS: dict[str, Any] = {
     "bool_": np.bool_,
@@ -175,6 +180,8 @@ class Encoder:
         Raises:
             UnsafeStateError: something at or below ``path`` cannot be sent.
         """
+        if len(path) > MAX_PATH:
+            raise UnsafeStateError(f"{path[:200]}… is a path of more than {MAX_PATH} characters: use shorter keys")
         if isinstance(value, torch.Tensor):
             return self._tensor(value, path)
         if depth > MAX_DEPTH:
@@ -263,6 +270,8 @@ class Decoder:
         Raises:
             ManifestError: it is not one of the forms.
         """
+        if len(path) > MAX_PATH:
+            raise ManifestError(f"{path[:200]}… is a path of more than {MAX_PATH} characters")
         if node is None or isinstance(node, (bool, int, float, str)):
             return node
         if depth > MAX_DEPTH:
@@ -287,14 +296,14 @@ class Decoder:
             return self._dataclass(node, path, depth)
         if len(node) == 2 and isinstance(node[1], str):
             return self._tagged_text(tag, node[1], path)
-        if tag == "np" and len(node) == 3 and node[1] in _NUMPY_SCALARS:
+        if tag == "np" and len(node) == 3 and isinstance(node[1], str) and node[1] in _NUMPY_SCALARS:
             value = self.decode(node[2], path, depth + 1)
             if isinstance(value, (bool, int, float)):
                 try:
                     return _NUMPY_SCALARS[node[1]](value)
                 except (OverflowError, ValueError) as e:
                     raise ManifestError(f"{path} is not a numpy {node[1]}") from e
-        raise ManifestError(f"{path} has an unknown or malformed form {str(node)[:80]!r}")
+        raise ManifestError(f"{path} has an unknown or malformed form {reprlib.repr(node)}")
 
     def _tagged_text(self, tag: str, text: str, path: str) -> object:
         try:
@@ -302,17 +311,17 @@ class Decoder:
                 return float(text)
             if tag == "b":
                 return base64.b64decode(text, validate=True)
-            if tag == "dtype" and isinstance(getattr(torch, text, None), torch.dtype):
-                return getattr(torch, text)
+            if tag == "dtype" and text in _NAMED_DTYPES:
+                return _NAMED_DTYPES[text]
             if tag == "device" and len(text) < 100:
                 return torch.device(text)
             if tag == "pickle":
                 return self._unpickle(base64.b64decode(text, validate=True), path)
-        except (binascii.Error, RuntimeError) as e:
-            if isinstance(e, ManifestError):
-                raise
-            raise ManifestError(f"{path} is not a readable {tag}: {e}") from e
-        raise ManifestError(f"{path} has an unknown or malformed form {tag!r}")
+        except ManifestError:
+            raise
+        except (ValueError, RuntimeError) as e:
+            raise ManifestError(f"{path} is not a readable {tag}: {str(e)[:200]}") from e
+        raise ManifestError(f"{path} has an unknown or malformed form {reprlib.repr(tag)}")
 
     def _unpickle(self, data: bytes, path: str) -> object:
         if not self._allow_pickle:
