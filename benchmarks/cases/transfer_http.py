@@ -1,0 +1,72 @@
+"""How fast a state moves over HTTP between two processes, beside bare TCP in the same processes."""
+
+from __future__ import annotations
+
+import statistics
+
+from benchmarks.cases.base import Case, Figures, Run
+from benchmarks.processes import CHILDREN, Cluster
+
+__all__ = ["CASES"]
+
+_ROUNDS = 4
+
+
+def _transfer(run: Run, mib: int, count: int) -> Figures:
+    rounds = 2 if run.quick else _ROUNDS
+    if run.quick:
+        mib, count = min(mib, 64), min(count, 20)
+    script = CHILDREN / "transfer_http.py"
+    args = ("--mib", mib, "--count", count, "--rounds", rounds)
+    with Cluster() as cluster:
+        source = cluster.spawn(run.impl, script, "--rank", 0, *args, name="source")
+        source.hello()
+        port = source.wait("store", 30)["port"]
+        receiver = cluster.spawn(run.impl, script, "--rank", 1, "--port", port, *args, name="receiver")
+        receiver.hello()
+        total = float(receiver.wait("over", 280)["total"])
+        source.wait("over", 30)
+        for child in (source, receiver):
+            child.tell("stop")
+        for child in (source, receiver):
+            if child.end(60) != 0:
+                raise child.error("failed at its end")
+        took: dict[str, list[float]] = {}
+        for e in receiver.all("moved"):
+            took.setdefault(e["way"], []).append(e["seconds"])
+        speed = {way: total / statistics.median(seconds[1:]) / 1e9 for way, seconds in took.items()}
+        ends = {"source": source, "receiver": receiver}
+        extra = {(end, e["way"]): e["beyond"] / total for end, c in ends.items() for e in c.all("memory")}
+        best = max(v for way, v in speed.items() if not way.startswith("raw"))
+        figures: Figures = {
+            "best way, GB/s": best,
+            "not in place, GB/s": max(speed["fresh"], speed["chunks"]),
+            "one TCP stream, GB/s": speed["raw1"],
+            "two TCP streams, GB/s": speed["raw2"],
+            "of two TCP streams, fraction": best / speed["raw2"],
+        }
+        if "place" in speed:
+            figures["in place, GB/s"] = speed["place"]
+        way = "place" if "place" in speed else "fresh"
+        figures[f"receiver's memory ({way}), states"] = 1 + extra["receiver", way] - (0 if way == "place" else 1)
+        figures[f"source's memory ({way}), states"] = 1 + extra["source", way]
+        figures["source's memory (fresh), states"] = 1 + extra["source", "fresh"]
+        return figures
+
+
+def _case(name: str, mib: int, count: int) -> Case:
+    about = f"{mib} MiB in {count} tensors by HTTPTransport, beside one and two bare TCP streams into warm memory"
+    return Case(
+        f"transfer-http-{name}",
+        about,
+        lambda run: _transfer(run, mib, count),
+        target="best: 0.85 of two TCP streams, 2 of the peer; not in place: 1 of the peer",
+        most=3,
+    )
+
+
+CASES = (
+    _case("1024", 1024, 20),
+    _case("4096", 4096, 20),
+    _case("4096-many", 4096, 4000),
+)
