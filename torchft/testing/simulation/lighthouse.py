@@ -100,7 +100,8 @@ class Lighthouse:
         """It leads: everything it knows it is told anew by those who come."""
         settings = self.settings
         options = Options(settings.min_replicas, settings.join_timeout, settings.heartbeat_timeout, settings.lease)
-        self.core = self._make(options, first_id(epoch), self.process.time, restarted=epoch > 1, last=self.seat.last)
+        last = self.seat.last if settings.record_members else None
+        self.core = self._make(options, first_id(epoch), self.process.time, restarted=epoch > 1, last=last)
         self._preparing = False
         self._fresh = True
         self._given = self.core.membership.previous

@@ -21,6 +21,8 @@ class Settings:
     """In each group."""
     lighthouses: int = 1
     """More than one: standbys, and a register for the leader's seat."""
+    record_members: bool = True
+    """A lighthouse's record holds the members of the last quorum, not the epoch alone."""
     min_replicas: int = 1
     """Of the lighthouse."""
     min_replica_size: int = 1
