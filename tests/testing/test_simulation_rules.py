@@ -70,6 +70,13 @@ class UsesIdsTwice(AdoptsNothing):
         super().__init__(options, 0, now)
 
 
+class DecidesTooEarly(StandingLighthouse):
+    """The agreed step is one that members may have started."""
+
+    def ack(self, replica_id: str, number: int, step: int, now: float) -> Orders:
+        return super().ack(replica_id, number, step - 2, now)
+
+
 class KeepsTheId(StandingLighthouse):
     """A quorum that a member could not go on with lends its id to the next one."""
 
@@ -176,6 +183,7 @@ RULES = {
     ),
     "the last quorum is on record": Rule(Parts(lighthouse=ForgetsTheLastQuorum), [2], ["all replaced"]),
     "ids are used once": Rule(Parts(lighthouse=UsesIdsTwice), [5], ["lighthouse crashed", "killed", "joined"]),
+    "the agreed step is beyond all that were started": Rule(Parts(lighthouse=DecidesTooEarly), [6], ["joined", "lost"]),
     "a broken quorum's id ends with it": Rule(Parts(lighthouse=KeepsTheId), [6]),
     "standing needs a lease": Rule(Parts(member=StandsWithoutLease), [2], ["all replaced", "cut off", "joined"]),
     "a lone member's lease is short": Rule(
