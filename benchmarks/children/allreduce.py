@@ -37,11 +37,13 @@ def main() -> None:
     def configure(number: int) -> float:
         start = time.perf_counter()
         pg.configure(f"{store}/{number}", f"member{args.rank}", args.rank, 2)
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        pg.allreduce([torch.ones(1)], options).wait()  # both have met: neither leaves while the other connects
+        return seconds
 
-    first = configure(0)
     options = dist.AllreduceOptions()
     options.reduceOp = dist.ReduceOp.SUM
+    first = configure(0)
     collectives: dict[int, list[float]] = {}
     for kilobytes, times in zip(args.kilobytes, args.times, strict=True):
         tensor = torch.ones(kilobytes * 256)
@@ -49,11 +51,12 @@ def main() -> None:
             tensor.share_memory_()
         collectives[kilobytes] = []
         for _ in range(times):
+            tensor.fill_(1.0)
             start = time.perf_counter()
             pg.allreduce([tensor], options).wait()
             collectives[kilobytes].append(time.perf_counter() - start)
-        if tensor[0].item() != 2.0**times or tensor[-1].item() != 2.0**times:
-            raise RuntimeError(f"the sum is wrong: {tensor[0].item()} after {times} times")
+            if tensor[0].item() != 2.0 or tensor[-1].item() != 2.0:
+                raise RuntimeError(f"the sum is wrong: {tensor[0].item()}")
     later = [configure(n) for n in range(1, 1 + args.configurations)]
     say("result", collectives=collectives, first=first, later=later)
     stop.wait()
