@@ -54,6 +54,30 @@ def _transfer(run: Run, mib: int, count: int) -> Figures:
         return figures
 
 
+def _sources(run: Run) -> Figures:
+    mib, rate = (128 if run.quick else 1024), 200e6
+    script = CHILDREN / "transfer_sources.py"
+    with Cluster() as cluster:
+        sources = [cluster.spawn(run.impl, script, "--mib", mib, "--rate", rate, name=f"source{i}") for i in range(2)]
+        addresses = []
+        for source in sources:
+            source.hello()
+            addresses.append(source.wait("source", 60)["address"])
+        receiver = cluster.spawn(run.impl, script, "--mib", mib, "--sources", *addresses, name="receiver")
+        receiver.hello()
+        receiver.wait("half", 120)
+        sources[1].kill()
+        receiver.wait("over", 60)
+        moved = {e["way"]: e for e in receiver.all("moved")}
+        return {
+            "one source, GB/s": (mib << 20) / moved["one"]["seconds"] / 1e9,
+            "two sources, GB/s": (mib << 20) / moved["two"]["seconds"] / 1e9,
+            "two as fast as so many, fraction": moved["one"]["seconds"] / moved["two"]["seconds"],
+            "one of two killed at half, GB/s": (mib << 20) / moved["killed"]["seconds"] / 1e9,
+            "fetched again then, share": moved["killed"]["again"],
+        }
+
+
 def _case(name: str, mib: int, count: int) -> Case:
     about = f"{mib} MiB in {count} tensors by HTTPTransport, beside one and two bare TCP streams into warm memory"
     return Case(
@@ -69,4 +93,11 @@ CASES = (
     _case("1024", 1024, 20),
     _case("4096", 4096, 20),
     _case("4096-many", 4096, 4000),
+    Case(
+        "transfer-sources",
+        "1 GiB from one source of 200 MB/s, from two, and from two of which one is killed half way",
+        _sources,
+        target="two: 1.9 of one; fetched again: 0.05",
+        only_ours=True,
+    ),
 )
