@@ -5,7 +5,7 @@ Rules
        killed by an abort, by a configuration that fails, and by one that comes while something is pending.
     2. A child that dies makes the session errored, whether or not something was pending.
     3. The process that children are forked from is one for all groups of this process. It starts with the first group
-       and ends when the last one was shut down or dropped.
+       and ends when the last one was shut down, or with this process.
 """
 
 from __future__ import annotations
