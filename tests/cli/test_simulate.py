@@ -78,8 +78,8 @@ def test_a_violation_is_explained_by_a_schedule_that_can_be_run_again_and_1(monk
     assert again.violation.invariant == 1
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
-def test_ctrl_c_ends_all_processes_and_tells_how_far_it_came(jobs: str) -> None:
+@pytest.mark.parametrize(("jobs", "how"), [("1", "SIGTERM"), ("2", "Ctrl-C"), ("2", "SIGKILL")])
+def test_however_a_search_is_ended_its_processes_end_and_it_tells_how_far_it_came(jobs: str, how: str) -> None:
     command = [sys.executable, "-m", "torchft.cli.main", "simulate", "--seeds", "1000000", "--jobs", jobs]
     child = subprocess.Popen(
         command,
@@ -93,18 +93,33 @@ def test_ctrl_c_ends_all_processes_and_tells_how_far_it_came(jobs: str) -> None:
     try:
         assert child.stdout is not None
         assert child.stdout.readline() == "seeds 0 to 999999, 2 to 6 groups, all faults\n"
-        wait_until(lambda: jobs == "1" or len(_children(child.pid)) > 2, 60, "starting the workers")
-        workers = _children(child.pid)
-        os.killpg(child.pid, signal.SIGINT)
+        wait_until(lambda: jobs == "1" or len(_workers(child.pid)) == 2, 60, "starting the workers")
+        workers = _workers(child.pid)
+        if how == "Ctrl-C":
+            os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to all of them
+        else:
+            child.send_signal(getattr(signal, how))
         output, _ = child.communicate(timeout=60)
     finally:
         child.kill()
-    assert child.returncode == 130, output
-    assert "interrupted" in output
-    assert "Traceback" not in output
+    if how != "SIGKILL":
+        assert child.returncode == 130, output
+        assert "interrupted" in output
+        assert "Traceback" not in output
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 60, "their end")
 
 
-def _children(pid: int) -> list[int]:
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in found]
+def _workers(pid: int) -> list[int]:
+    """The workers of this process that have begun to work: they ignore SIGINT then."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children if _ignores(int(child), signal.SIGINT)]
+
+
+def _ignores(pid: int, number: signal.Signals) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    ignored = next(line for line in status.splitlines() if line.startswith("SigIgn:"))
+    command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b"spawn_main" in command and bool(int(ignored.split()[1], 16) >> (number - 1) & 1)

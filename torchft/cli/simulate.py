@@ -7,7 +7,10 @@ that ``--replay`` runs again; 130: interrupted.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import ctypes
 import multiprocessing
+import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -19,10 +22,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from torchft.launch.processes import terminate_as_interrupt
 from torchft.testing.simulation import STORIES, Result, Schedule, Summary, minimal, run, run_seeds
 
 __all__ = ["simulate"]
 
+_PR_SET_PDEATHSIG = 1
 _CHUNK = 50
 _LINES = 200
 """Of a trace, at most."""
@@ -85,11 +90,11 @@ def simulate(
     """
     console = Console(highlight=False, soft_wrap=True)
     try:
-        code = (
-            _replay(console, replay, lines)
-            if replay
-            else _search(console, seeds, start, replicas, jobs, stories, lines)
-        )
+        with terminate_as_interrupt():
+            if replay:
+                code = _replay(console, replay, lines)
+            else:
+                code = _search(console, seeds, start, replicas, jobs, stories, lines)
     except KeyboardInterrupt:
         console.print("interrupted")
         code = 130
@@ -169,7 +174,7 @@ def _parts(
             yield run_seeds(chunk, replicas, stories)
         return
     pool = concurrent.futures.ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
+        jobs, multiprocessing.get_context("spawn"), _begin_worker, (os.getpid(),)
     )
     try:
         futures = [pool.submit(run_seeds, chunk, replicas, stories) for chunk in chunks]
@@ -177,6 +182,15 @@ def _parts(
             yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker(parent: int) -> None:
+    """A worker leaves Ctrl-C to the main process, and ends with it, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(OSError, AttributeError):  # there is no prctl but on Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _summary(console: Console, total: Summary, seconds: float) -> None:
