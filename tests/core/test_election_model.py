@@ -332,6 +332,9 @@ def test_a_member_refuses_lower_epochs_and_garbage() -> None:
     assert guard.highest == 4
     assert plausible(2**20, 0)
     assert not plausible(2**20 + 1, 0)
+    assert EpochGuard().admit(
+        2**20 + 1
+    )  # who has seen nothing believes the first: a lighthouse that was lied to lives on
 
 
 def test_ids_of_different_epochs_never_meet() -> None:

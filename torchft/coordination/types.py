@@ -157,7 +157,7 @@ def _decode_data(text: str) -> dict[str, Any] | None:
         return None
     try:
         value: dict[str, Any] | None = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None  # a foreign member's own business: nothing here depends on it
     return value
 

@@ -80,7 +80,8 @@ class EpochGuard:
 
     def admit(self, epoch: int) -> bool:
         """Whether an answer of this epoch may be believed. The highest one is remembered."""
-        if epoch < self.highest or not plausible(epoch, self.highest):
+        known = self.highest or MAX_EPOCH  # whoever has seen nothing has nothing to compare the first answer with
+        if epoch < self.highest or not plausible(epoch, known):
             return False
         self.highest = epoch
         return True

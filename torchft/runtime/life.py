@@ -85,7 +85,7 @@ async def examine(address: str, timeout: float = 1.0) -> Sign:
             _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
     except ConnectionRefusedError:
         return Sign.GONE
-    except (OSError, ValueError):  # TimeoutError is one of them
+    except (OSError, ValueError, OverflowError):  # TimeoutError is one of them; a port beyond 65535 overflows
         return Sign.UNKNOWN
     writer.close()
     return Sign.ALIVE
@@ -98,7 +98,7 @@ def examine_now(address: str, timeout: float = 1.0) -> Sign:
         socket.create_connection((host.strip("[]"), int(port)), timeout=timeout).close()
     except ConnectionRefusedError:
         return Sign.GONE
-    except (OSError, ValueError):
+    except (OSError, ValueError, OverflowError):
         return Sign.UNKNOWN
     return Sign.ALIVE
 
