@@ -107,8 +107,8 @@ def _range(text: str) -> tuple[int, int]:
         bounds = int(few), int(many or few)
     except ValueError:
         raise click.BadParameter(f"{text!r} is neither a number nor two with a dash between") from None
-    if not 1 <= bounds[0] <= bounds[1] <= 64:
-        raise click.BadParameter(f"{text!r}: between 1 and 64, the smaller one first")
+    if not 1 <= bounds[0] <= bounds[1] <= 32:
+        raise click.BadParameter(f"{text!r}: between 1 and 32, the smaller one first")
     return bounds
 
 
