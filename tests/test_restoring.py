@@ -57,6 +57,35 @@ def test_the_ranks_of_a_group_restore_one_checkpoint_that_all_of_them_can_use(gr
     assert again[5] == weights[5]
 
 
+def test_a_step_is_saved_by_all_ranks_or_by_none(
+    groups: Groups, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Slow(Checkpoints):
+        slow = False
+
+        @property
+        def saving(self) -> bool:
+            return self.slow or super().saving
+
+    a = group_of_two(groups, "a", tmp_path, seed=1)
+    slow = Slow(tmp_path, every=2, keep=9)
+    assert a[1].manager._restoring is not None
+    a[1].manager._restoring.checkpoints = slow
+    train(groups, a, until=3)
+    for r in a:
+        assert r.manager._restoring is not None
+        assert r.manager._restoring.checkpoints.wait(30)
+    slow.slow = True  # rank 1 is still writing, rank 0 is not
+    groups.together(*(lambda r=r: [r.step() for _ in range(2)] for r in a))
+    slow.slow = False
+    train(groups, a, until=7)
+    for r in a:
+        r.manager.shutdown()
+    assert [step for step, _ in slow.candidates()] == [6, 2]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000000002", "step-000000000006"], "no leftovers"
+    assert "step 4 is not saved: rank 1 of this group does not come: its last save is still under way" in caplog.text
+
+
 def test_no_rank_begins_anew_when_all_checkpoints_are_damaged(groups: Groups, tmp_path: Path) -> None:
     a = group_of_two(groups, "a", tmp_path, seed=1)
     train(groups, a, until=3)

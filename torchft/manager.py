@@ -27,6 +27,7 @@ from torch.distributed import ReduceOp, Work
 from torch.futures import Future
 
 from torchft import config
+from torchft.agreement import Agreement
 from torchft.checkpointing import Checkpoints, CheckpointTransport, HTTPTransport
 from torchft.collectives import check_quantizable
 from torchft.coordination.types import Notice
@@ -46,7 +47,7 @@ from torchft.step_error import StepError, waited_in_vain
 from torchft.telemetry import telemetry_of
 from torchft.timeouts import Timeouts, effective
 from torchft.together import Together
-from torchft.training_thread import TrainingThread, directly
+from torchft.training_thread import Caller, TrainingThread, directly
 from torchft.work import CompletedWork, FutureWork
 
 __all__ = ["Manager", "WorldSizeMode"]
@@ -192,20 +193,21 @@ class Manager:
         self._telemetry = telemetry_of(self._group.replica_id, self._group.rank, lambda: self._progress.step)
         self._transport = checkpoint_transport or self._default_transport()
         self._training_thread = TrainingThread()
-        together = Together(
+        agreement = Agreement(
             self._group.store,
-            f"torchft/group/{self._group.replica_id}",
+            f"torchft/group/{self._group.replica_id}/agreed",
             self._group.rank,
             self._group.world_size,
-            self._state,
-            self._training_thread.call if use_async_quorum else directly,
             seconds(self._timeout),
             lambda: self._error.current,
         )
+        caller: Caller = self._training_thread.call if use_async_quorum else directly
+        together = Together(agreement, self._state, caller, seconds(self._timeout))
         self._restoring: Restoring | None = None
         if checkpoints is not None:
             self._restoring = Restoring(
                 checkpoints,
+                agreement,
                 self._group.store,
                 self._group.replica_id,
                 self._group.rank,

@@ -8,7 +8,7 @@ The idea
 
 Rules
     - The group with participating rank 0 in the step just committed saves: one writer per state, another one when the
-      first is gone.
+      first is gone. Its ranks agree before they take the snapshot, so all of them save a step or none.
     - The ranks of a group restore the same checkpoint: rank 0 proposes the newest, each rank checks what it would
       read, and only if all of them can use it is it used; else the one before is proposed.
     - A restored state is written like a healed one: whole, by the registered functions. Until then the replica has
@@ -21,6 +21,7 @@ from datetime import timedelta
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from torchft.agreement import Agreement, NotAgreed
 from torchft.checkpointing import Checkpoints, DamagedCheckpoint
 from torchft.coordination import QuorumResult
 from torchft.runtime.logs import RankLogger
@@ -37,7 +38,8 @@ class Restoring:
 
     Args:
         checkpoints: where they are.
-        store, prefix: of the group, for its ranks to agree.
+        agreement: of the ranks of the group.
+        store: of the group.
         replica_id, rank, world_size: of this rank.
         state: what is saved and restored.
         timeout: seconds, longest wait for the group's other ranks.
@@ -47,6 +49,7 @@ class Restoring:
     def __init__(
         self,
         checkpoints: Checkpoints,
+        agreement: Agreement,
         store: TCPStore,
         replica_id: str,
         rank: int,
@@ -56,6 +59,7 @@ class Restoring:
         log: RankLogger,
     ) -> None:
         self.checkpoints = checkpoints
+        self._agreement = agreement
         self._store = store
         self._prefix = f"torchft/group/{replica_id}/restore"
         self._replica_id = replica_id
@@ -81,8 +85,24 @@ class Restoring:
         if participating_rank != 0 or step == self._saved or not self.checkpoints.due(step) or not self._state.usable:
             return
         self._saved = step
+        if not self._agree(step):
+            return
         state = self._state.read(torchft, self._timeout, directly)
         self.checkpoints.save(step, state, rank=self._rank, world_size=self._world_size, writer=self._replica_id)
+
+    def _agree(self, step: int) -> bool:
+        """Whether all ranks of the group have finished the last save: else their parts would not fit together."""
+        topic = f"checkpoint/{self._rounds}.{step}"  # a step may come again after one was restored
+        if self.checkpoints.saving:
+            self._agreement.refuse(topic, "its last save is still under way")
+            self.checkpoints.leave_out(step)
+            return False
+        try:
+            self._agreement.agree(topic)
+        except NotAgreed as e:
+            self._log.warning("step %d is not saved: %s", step, e)
+            return False
+        return True
 
     def restore(self) -> dict[str, int] | None:
         """Restores the newest checkpoint that all ranks of the group can use.

@@ -141,7 +141,10 @@ class Checkpoints:
     def save(
         self, step: int, state: object, *, rank: int = 0, world_size: int = 1, writer: str = ""
     ) -> concurrent.futures.Future[Path] | None:
-        """Takes a snapshot and has it written. To be called by all ranks of a group that is sharded.
+        """Takes a snapshot and has it written.
+
+        All ranks of a sharded group must save the same steps: none of them while another one is still :attr:`saving`.
+        The Manager sees to that.
 
         Args:
             step: the state is of.
@@ -158,14 +161,7 @@ class Checkpoints:
             CheckpointError: more than ``max_failures`` saves in a row failed.
         """
         if self.saving:
-            logger.warning(
-                "step %d is not saved to %s: after %.0f s step %d is still being written. Save less often, or to a "
-                "faster disk",
-                step,
-                self.directory,
-                time.monotonic() - self._began,
-                self._step,
-            )
+            self.leave_out(step)
             return None
         if self._max_failures is not None and self.failures > self._max_failures:
             raise CheckpointError(
@@ -181,6 +177,17 @@ class Checkpoints:
             self._worker = Worker("torchft-checkpoint")
         self._job = self._worker.submit(lambda: self._carry_out(shard, world_size, writer, copied))
         return self._job
+
+    def leave_out(self, step: int) -> None:
+        """Says that a step is not saved because the last save is still under way."""
+        logger.warning(
+            "step %d is not saved to %s: after %.0f s step %d is still being written. Save less often, or to a faster "
+            "disk",
+            step,
+            self.directory,
+            time.monotonic() - self._began,
+            self._step,
+        )
 
     def wait(self, timeout: timedelta | float | None = None) -> bool:
         """Waits for a save under way. Returns whether there is none any more.
@@ -216,7 +223,8 @@ class Checkpoints:
             self._report(shard.step, e)
             raise
         self.failures, self.last_error = 0, None
-        logger.info(
+        logger.log(
+            logging.DEBUG if shard.rank else logging.INFO,  # the other ranks have written a part, and rank 0 says more
             "saved step %d to %s: %d bytes in %.2f s, of which the training waited %.3f s for the copy",
             shard.step,
             folder,
