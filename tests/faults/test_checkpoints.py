@@ -91,7 +91,7 @@ if subprocess_disk:
     os._exit(0)  # what forks below has no threads
 draw = random.Random(1)
 first, ended = 0, 0
-for life in range(25):
+for life in range(15):
     pid = os.fork()
     if pid == 0:
         checkpoints = Checkpoints(folder, keep=2)
@@ -119,7 +119,7 @@ def test_a_writer_killed_at_any_moment_leaves_the_newest_whole(tmp_path: Path) -
     with child(tmp_path, KILLED.format(folder=str(tmp_path / "disk"), mount=False)) as c:
         event = c.event(60)
         assert event.get("steps", 0) >= 5, event
-        assert event["killed_in_mid_save"] >= 5
+        assert event["killed_in_mid_save"] >= 3
         assert event["leftovers"] <= 4
         assert c.wait() == 0, c.log
 
