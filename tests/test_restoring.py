@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from tests.groups import Groups, Replica
-from torchft.checkpointing import Checkpoints, DamagedCheckpoint
+from torchft.checkpointing import Checkpoints, DamagedCheckpoint, UnsafeStateError
 
 
 def group_of_two(groups: Groups, name: str, folder: Path, seed: int) -> list[Replica]:
@@ -108,6 +109,26 @@ def test_a_program_that_loaded_a_state_of_its_own_is_left_alone(groups: Groups, 
     a.manager.load_state_dict({"step": 5, "batches_committed": 9})
     a.step()
     assert a.manager.current_step() == 6
+
+
+def test_a_state_that_can_not_be_saved_is_refused_at_the_first_step_and_later_no_reason_to_die(
+    groups: Groups, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    extra: dict[str, Any] = {"lock": threading.Lock()}
+    a = groups.replica("a", checkpoints=Checkpoints(tmp_path, every=1))
+    a.manager.register_state_dict_fn("extra", lambda s: None, lambda: extra)
+    with pytest.raises(UnsafeStateError, match="lock"):
+        a.step()
+    lock = extra.pop("lock")
+    b = groups.replica("b", checkpoints=Checkpoints(tmp_path, every=1))
+    b.manager.register_state_dict_fn("extra", lambda s: None, lambda: extra)
+    b.step()
+    extra["lock"] = lock
+    b.step()
+    b.step()
+    assert b.manager.current_step() == 3
+    assert "step 1 could not be saved" in caplog.text
+    a.manager.shutdown()
 
 
 def test_restoring_without_checkpoints_is_a_clear_error(groups: Groups) -> None:

@@ -22,7 +22,7 @@ from datetime import timedelta
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from torchft.agreement import Agreement, NotAgreed
-from torchft.checkpointing import Checkpoints, DamagedCheckpoint
+from torchft.checkpointing import Checkpoints, CheckpointTimeout, DamagedCheckpoint, UnsafeStateError
 from torchft.coordination import QuorumResult
 from torchft.runtime.logs import RankLogger
 from torchft.state import ReplicaState
@@ -80,7 +80,7 @@ class Restoring:
             torchft: the manager's own part of the state.
 
         Raises:
-            CheckpointError: see :meth:`torchft.checkpointing.Checkpoints.save`.
+            CheckpointError: more than ``max_failures`` saves in a row failed.
         """
         if participating_rank != 0 or step == self._saved or not self.checkpoints.due(step) or not self._state.usable:
             return
@@ -88,7 +88,10 @@ class Restoring:
         if not self._agree(step):
             return
         state = self._state.read(torchft, self._timeout, directly)
-        self.checkpoints.save(step, state, rank=self._rank, world_size=self._world_size, writer=self._replica_id)
+        try:
+            self.checkpoints.save(step, state, rank=self._rank, world_size=self._world_size, writer=self._replica_id)
+        except (UnsafeStateError, CheckpointTimeout) as e:
+            self.checkpoints.report(step, e)  # the state has changed its kind since the first step: no reason to die
 
     def _agree(self, step: int) -> bool:
         """Whether all ranks of the group have finished the last save: else their parts would not fit together."""
@@ -119,6 +122,7 @@ class Restoring:
         if folder is None:
             return None
         live = self._state.read({}, self._timeout, directly)
+        self._saved = -1
         self._state.begin_receiving(in_place=True)
         loaded = self.checkpoints.load(self.checkpoints.directory / folder, live, self._rank, self._world_size)
         torchft = self._state.received(loaded.state)

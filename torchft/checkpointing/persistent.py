@@ -220,7 +220,7 @@ class Checkpoints:
         try:
             folder = self._write(shard, world_size, writer)
         except Exception as e:
-            self._report(shard.step, e)
+            self.report(shard.step, e)
             raise
         self.failures, self.last_error = 0, None
         logger.log(
@@ -279,7 +279,8 @@ class Checkpoints:
             marker.files[index.name] = hash_file(index)
         return marker
 
-    def _report(self, step: int, error: Exception) -> None:
+    def report(self, step: int, error: Exception) -> None:
+        """A step could not be saved: counts it, and says so in the log."""
         self.failures += 1
         self.last_error = error
         number = error.errno if isinstance(error, OSError) else None
