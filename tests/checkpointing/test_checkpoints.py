@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.device_mesh import DeviceMesh
@@ -194,6 +195,8 @@ def test_closing_gives_up_a_save_that_does_not_end(tmp_path: Path, monkeypatch: 
 def test_a_save_that_fails_says_where_why_and_what_to_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("no folder")
     checkpoints = Checkpoints(tmp_path / "file" / "checkpoints", max_failures=1)
+    counted = REGISTRY.get_sample_value("torchft_saves_failed_total")
+    assert counted is not None
     for _ in range(2):
         job = checkpoints.save(5, state_of(5))
         assert job is not None
@@ -202,6 +205,7 @@ def test_a_save_that_fails_says_where_why_and_what_to_do(tmp_path: Path, caplog:
         assert checkpoints.wait()
     errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
     assert len(errors) == checkpoints.failures == 2
+    assert REGISTRY.get_sample_value("torchft_saves_failed_total") == counted + 2
     assert f"step 5 could not be saved to {tmp_path / 'file' / 'checkpoints'}" in errors[1]
     assert "Not a directory" in errors[1]
     assert "choose another directory" in errors[1]

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from torchft.checkpointing import save_metrics
 from torchft.checkpointing.directory import (
     DamagedCheckpoint,
     Marker,
@@ -173,6 +174,7 @@ class Checkpoints:
         self._arena.fill(sources, SideStreams(sources), Deadline(self._timeout), lambda ready: None)
         shard = Shard(step, rank, manifest, run, chunk_offsets(state))
         copied = time.monotonic() - self._began
+        save_metrics.WAITED_SECONDS.inc(copied)
         if self._worker is None:
             self._worker = Worker("torchft-checkpoint")
         self._job = self._worker.submit(lambda: self._carry_out(shard, world_size, writer, copied))
@@ -180,6 +182,7 @@ class Checkpoints:
 
     def leave_out(self, step: int) -> None:
         """Says that a step is not saved because the last save is still under way."""
+        save_metrics.LEFT_OUT.inc()
         logger.warning(
             "step %d is not saved to %s: after %.0f s step %d is still being written. Save less often, or to a faster "
             "disk",
@@ -223,13 +226,18 @@ class Checkpoints:
             self.report(shard.step, e)
             raise
         self.failures, self.last_error = 0, None
+        took = time.monotonic() - self._began
+        save_metrics.SAVED.inc()
+        save_metrics.SAVED_BYTES.inc(shard.run.total)
+        save_metrics.SAVED_SECONDS.inc(took)
+        save_metrics.NEWEST_STEP.set(shard.step)
         logger.log(
             logging.DEBUG if shard.rank else logging.INFO,  # the other ranks have written a part, and rank 0 says more
             "saved step %d to %s: %d bytes in %.2f s, of which the training waited %.3f s for the copy",
             shard.step,
             folder,
             shard.run.total,
-            time.monotonic() - self._began,
+            took,
             copied,
         )
         return folder
@@ -283,6 +291,7 @@ class Checkpoints:
         """A step could not be saved: counts it, and says so in the log."""
         self.failures += 1
         self.last_error = error
+        save_metrics.FAILED.inc()
         number = error.errno if isinstance(error, OSError) else None
         hint = _HINTS.get(number or 0, "look into what it says")
         logger.error(
