@@ -60,17 +60,20 @@ class Rank(Replica):
             self.shard.add_(1.0)
 
 
+STORES: list[TCPStore] = []
+"""As long as the process: what a test leaves behind may still be connecting to them."""
+
+
 class Pairs:
     """Groups of two ranks as threads."""
 
     def __init__(self, groups: Groups, **kwargs: Any) -> None:
         self.groups = groups
         self.kwargs = kwargs
-        self.stores: list[TCPStore] = []
 
     def group(self, name: str) -> list[Rank]:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self.stores.append(store)
+        STORES.append(store)
         kwargs: dict[str, Any] = {"on_training_thread": True, **self.kwargs}
         make = [lambda r=r: Rank(self.groups, store, name, r, **kwargs) for r in range(2)]
         return sorted(self.groups.together(*make), key=lambda r: r.rank)
