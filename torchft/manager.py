@@ -511,8 +511,8 @@ class Manager:
         if few and self.errored() is None:
             cause = f"{participants} participants, min_replica_size is {self._min_replica_size}"
         self._log.warning("the step is not committed (%d in a row): %s", self._progress.failures, cause)
-        self._settle_lost_state()
         self._telemetry.step_failed(self._progress.failures, cause)
+        self._settle_lost_state()
         if self._max_retries is not None and self._progress.failures > self._max_retries:
             raise RuntimeError(
                 f"{self._progress.failures} steps in a row were not committed, max_retries is {self._max_retries}. "
