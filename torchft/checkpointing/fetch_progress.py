@@ -98,7 +98,7 @@ class FetchProgress:
         rate = (received - self._told_bytes) / (now - self._counted)
         self._told = self._counted = now
         self._told_bytes = received
-        logger.info("receiving step %d: %s, %.2f GB/s from %d sources", self._step, self, rate / 1e9, sources)
+        logger.info("receiving step %d: %s, %.2f GB/s from %d sources", self._step, str(self), rate / 1e9, sources)
 
     def __str__(self) -> str:
         share = 100 * self.done / self.total if self.total else 100.0

@@ -1,0 +1,93 @@
+"""How far a fetch is, as the log, the metrics and the decisions see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from prometheus_client import REGISTRY
+
+from torchft.checkpointing import HTTPTransport
+from torchft.checkpointing.fetch_progress import FetchProgress
+
+GB = 10**9
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    now = [100.0]
+    monkeypatch.setattr("torchft.checkpointing.fetch_progress.time.monotonic", lambda: now[0])
+
+    def advance(seconds: float) -> None:
+        now[0] += seconds
+
+    return advance
+
+
+def test_a_line_each_second_once_it_takes_longer_than_two(
+    clock: Callable[[float], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    progress = FetchProgress(7)
+    progress.begin(10 * GB, 0)
+    with caplog.at_level("INFO"):
+        for tick in range(1, 33):  # four seconds at a GB a second
+            clock(0.125)
+            progress.landed(GB // 8)
+            progress.tell(tick * GB // 8, sources=3)
+    assert len(caplog.messages) == 3
+    assert caplog.messages[0].startswith(
+        "receiving step 7: 2000 of 10000 MB (20 %), 0 retries, 0 bad chunks, 1.00 GB/s"
+    )
+    assert caplog.messages[-1].endswith("1.00 GB/s from 3 sources")
+
+
+def test_seconds_left_are_those_of_the_pace_so_far(clock: Callable[[float], None]) -> None:
+    progress = FetchProgress(7)
+    progress.begin(10 * GB, 2 * GB)
+    clock(0.01)
+    assert progress.seconds_left(GB) == 0.0  # too early to say
+    clock(0.99)
+    assert progress.seconds_left(2 * GB) == pytest.approx(3.0)
+
+
+def test_hopeless_is_what_comes_too_slowly_not_what_pauses(clock: Callable[[float], None]) -> None:
+    progress = FetchProgress(7)
+    progress.begin(10 * GB, 0)
+    clock(5.0)
+    assert not progress.hopeless(0, 10.0), "nothing came: it may pause"
+    received = 0
+    for _ in range(3):
+        clock(0.5)
+        received += GB // 2
+        assert not progress.hopeless(received, 10.0), "fast enough"
+    clock(0.5)
+    received += 1000
+    assert not progress.hopeless(received, 10.0), "one slow span"
+    clock(0.5)
+    assert progress.hopeless(received + 1000, 10.0)
+
+
+def test_transfers_are_counted() -> None:
+    def value(name: str) -> float:
+        return REGISTRY.get_sample_value(f"torchft_checkpoint_{name}") or 0.0
+
+    names = ("received_bytes_total", "received_seconds_total", "snapshot_bytes_total", "bad_chunks_total")
+    before = {name: value(name) for name in names}
+    timeout = timedelta(seconds=20)
+    source: HTTPTransport[Any] = HTTPTransport(timeout, hostname="127.0.0.1")
+    receiver: HTTPTransport[Any] = HTTPTransport(timeout, hostname="127.0.0.1")
+    try:
+        source.send_checkpoint([1], 1, {"w": torch.ones(1000)}, timeout)
+        receiver.recv_checkpoint(0, source.metadata(), 1, timeout)
+        source.disallow_checkpoint()
+    finally:
+        source.shutdown()
+        receiver.shutdown()
+    assert value("received_bytes_total") - before["received_bytes_total"] == 4000
+    assert value("snapshot_bytes_total") - before["snapshot_bytes_total"] == 4000
+    assert value("received_seconds_total") > before["received_seconds_total"]
+    assert value("bad_chunks_total") == before["bad_chunks_total"]
+    assert value("sources") == 1
