@@ -1,5 +1,5 @@
-"""Two groups of two ranks under FSDP2: a rank is stopped, a rank is killed, a whole group is killed. It costs the
-other group a step each time, and the group that comes back heals shard by shard.
+"""Two groups of two ranks under FSDP2: a rank is killed, then a rank of the other group is stopped and that group
+killed. It costs the other group a step each time, and the group that comes back heals shard by shard.
 
 The collectives inside a group have half an hour, those between groups a minute: nothing here would end in time if it
 waited for one of those.
@@ -10,6 +10,8 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.faults.job import Job, Trainer
 
 SCRIPT = Path(__file__).with_name("trainer.py")
@@ -19,7 +21,7 @@ SOON = 25.0
 
 def train_together(job: Job, *groups: list[Trainer]) -> None:
     ranks = [t for group in groups for t in group]
-    job.until(lambda: all(t.newest["participants"] == len(groups) for t in ranks), "training together")
+    job.until(lambda: all(t.newest["participants"] == len(groups) for t in ranks), "training together", 100)
 
 
 def goes_on(job: Job, group: list[Trainer], since: float) -> None:
@@ -38,41 +40,38 @@ def in_place(rank: Trainer) -> int:
     return int(line.split(" of them in place")[0].rsplit(" ", 1)[1])
 
 
-def test_a_stopped_rank_a_killed_rank_and_a_killed_group_cost_the_others_a_step_and_heal(tmp_path: Path) -> None:
+@pytest.mark.timeout(300)  # it starts eight processes
+def test_a_killed_rank_and_a_stopped_rank_cost_the_other_group_a_step_and_their_own_heals(tmp_path: Path) -> None:
     chosen = tmp_path / "transport"
     chosen.write_text("http")
     args = ("--transport-file", str(chosen))
+    shards = 3 * 256 * 256 * 4 // 2
     job = Job(tmp_path, trainer=SCRIPT, join_timeout_ms=60_000, heartbeat_timeout_ms=60_000)
     try:
         a, b = job.start_group("a", 2, *args), job.start_group("b", 2, *args)
         train_together(job, a, b)
+        before = [len(rank.failures()) for rank in a]
 
-        stopped = b[1].signal(signal.SIGSTOP)  # breaks no connection: b[0] waits for it in a collective of FSDP's
-        goes_on(job, a, stopped)
-        ends_by_itself(job, b[0])
-        assert "waits for it in vain and ends now" in b[0].log
-        assert "all_gather" in b[0].log or "reduce_scatter" in b[0].log, "the stack says where it waited"
-        b[1].kill()  # as its supervisor does
-
-        b = job.start_group("b", 2, *args)
-        train_together(job, a, b)
-        shards = 3 * 256 * 256 * 4 // 2
-        assert all(in_place(rank) >= shards for rank in b)
-
-        chosen.write_text("pg")
         killed = b[1].kill()
         goes_on(job, a, killed)
         ends_by_itself(job, b[0])
         b = job.start_group("b", 2, *args)
         train_together(job, a, b)
         assert all(in_place(rank) >= shards for rank in b)
+        assert all(len(rank.failures()) <= n + 1 for rank, n in zip(a, before, strict=True))
 
-        failures = [len(rank.failures()) for rank in a]
-        for rank in a:
-            killed = rank.kill()
-        goes_on(job, b, killed)
+        chosen.write_text("pg")
+        before = [len(rank.failures()) for rank in b]
+        stopped = a[1].signal(signal.SIGSTOP)  # breaks no connection: a[0] waits for it in a collective of FSDP's
+        goes_on(job, b, stopped)
+        ends_by_itself(job, a[0])
+        assert "waits for it in vain and ends now" in a[0].log
+        assert "all_gather" in a[0].log or "reduce_scatter" in a[0].log, "the stack says where it waited"
+        a[1].kill()  # as its supervisor does: the whole group is gone
         a = job.start_group("a", 2, *args)
         train_together(job, a, b)
+        assert all(in_place(rank) >= shards for rank in a)
+        assert all(len(rank.failures()) <= n + 1 for rank, n in zip(b, before, strict=True))
 
         ends = job.finish()
         assert len(ends) == 4
@@ -80,7 +79,5 @@ def test_a_stopped_rank_a_killed_rank_and_a_killed_group_cost_the_others_a_step_
         hashes = [rank.of("end")[0]["hash"] for rank in (*a, *b)]
         assert hashes[:2] == hashes[2:], "each rank has what the same rank of the other group has"
         assert hashes[0] != hashes[1]
-        assert max(failures) <= 2, "two faults of b cost a two steps"
-        assert all(len(rank.failures()) <= 1 for rank in b)
     finally:
         job.close()

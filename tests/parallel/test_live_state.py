@@ -110,10 +110,14 @@ def by_checkpoint_functions(net: nn.Module, optimizer: torch.optim.Optimizer) ->
     return save, load
 
 
-@pytest.mark.parametrize("functions", [live, by_checkpoint_functions], ids=["live", "torch.distributed.checkpoint"])
+@pytest.mark.parametrize(
+    ("functions", "on_training_thread"),
+    [(live, False), (by_checkpoint_functions, False), (by_checkpoint_functions, True)],
+    ids=["live", "torch.distributed.checkpoint", "torch.distributed.checkpoint on the training thread"],
+)
 @pytest.mark.parametrize("transport", ["http", "pg"])
 def test_shards_heal_into_a_joiner_that_has_never_stepped(
-    groups: Groups, mesh: DeviceMesh, transport: str, functions: Callable[..., Functions]
+    groups: Groups, mesh: DeviceMesh, transport: str, functions: Callable[..., Functions], on_training_thread: bool
 ) -> None:
     class Group:
         def __init__(self, name: str, seed: int) -> None:
@@ -123,24 +127,26 @@ def test_shards_heal_into_a_joiner_that_has_never_stepped(
             pg = ProcessGroupGloo(timeout=TIMEOUT)
 
             def into() -> dict[str, Any]:
-                return {"user": {"default": self.save()}}
+                return {} if on_training_thread else {"user": {"default": self.save()}}
 
             self.shards = {n: p.to_local().data_ptr() for n, p in self.net.named_parameters()}  # type: ignore[attr-defined]
             self.manager = groups.replica(
                 name,
                 pg=pg,
-                state_dict=self.save,
-                load_state_dict=load,
-                use_async_quorum=False,  # these functions must not be called beside the forward pass
+                state_dict=None,
+                load_state_dict=None,
+                use_async_quorum=on_training_thread,  # else they must not be called beside the forward pass
                 checkpoint_transport=PGTransport(pg, TIMEOUT, "cpu", state_dict=into)
                 if transport == "pg"
                 else HTTPTransport(TIMEOUT, state_dict=into, snapshot="lock"),
             ).manager
+            self.manager.register_state_dict_fn("default", load, self.save, on_training_thread=on_training_thread)
             self.optimizer = OptimizerWrapper(self.manager, self.inner)
 
         def step(self) -> None:
             """The same gradients in all groups, by hand: the imagined collectives compute nothing."""
             self.optimizer.zero_grad()
+            self.manager.allreduce(torch.zeros(1)).wait()  # nobody commits before the joiner is healed
             for i, p in enumerate(self.net.parameters()):
                 p.grad = torch.full_like(p, i + 1.0)
             self.optimizer.step()

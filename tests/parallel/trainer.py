@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torchft import Manager, Optimizer, ProcessGroupGloo
 from torchft.checkpointing import CheckpointTransport, HTTPTransport
 from torchft.checkpointing.pg_transport import PGTransport
-from torchft.parallel import LiveState, replicate
+from torchft.parallel import LiveState, init_process_group, replicate
 
 WIDTH = 256
 GRACE = timedelta(seconds=2)
@@ -90,7 +90,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     torch.set_num_threads(1)
     timeout = timedelta(seconds=60)
-    dist.init_process_group("gloo", timeout=timedelta(minutes=30))  # as long as it is by default
+    init_process_group("gloo", timedelta(minutes=30))  # torch's own default timeout
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
     torch.manual_seed(ord(args.name))  # groups start from different weights: they must not stay different

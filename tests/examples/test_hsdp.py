@@ -1,0 +1,115 @@
+"""The HSDP example as its README runs it: two groups of two ranks under torchrun, one of which loses a rank."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from torchft.coordination.lighthouse_server import LighthouseServer
+from torchft.launch.processes import Child, Children
+from torchft.launch.watch import Watch
+from torchft.runtime.deadline import Deadline
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples" / "hsdp"
+TORCHRUN = shutil.which("torchrun", path=str(Path(sys.executable).parent)) or "torchrun"
+
+
+@pytest.fixture
+def lighthouse() -> Iterator[str]:
+    server = LighthouseServer("127.0.0.1:0", min_replicas=1, join_timeout_ms=1000)
+    yield server.address()
+    server.shutdown()
+
+
+def until(watch: Watch, child: Child, happened: Callable[[Watch], bool]) -> None:
+    deadline = Deadline(90)
+    while not happened(watch):
+        assert child.exit_code() is None, "\n".join(child.last_lines(60))
+        assert not deadline.expired, "\n".join(child.last_lines(60))
+        child.wait(0.1)
+        watch.look()
+
+
+def second_rank(child: Child) -> int:
+    """The process id of a group's rank 1."""
+    for pid in child.tree():
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        if b"RANK=1" in environment and b"train_hsdp.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            return pid
+    raise AssertionError("there is no rank 1")
+
+
+@pytest.mark.timeout(300)  # it starts six processes under two torchruns
+def test_a_group_that_loses_a_rank_is_restarted_and_heals_while_the_other_trains(
+    tmp_path: Path, lighthouse: str
+) -> None:
+    total = tmp_path / "total"
+    total.write_text("1000000")
+    watches = [Watch(tmp_path / f"group{group}.jsonl") for group in (0, 1)]
+
+    def start(group: int) -> Child:
+        return children.start(
+            f"group {group}",
+            [TORCHRUN, "--standalone", "--nproc_per_node=2", "--max_restarts=3", "--", str(EXAMPLE / "train_hsdp.py")],
+            {
+                "REPLICA_GROUP_ID": str(group),
+                "NUM_REPLICA_GROUPS": "2",
+                "CUDA_VISIBLE_DEVICES": "",
+                "TORCHFT_LIGHTHOUSE": lighthouse,
+                "QUICK_RUN": "1",
+                "TOTAL_STEPS": f"@{total}",
+                "METRICS_FILE": str(watches[group].path),
+                "OMP_NUM_THREADS": "1",
+            },
+            tmp_path / f"group{group}.log",
+        )
+
+    def both(watch: Watch) -> bool:
+        return bool(watch.commits) and watch.commits[-1].participants == 2
+
+    with Children() as children:
+        groups = [start(0), start(1)]
+        for watch, group in zip(watches, groups, strict=True):
+            until(watch, group, both)
+        before = watches[1].step
+        os.kill(second_rank(groups[1]), signal.SIGKILL)
+        until(watches[1], groups[1], lambda watch: any(heal.step >= before for heal in watch.heals) and both(watch))
+        steps = watches[1].step + 150
+        new = tmp_path / "new"
+        new.write_text(str(steps))
+        new.replace(total)
+        for watch, group in zip(watches, groups, strict=True):
+            assert group.wait(90) == 0, "\n".join(group.last_lines(60))
+            watch.look()
+
+    ends = [watch.end for watch in watches]
+    assert all(end is not None and end.step == steps and end.accuracy > 0.95 for end in ends), ends
+    assert len({end.state for end in ends if end is not None}) == 1, ends
+    trained = [commit.step for commit in watches[0].commits]
+    assert trained == list(range(trained[0], steps + 1)), "group 0 went on, step by step"
+    check_readme(groups)
+
+
+def check_readme(groups: list[Child]) -> None:
+    """The transcripts in the README consist of lines that are really printed."""
+    blocks = re.findall(r"```txt\n(.*?)```", (EXAMPLE / "README.md").read_text(), re.S)
+    shown = {shape(line) for block in blocks for line in block.splitlines() if line.strip()}
+    assert len(shown) >= 8
+    printed = {shape(line) for group in groups for line in group.log.read_text().splitlines()}
+    assert shown - printed == set()
+
+
+def shape(line: str) -> str:
+    """A log line without what differs from run to run: times, ids, numbers."""
+    line = re.sub(r"^[\d-]+ [\d:,]+ ", "", line.strip())
+    line = re.sub(r"[0-9a-f]{8}(-[0-9a-f-]{27}|…)", "N", line)
+    line = re.sub(r"\b[0-9a-f]{32}\b", "N", line)
+    return re.sub(r"\w[\w.-]*:\d+/|\d+([.:,]\d+)*", "N", line)
