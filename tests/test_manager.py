@@ -14,6 +14,7 @@ from torch.futures import Future
 from tests.groups import TIMEOUT, Groups, Replica, running
 from torchft.checkpointing.pg_transport import PGTransport
 from torchft.coordination import LighthouseServer
+from torchft.core.standing_member import MayCommit
 from torchft.manager import Manager, WorldSizeMode
 from torchft.process_group import FakeProcessGroupWrapper, ProcessGroupGloo
 from torchft.testing.wait import wait_until
@@ -63,6 +64,10 @@ def test_without_init_sync_nobody_heals_at_step_0(pair: Groups) -> None:
     assert a.manager.num_participants() == 2
 
 
+STEPS = 300
+"""Of a fraction of a millisecond: alone, a group goes through some of them while another one is taken in."""
+
+
 @pytest.mark.parametrize("transport", ["http", "pg", "pg in place"])
 @pytest.mark.parametrize("use_async_quorum", [True, False])
 def test_a_late_joiner_gets_the_live_state(groups: Groups, use_async_quorum: bool, transport: str) -> None:
@@ -85,13 +90,13 @@ def test_a_late_joiner_gets_the_live_state(groups: Groups, use_async_quorum: boo
     participants: list[int] = []
 
     def train(r: Replica) -> None:
-        while r.manager.current_step() < 12:
+        while r.manager.current_step() < STEPS:
             r.step()
             if r is b:
                 participants.append(r.manager.num_participants())
 
     groups.together(lambda: train(a), lambda: train(b))
-    assert a.manager.current_step() == b.manager.current_step() == 12
+    assert a.manager.current_step() == b.manager.current_step() == STEPS
     assert a.weights() == b.weights()
     assert a.manager.batches_committed() == b.manager.batches_committed()
     # The joiner's first step: beside its forward pass it heals and is not counted; healed before it, it is.
@@ -179,12 +184,16 @@ def test_more_failures_in_a_row_than_max_retries_end_the_loop(groups: Groups) ->
 
 
 def test_a_failed_quorum_is_an_error_of_its_step_and_the_next_one_works() -> None:
-    first = LighthouseServer("127.0.0.1:0", 1)
+    first = LighthouseServer("127.0.0.1:0", 1, heartbeat_timeout_ms=500)
     a = Replica(first.address(), "a", quorum_timeout=timedelta(seconds=0.5))
     second: LighthouseServer | None = None
     try:
         a.step()
         first.shutdown()
+        assert a.manager._group.server is not None
+        standing = a.manager._group.server._lighthouse.standing
+        # Alone, it could go on for half a heartbeat timeout.
+        wait_until(lambda: standing.may_commit() is not MayCommit.YES, timeout=10)
         before = a.weights()
         for _ in range(2):
             a.step()  # raises nothing

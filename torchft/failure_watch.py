@@ -40,14 +40,16 @@ class FailureWatch:
         """From now on a quorum is in use.
 
         Args:
-            members: its replica ids.
+            members: its replica ids; in a large quorum this group's alone: notices tell then who was in it.
             quorum_id: its id.
             step: the step that its members work on.
             act: called once if one of them dies; at once if that is known already.
         """
         with self._lock:
             self._quorum, self._act = (members, quorum_id, step), act
-            hit = next((n for n in map(self._notices.get, members) if n is not None and self._breaks(n)), None)
+            for replica_id in [r for r, n in self._notices.items() if n.quorum_id < quorum_id]:
+                del self._notices[replica_id]  # ids go up: it concerns nobody any more
+            hit = next(filter(self._breaks, self._notices.values()), None)
             if hit is not None:
                 self._quorum = None
         if hit is not None:
@@ -81,7 +83,9 @@ class FailureWatch:
         if self._quorum is None:
             return False
         members, quorum_id, step = self._quorum
-        return notice.replica_id in members and quorum_id <= notice.quorum_id and step >= notice.step
+        if not notice.since <= quorum_id <= notice.quorum_id or step < notice.step:
+            return False
+        return notice.since > 0 or notice.replica_id in members
 
 
 def _ignore(notice: Notice) -> None:

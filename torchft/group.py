@@ -25,6 +25,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from torchft import config
 from torchft.coordination import ManagerClient, ManagerServer, QuorumResult
+from torchft.coordination.group_vote import Voted
 from torchft.coordination.proto import session_pb2 as pb
 from torchft.coordination.session_client import OneServer, SessionClient, SessionEvents
 from torchft.coordination.types import ANY_QUORUM, Notice
@@ -55,7 +56,7 @@ class GroupClient(Protocol):
         lineage: int = 0,
     ) -> QuorumResult: ...
 
-    def should_commit(self, group_rank: int, step: int, should_commit: bool, timeout: timedelta) -> bool: ...
+    def vote(self, group_rank: int, step: int, should_commit: bool, timeout: timedelta) -> Voted: ...
 
 
 @dataclass
@@ -74,6 +75,28 @@ class Group:
     hosted: Registration | None = None
     """What keeps the store out of forked children, where this process hosts it."""
     _listener: Callable[[Notice], None] = field(default=lambda _: None)
+    _next_stands: int = -1
+
+    def stands(self, step: int) -> bool:
+        """Whether ``step`` begins now with the quorum there is, without asking: see :mod:`torchft.core.standing`.
+
+        In a group of several ranks the vote on the step before it has decided that, for all of them.
+        """
+        if self.world_size == 1 and self.server is not None:
+            return self.server.stands(step)
+        stands, self._next_stands = self._next_stands == step, -1
+        return stands
+
+    def vote(self, step: int, commit: bool, timeout: timedelta) -> bool:
+        """Votes on ``step``. Returns the group's decision.
+
+        Raises:
+            TimeoutError: not all ranks voted in time.
+            RuntimeError: any other failure.
+        """
+        voted = self.client.vote(self.rank, step, commit, timeout)
+        self._next_stands = step + 1 if voted.next_stands else -1
+        return voted.commit
 
     def listen(self, on_notice: Callable[[Notice], None], on_welcome: Callable[[timedelta, timedelta], None]) -> None:
         """From now on tells what comes on this rank's session, on a thread of its own.
@@ -85,6 +108,10 @@ class Group:
         self._listener = on_notice
         if self.server is not None:
             self.server.listen(on_notice, on_welcome)
+
+    def drain(self) -> bool:
+        """Asks for a change of the members, at which this group can go. Returns whether that was possible."""
+        return self.world_size == 1 and self.server is not None and self.server.drain()
 
     def hear(self, notice: Notice) -> None:
         """A notice came on this rank's session."""

@@ -17,10 +17,11 @@ from __future__ import annotations
 import concurrent.futures
 import logging
 import socket
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch.distributed import ReduceOp, Work
@@ -35,7 +36,7 @@ from torchft.departure import Drained, drain_requested, forget, leave_at_the_end
 from torchft.group import join_group
 from torchft.group_loss import GroupLoss
 from torchft.process_group import ProcessGroup, Reduction
-from torchft.quorum_phase import Progress, QuorumPhase
+from torchft.quorum_phase import NOBODY, Progress, QuorumPhase
 from torchft.recovery import Recovery
 from torchft.reduction import StepFutures, contribute_nothing
 from torchft.restoring import Restoring
@@ -58,6 +59,8 @@ logger = logging.getLogger(__name__)
 _DONE: concurrent.futures.Future[None] = concurrent.futures.Future()
 _DONE.set_result(None)
 _LEAVE_TIMEOUT = timedelta(seconds=1)
+_DRAIN_TIMEOUT = 10.0
+"""Seconds that a group which was asked to drain trains on until the others can do without it."""
 
 
 class WorldSizeMode(Enum):
@@ -169,6 +172,9 @@ class Manager:
         self._progress = Progress()
         self._error = StepError(self._on_first_error)
         self._voted = True
+        self._touch = threading.Lock()
+        self._touched = True  # the step's quorum was used, or is none that stood
+        self._drain_until: Deadline | None = None
         self._works = StepFutures(self._error)
         self._left: str | None = None
         self._drain = config.DRAIN.read() if config.DRAIN.is_set() else drain
@@ -367,9 +373,9 @@ class Manager:
         self._settle_lost_state()
         self._save_and_restore()
         self._begin.clear()
-        if self._drain and drain_requested():
-            self.leave("drained on SIGTERM")
-            raise Drained("SIGTERM")
+        draining = self._drain and drain_requested()
+        if draining and not self._waits_to_drain():
+            self._leave_drained()
         if self._left is not None:
             raise RuntimeError(f"this group has left the job ({self._left}): there is no further step")
         if not self._voted and self._error.current is not None:
@@ -379,14 +385,53 @@ class Manager:
         self._error.begin()
         self._works.clear()
         deadline = Deadline(timeout or self._quorum_timeout)
-        if self._use_async_quorum:
-            self._quorum = self._worker.submit(lambda: self._begin.run(allow_heal, shrink_only, deadline))
+
+        def begin() -> None:
+            self._begin.run(allow_heal, shrink_only, deadline)
+
+        self._quorum, self._touched = _DONE, self._group.world_size > 1
+        if self._begin.stands(lambda: self._begin_again(begin)):
             return
-        self._quorum = _DONE  # in this thread: handing it to another one and back takes as long as half a quorum
-        self._begin.run(allow_heal, shrink_only, deadline)
+        if draining:
+            self._leave_drained()
+        self._touched = True
+        if self._use_async_quorum:
+            self._quorum = self._worker.submit(begin)
+            return
+        begin()  # in this thread: handing it to another one and back takes as long as half a quorum
         if self._begin.loads:
             self._begin.apply_healed_state()
             self._begin.healing = self._begin.loads = False
+
+    def _begin_again(self, begin: Callable[[], None]) -> bool:
+        """A member of the standing quorum is lost. If this step has not used it yet, it asks for another one."""
+        with self._touch:
+            if self._touched:
+                return False
+            self._touched = True
+            self._begin.participation = NOBODY
+            self._quorum = self._worker.submit(begin if self._use_async_quorum else self._without_heal(begin))
+            return True
+
+    def _without_heal(self, begin: Callable[[], None]) -> Callable[[], None]:
+        """The forward pass may run on the state that a heal would replace: such a step is lost."""
+
+        def run() -> None:
+            begin()
+            if self._begin.healing:
+                self.report_error(RuntimeError("this group fell behind in mid-step and has healed: the step is lost"))
+
+        return run
+
+    def _waits_to_drain(self) -> bool:
+        """Whether the others are being asked to let this group go between two steps."""
+        if self._drain_until is None and self._group.drain():
+            self._drain_until = Deadline(_DRAIN_TIMEOUT)
+        return self._drain_until is not None and not self._drain_until.expired
+
+    def _leave_drained(self) -> NoReturn:
+        self.leave("drained on SIGTERM")
+        raise Drained("SIGTERM")
 
     def wait_quorum(self) -> None:
         """Waits until the quorum of this step is there and the process group can be used.
@@ -404,9 +449,12 @@ class Manager:
 
     def _wait_for_worker(self, collective: bool = False) -> None:
         """The training thread meanwhile makes the calls that only it may make."""
-        if self._quorum is not None:
-            self._training_thread.wait(self._quorum, collective)
-            self._quorum.result()  # each wait inside has a deadline of its own
+        with self._touch:
+            self._touched = True
+            quorum = self._quorum
+        if quorum is not None:
+            self._training_thread.wait(quorum, collective)
+            quorum.result()  # each wait inside has a deadline of its own
 
     # --------------------------------------------------------- the reduction
 
@@ -484,9 +532,7 @@ class Manager:
         few = participants < self._min_replica_size
         mine = self.errored() is None and not few
         try:
-            commit = self._group.client.should_commit(
-                self._group.rank, self._progress.step, mine, timeout or self._vote_timeout
-            )
+            commit = self._group.vote(self._progress.step, mine, timeout or self._vote_timeout)
             if self._loss is not None:
                 self._loss.whole()
         except Exception as e:

@@ -11,6 +11,8 @@ Rules
     - While the live state may be half written, this replica asks with step -1: it is nobody's source.
     - A group that heals contributes zeros when it has the state. If the state does not come, over a transport that
       leaves the process group alone, it contributes them all the same and votes no: the others lose no step by it.
+    - A step that stands (:mod:`torchft.core.standing`) begins with the quorum and the process group of the one before
+      it. If a notice comes before the step has used them, it begins once more, by asking, and nothing is lost.
 """
 
 from __future__ import annotations
@@ -39,9 +41,10 @@ from torchft.step_error import StepError, waited_in_vain
 from torchft.telemetry import RankTelemetry
 from torchft.together import Together, TogetherError
 
-__all__ = ["Progress", "QuorumPhase"]
+__all__ = ["NOBODY", "Progress", "QuorumPhase"]
 
-_NOBODY = Participation(None, 0)
+NOBODY = Participation(None, 0)
+"""Takes part while there is no quorum."""
 _NO_STATE = -1
 _MAX_PAUSE = 2.0
 
@@ -127,11 +130,13 @@ class QuorumPhase:
         self._saved = saved
         self._quorum: QuorumResult | None = None  # of the step under way
         self._configured: int | None = None  # the quorum that the process group stands for
+        self._aborted = False  # the process group, and none was configured since
+        self._last: QuorumResult | None = None
         self._failures = 0
         self._stop = threading.Event()
         self.watch = FailureWatch()
         """Hears who is no longer there."""
-        self.participation = _NOBODY
+        self.participation = NOBODY
         """In the step under way; nobody while its quorum is not there, or failed."""
         self._holders = Holders(self.watch.cause)
         self.healing = False
@@ -149,7 +154,7 @@ class QuorumPhase:
     @property
     def failed(self) -> bool:
         """There is no quorum to work with."""
-        return self.participation is _NOBODY
+        return self.participation is NOBODY
 
     def clear(self) -> None:
         """The next step begins."""
@@ -158,12 +163,13 @@ class QuorumPhase:
             self._state.drop_pending()  # its own
         self.healing = self.loads = False
         self.unhealed = None
-        self.participation = _NOBODY
+        self.participation = NOBODY
         self._quorum = None
 
     def invalidate(self) -> None:
         """The process group was aborted: the next quorum configures it anew, whatever its id."""
         self._configured = None
+        self._aborted = True
 
     def hear(self, notice: Notice) -> None:
         """A replica is no longer there, or broke its quorum. From any thread."""
@@ -174,6 +180,36 @@ class QuorumPhase:
     def stop(self) -> None:
         """Ends a pause between two attempts."""
         self._stop.set()
+
+    def stands(self, again: Callable[[], bool]) -> bool:
+        """Begins a step without asking, if it stands: there is nothing to do then, and nothing to wait for.
+
+        Args:
+            again: called when a member is lost. Returns whether the step begins once more, by :meth:`run`; if not,
+                the loss is the step's error.
+        """
+        last, progress = self._last, self._progress
+        if last is None:
+            return False
+        sound = self._configured == last.quorum_id and not progress.failures
+        sound = sound and self._state.usable and not self._state.pending
+        if self._group.world_size == 1 and not sound:
+            return False
+        if not self._group.stands(progress.step):
+            return False
+        self.quorum_id = last.quorum_id
+        self.participation = participation(
+            replica_rank=last.replica_rank,
+            replica_world_size=last.replica_world_size,
+            max_replica_rank=last.replica_rank,
+            max_world_size=last.replica_world_size,
+            only_up_to_date=True,
+            fixed_world_size=self._fixed,
+        )
+        self._enter(last, progress.step, again)
+        if not sound:  # the group's other ranks have begun it: it ends for all of them by the vote
+            self._error.report(RuntimeError("the process group was aborted after the last vote"))
+        return True
 
     def run(self, allow_heal: bool, shrink_only: bool, deadline: Deadline) -> None:
         """Begins a step. Whatever fails becomes its error."""
@@ -208,7 +244,7 @@ class QuorumPhase:
             checkpoint_metadata=self._transport.metadata(),
             shrink_only=shrink_only,
             timeout=timedelta(seconds=deadline.remaining()),
-            commit_failures=self._progress.breaks,
+            commit_failures=self._progress.breaks or int(self._aborted),
             init_sync=self._init_sync,
             timed_out=self._progress.timed_out,
             lineage=self._progress.lineage,
@@ -224,10 +260,8 @@ class QuorumPhase:
             only_up_to_date=self._use_async_quorum or not allow_heal,
             fixed_world_size=self._fixed,
         )
-        report = self._error.reporter()
-        self.watch.enter(
-            quorum.replica_ids, quorum.quorum_id, quorum.max_step, lambda notice: report(ReplicaLost(str(notice)))
-        )
+        self._last = quorum
+        self._enter(quorum, quorum.max_step, lambda: False)
         if self._error.current is not None:
             raise self._error.current  # this group has left the step, the others will not meet it
         if quorum.quorum_id != self._configured:
@@ -264,6 +298,16 @@ class QuorumPhase:
             self._together.refuse(quorum, str(e))
             self._log.warning("this group is not healed in this step: %s: %s", type(e).__name__, e)
 
+    def _enter(self, quorum: QuorumResult, step: int, again: Callable[[], bool]) -> None:
+        """From now on the loss of a member is the step's error, unless the step can begin once more."""
+        report = self._error.reporter()
+
+        def lose(notice: Notice) -> None:
+            if not again():
+                report(ReplicaLost(str(notice)))
+
+        self.watch.enter(quorum.replica_ids or (self._group.replica_id,), quorum.quorum_id, step, lose)
+
     def _configure(self, quorum: QuorumResult) -> None:
         address = f"{quorum.store_address}/torchft/{quorum.quorum_id}/{self._group.rank}"
         self._log.info("reconfiguring for quorum_id=%d store_prefixed_addr=%r", quorum.quorum_id, address)
@@ -279,6 +323,7 @@ class QuorumPhase:
         )
         self._configured = quorum.quorum_id
         self._telemetry.quorum(quorum)
+        self._aborted = False
 
     def apply_healed_state(self) -> None:
         """Writes the state that was received, if one was. On the training thread."""

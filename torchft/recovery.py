@@ -165,7 +165,7 @@ class Recovery:
         Raises:
             Exception: the state could not be read or sent.
         """
-        self._receivers = tuple(quorum.replica_ids[r] for r in self._receivers_of(quorum))
+        self._receivers = tuple(quorum.name(r) for r in self._receivers_of(quorum))
         if not self._receivers and not self._together.all_save(quorum):
             return None
         state = self._together.save(quorum, torchft)

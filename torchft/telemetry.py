@@ -83,7 +83,7 @@ class RankTelemetry:
             "torchft_quorums",
             "torchft.heal",
             quorum_id=quorum.quorum_id,
-            source="" if source is None else quorum.replica_ids[source],
+            source="" if source is None else quorum.name(source),
             max_step=quorum.max_step,
             seconds=seconds,
         )

@@ -88,7 +88,7 @@ def test_a_caller_that_gave_up_is_no_member(start: Start, pool: ThreadPoolExecut
 def test_asking_again_ends_the_first_call(start: Start, pool: ThreadPoolExecutor) -> None:
     server = start(min_replicas=2)
     first = ask(server, pool, "a", step=1)
-    wait_until(server._service._core.waiting)
+    wait_until(server._service._core.membership.waiting)
     second = ask(server, pool, "a", step=2)
     with pytest.raises(RuntimeError, match="asked again"):
         first.result(10)
@@ -150,7 +150,7 @@ def test_a_subscription_ends_with_a_timeout_error(start: Start) -> None:
 def test_shutdown_fails_those_that_wait(start: Start, pool: ThreadPoolExecutor) -> None:
     server = start(min_replicas=2)
     waiting = ask(server, pool, "a")
-    wait_until(server._service._core.waiting)
+    wait_until(server._service._core.membership.waiting)
     server.shutdown()
     with pytest.raises((RuntimeError, TimeoutError), match=server.address()):
         waiting.result(10)

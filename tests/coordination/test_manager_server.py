@@ -161,7 +161,7 @@ def test_a_quorum_after_a_failed_one_works_when_the_lighthouse_is_back(
     port = lighthouse.port
     lighthouse.shutdown()
     with pytest.raises((TimeoutError, RuntimeError), match=f"127.0.0.1:{port}"):
-        server._quorum(0, 1, "", False, SOON, 0)
+        server._quorum(0, 1, "", False, SOON, 1)
     again = LighthouseServer(f"127.0.0.1:{port}", 1)
     try:
         assert server._quorum(0, 1, "", False, WAIT, 1).replica_world_size == 1
@@ -173,7 +173,7 @@ def test_a_lighthouse_that_restarts_during_a_quorum_is_asked_again(start: Start,
     first = LighthouseServer("127.0.0.1:0", 2)
     server = start("a", lighthouse_addr=first.address(), quorum_retries=5)
     waiting = ask(pool, server)
-    wait_until(first._service._core.waiting)
+    wait_until(first._service._core.membership.waiting)
     first.shutdown()
     second = LighthouseServer(f"127.0.0.1:{first.port}", 1)
     try:
@@ -221,7 +221,7 @@ def test_a_rank_killed_in_the_vote_fails_it_at_once_for_the_others(start: Start,
     voter = context.Process(target=_vote_and_wait, args=(server.address(), None))
     voter.start()
     try:
-        wait_until(lambda: 1 in server._ballots, timeout=30)
+        wait_until(lambda: 1 in server._group_vote._ballots, timeout=30)
         mine = pool.submit(lambda: server.should_commit(0, 5, True, timedelta(seconds=60)))
         assert voter.pid is not None
         os.kill(voter.pid, signal.SIGKILL)
@@ -269,7 +269,7 @@ def test_heartbeats_begin_with_the_first_quorum_and_end_with_shutdown(
     start: Start, lighthouse: LighthouseServer
 ) -> None:
     server = start("a")
-    core = lighthouse._service._core
+    core = lighthouse._service._core.membership
     assert core.healthy() == ()
     server._quorum(0, 0, "", False, WAIT, 0)
     before = core._last_sign["a"]

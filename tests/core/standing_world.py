@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+from torchft.core.election import first_id
 from torchft.core.membership import Death, Member, Options, Quorum
-from torchft.core.standing import Announcement, Message, Orders, Over, Prepare, first_quorum_id
+from torchft.core.standing import Announcement, Message, Orders, Over, Prepare
 from torchft.core.standing_lighthouse import StandingLighthouse
 from torchft.core.standing_member import Grant, MayCommit, StandingMember
 
@@ -97,7 +98,7 @@ class World:
         """The lighthouse ends, and another one begins that knows no more than the last quorum's members."""
         last = self.lighthouse.membership.previous
         self.epoch += 1
-        self.lighthouse = StandingLighthouse(OPTIONS, first_quorum_id(self.epoch), self.now, True, last)
+        self.lighthouse = StandingLighthouse(OPTIONS, first_id(self.epoch), self.now, True, last)
         for node in self.nodes.values():
             self.cut(node)
 

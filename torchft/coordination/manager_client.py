@@ -8,6 +8,7 @@ import grpc
 
 from torchft.coordination import types
 from torchft.coordination.channel import connect, open_channel, translate
+from torchft.coordination.group_vote import Voted
 from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
 from torchft.runtime.deadline import Deadline, seconds
@@ -105,13 +106,16 @@ class ManagerClient:
             TimeoutError: not all ranks voted in time.
             RuntimeError: any other failure.
         """
+        return self.vote(group_rank, step, should_commit, timeout).commit
+
+    def vote(self, group_rank: int, step: int, should_commit: bool, timeout: timedelta) -> Voted:
+        """As :meth:`should_commit`; the answer also says whether the next step stands."""
         request = pb.ShouldCommitRequest(should_commit=should_commit, group_rank=group_rank, step=step)
         try:
             response = self._stub.ShouldCommit(request, timeout=seconds(timeout))
         except grpc.RpcError as e:
             raise self._translate(e, "should_commit", timeout) from e
-        decision: bool = response.should_commit
-        return decision
+        return Voted(response.should_commit, response.next_stands)
 
     @property
     def channel(self) -> grpc.Channel:

@@ -23,15 +23,16 @@ from datetime import timedelta
 from typing import Any
 
 from torchft.coordination import types
-from torchft.coordination.lighthouse_link import LighthouseLink
+from torchft.coordination.group_vote import Ballot, GroupVote, Voted
+from torchft.coordination.lighthouse_link import Answer, LighthouseLink
 from torchft.coordination.lighthouses import LIGHTHOUSE_HINT
 from torchft.coordination.manager_service import Ask, register
 from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.coordination.rank_sessions import RANK_HEARTBEAT_TIMEOUT, RankSessions
 from torchft.coordination.server import GrpcServer
-from torchft.core.assignment import assign, of_group
-from torchft.core.commit import CommitVote, Decision, Gather, Gathered
-from torchft.core.membership import Quorum
+from torchft.coordination.standing_wire import GroupQuorum
+from torchft.core.assignment import of_group
+from torchft.core.commit import Gather, Gathered
 from torchft.runtime import loop
 from torchft.runtime.deadline import Deadline, seconds
 from torchft.runtime.logs import RankLogger
@@ -90,8 +91,6 @@ class ManagerServer:
 
         self._lock = threading.Lock()
         self._gather: Gather[Ask] = Gather(world_size, "quorum")
-        self._vote = CommitVote(world_size)
-        self._ballots: dict[int, concurrent.futures.Future[Decision]] = {}
         self._checkpoint_metadata: dict[int, str] = {}
 
         self._dead_ranks: dict[int, str] = {}
@@ -100,6 +99,7 @@ class ManagerServer:
         self._lighthouse = LighthouseLink(
             lighthouse_addr,
             replica_id=replica_id,
+            world_size=world_size,
             hostname=hostname,
             connect_timeout=connect_timeout,
             heartbeat_interval=heartbeat_interval,
@@ -109,6 +109,7 @@ class ManagerServer:
             log=self._log,
         )
         self._caller = Worker("torchft-lighthouse-call")
+        self._group_vote = GroupVote(world_size, self._lighthouse.standing, self._caller, self._log)
         self._ranks = RankSessions(self, hostname).service
         try:
             self._server = GrpcServer(
@@ -175,7 +176,7 @@ class ManagerServer:
                 raise
             missing = self._leave(ask, "its deadline passed")
             raise TimeoutError(self._quorum_timeout_message(ask, missing)) from None
-        return types.view_to_result(assign(quorum, self.replica_id, group_rank, init_sync))
+        return types.view_to_result(quorum.view(group_rank, init_sync))
 
     def _quorum_timeout_message(self, ask: Ask, missing: tuple[int, ...]) -> str:
         if missing:
@@ -200,7 +201,7 @@ class ManagerServer:
             got = self._gather.come(ask.rank, ask)
             self._checkpoint_metadata[ask.rank] = ask.request.checkpoint_metadata
             if got.complete is not None:
-                self._vote.reset()
+                self._group_vote.reset()
         self._log.log(self._level(), "Start quorum for group_rank %d", ask.rank)
         if got.superseded is not None and earlier is not None:
             _fail(earlier.answer, RuntimeError(f"rank {ask.rank} asked for a quorum again"))
@@ -236,7 +237,7 @@ class ManagerServer:
             if not ask.answer.done():
                 ask.answer.set_result(quorum)
 
-    def _call_lighthouse(self, asks: list[Ask]) -> Quorum:
+    def _call_lighthouse(self, asks: list[Ask]) -> GroupQuorum:
         step, lineage = of_group((a.request.step, a.request.lineage) for a in asks)
         member = pb.QuorumMember(
             replica_id=self.replica_id,
@@ -248,23 +249,31 @@ class ManagerServer:
             shrink_only=any(a.request.shrink_only for a in asks),
             commit_failures=max(a.request.commit_failures for a in asks),
             timed_out=any(a.request.timed_out for a in asks),
-            seen_step=self._seen_step,
+            seen_step=max(self._seen_step, step),
         )
-        quorum = self._lighthouse.quorum(member, Deadline(max(a.remaining() for a in asks)))
-        self._remember_progress(quorum)
+        init_sync = any(a.request.init_sync for a in asks)
+        answer = self._lighthouse.quorum(member, init_sync, Deadline(max(a.remaining() for a in asks)))
+        quorum = self._remember_progress(answer)
         new = quorum.quorum_id != self._quorum_id
         self._quorum_id = quorum.quorum_id
         self._loud = self._loud or new
         if new or self._log.isEnabledFor(logging.DEBUG):
-            self._log.log(logging.INFO if new else logging.DEBUG, "got lighthouse quorum %s", types.describe(quorum))
-        return types.core_quorum(quorum)
+            what = types.describe(answer.whole) if answer.whole is not None else str(quorum)
+            self._log.log(logging.INFO if new else logging.DEBUG, "got lighthouse quorum %s", what)
+        return quorum
 
-    def _remember_progress(self, quorum: pb.Quorum) -> None:
+    def _remember_progress(self, answer: Answer) -> GroupQuorum:
         """How far this group has seen the job: said again here, since not every lighthouse passes it on."""
-        for member in quorum.participants:
+        quorum, whole = answer.quorum, answer.whole
+        if quorum.quorum is None or whole is None:
+            view = quorum.views[0]
+            self._seen_step = max(self._seen_step, view.max_step, view.lost_step if view.lost_by_survivor else 0)
+            return quorum
+        for member in whole.participants:
             if member.replica_id == self.replica_id:
                 self._seen_step = member.seen_step = max(self._seen_step, member.seen_step)
-        self._seen_step = max(self._seen_step, *(m.step for m in quorum.participants))
+        self._seen_step = max(self._seen_step, *(m.step for m in whole.participants))
+        return GroupQuorum(self.replica_id, quorum=types.core_quorum(whole))
 
     def _level(self) -> int:
         """The lines of each step are for debugging; those of the first one, and after trouble, tell the story."""
@@ -338,13 +347,9 @@ class ManagerServer:
             waiting = self._gather.values()
             if waiting:
                 self._gather.fail(cause)
-            ballots, self._ballots = self._ballots, {}
-            for rank in ballots:
-                self._vote.leave(rank, cause)
         for ask in waiting:
             _fail(ask.answer, RuntimeError(f"no quorum for this group: {cause}"))
-        for ballot in ballots.values():
-            _fail(ballot, RuntimeError(f"no commit in this group: {cause}"))
+        self._group_vote.end(cause)
 
     # -------------------------------------------------------- commit vote
 
@@ -353,9 +358,19 @@ class ManagerServer:
 
         Args and errors: as of :meth:`torchft.coordination.ManagerClient.should_commit`.
         """
+        return self.vote(group_rank, step, should_commit, timeout).commit
+
+    def vote(self, group_rank: int, step: int, should_commit: bool, timeout: timedelta) -> Voted:
+        """As :meth:`should_commit`; the answer also says whether the next step stands."""
+        if self._world_size == 1 and group_rank == 0:
+            voted = Voted(self._group_vote.alone(step, should_commit, Deadline(timeout)))
+            self._loud = self._loud or not voted.commit
+            return voted
         ballot = self.cast(group_rank, step, should_commit)
         try:
-            return bool(ballot.result(timeout=seconds(timeout)).decided)
+            voted = ballot.result(timeout=seconds(timeout))
+            self._loud = self._loud or not voted.commit
+            return voted
         except concurrent.futures.TimeoutError:
             if ballot.done():
                 raise
@@ -365,46 +380,32 @@ class ManagerServer:
                 f"of {self._world_size} has not voted"
             ) from None
 
-    def cast(self, rank: int, step: int, commit: bool) -> concurrent.futures.Future[Decision]:
+    def cast(self, rank: int, step: int, commit: bool) -> Ballot:
         """Casts a vote; the future is the group's decision."""
-        ballot: concurrent.futures.Future[Decision] = concurrent.futures.Future()
         with self._lock:
-            if self._dead_ranks:
-                _fail(ballot, RuntimeError(f"no commit in this group: {next(iter(self._dead_ranks.values()))}"))
-                return ballot
-            earlier = self._ballots.get(rank)
-            self._ballots[rank] = ballot
-            decision = self._vote.vote(rank, step, commit)
-            answered = self._take_ballots(decision)
-        if decision.superseded is not None and earlier is not None:
-            _fail(earlier, RuntimeError(f"rank {rank} voted again"))
-        self._answer(answered, decision)
-        return ballot
+            dead = next(iter(self._dead_ranks.values()), None)
+        if dead is not None:
+            ballot: Ballot = concurrent.futures.Future()
+            _fail(ballot, RuntimeError(f"no commit in this group: {dead}"))
+            return ballot
+        return self._group_vote.cast(rank, step, commit)
 
-    def uncast(self, rank: int, ballot: concurrent.futures.Future[Decision], cause: str) -> None:
+    def uncast(self, rank: int, ballot: Ballot, cause: str) -> None:
         """The rank that waits on this ballot gave up, or died: the vote fails for the others."""
-        with self._lock:
-            if self._ballots.get(rank) is not ballot:
-                return
-            del self._ballots[rank]
-            decision = self._vote.leave(rank, cause)
-            answered = self._take_ballots(decision)
-        self._answer(answered, decision)
+        self._group_vote.uncast(rank, ballot, cause)
 
-    def _take_ballots(self, decision: Decision) -> list[concurrent.futures.Future[Decision]]:
-        return [self._ballots.pop(rank) for rank in decision.answer if rank in self._ballots]
+    def stands(self, step: int) -> bool:
+        """For a group of one rank: whether ``step`` begins now with the quorum there is, without asking."""
+        return self._lighthouse.standing.stands(step)
 
-    def _answer(self, ballots: list[concurrent.futures.Future[Decision]], decision: Decision) -> None:
-        if decision.decided is False and decision.cause:
-            self._loud = True
-            self._log.log(
-                logging.WARNING if self._world_size > 1 else logging.DEBUG,
-                "the step is not committed: %s",
-                decision.cause,
-            )
-        for ballot in ballots:
-            if not ballot.done():
-                ballot.set_result(decision)
+    def drain(self) -> bool:
+        """Asks for a change of the members, at which this group can go. Returns whether it could ask."""
+        return self._lighthouse.drain()
+
+    @property
+    def lighthouse_calls(self) -> int:
+        """Questions for a quorum that went to the lighthouse so far; in standing steps there are none."""
+        return self._lighthouse.calls
 
     # ------------------------------------------------------------- others
 
@@ -417,7 +418,7 @@ class ManagerServer:
         with self._lock:
             return self._checkpoint_metadata[rank]
 
-    async def wait_quorum(self, ask: Ask) -> Quorum:
+    async def wait_quorum(self, ask: Ask) -> GroupQuorum:
         """The gRPC side of :meth:`_quorum`: on the loop, without blocking it."""
         complete = self._come(ask)
         if complete is not None:

@@ -20,8 +20,8 @@ from torchft.coordination.proto import session_pb2_grpc
 from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
 from torchft.coordination.session_server import SessionService
-from torchft.core.assignment import AssignmentError, assign
-from torchft.core.membership import Quorum
+from torchft.coordination.standing_wire import GroupQuorum
+from torchft.core.assignment import AssignmentError
 from torchft.runtime.deadline import Deadline
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Ask:
         self.rank = rank
         self.request = request
         self.deadline = deadline
-        self.answer: concurrent.futures.Future[Quorum] = concurrent.futures.Future()
+        self.answer: concurrent.futures.Future[GroupQuorum] = concurrent.futures.Future()
         # What failed must reach the rank before its own deadline does, or it learns nothing but that.
         self._margin = min(1.0, 0.1 * deadline.timeout)
 
@@ -74,7 +74,7 @@ class ManagerService(pb_grpc.ManagerServiceServicer):
         ask = Ask(int(request.group_rank), request, _deadline_of(context))
         try:
             quorum = await self._server.wait_quorum(ask)
-            view = assign(quorum, self._server.replica_id, ask.rank, request.init_sync)
+            view = quorum.view(ask.rank, request.init_sync)
         except ValueError as e:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(e))
         except TimeoutError as e:
@@ -94,13 +94,13 @@ class ManagerService(pb_grpc.ManagerServiceServicer):
         except ValueError as e:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(e))
         try:
-            decision = await asyncio.wrap_future(ballot)
+            voted = await asyncio.wrap_future(ballot)
         except asyncio.CancelledError:
             self._server.uncast(rank, ballot, "its call ended (deadline, or the process is gone)")
             raise
         except RuntimeError as e:
             await context.abort(grpc.StatusCode.ABORTED, str(e))
-        return pb.ShouldCommitResponse(should_commit=bool(decision.decided))
+        return pb.ShouldCommitResponse(should_commit=voted.commit, next_stands=voted.next_stands)
 
     async def CheckpointMetadata(
         self,

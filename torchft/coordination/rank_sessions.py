@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torchft.coordination.proto import session_pb2 as pb
-from torchft.coordination.proto import torchft_pb2
 from torchft.coordination.session_server import Link, SessionService
 from torchft.runtime.life import life_address
 
@@ -40,13 +39,11 @@ class RankSessions:
     async def arriving(self, hello: pb.Hello) -> None:
         """Every rank is welcome."""
 
-    def welcome(self) -> pb.Welcome:
+    def opened(self, link: Link, hello: pb.Hello) -> pb.Welcome:
+        self._server.rank_is_there(link.rank)
         return pb.Welcome(life_address=self._life_address, heartbeat_timeout_ms=round(1000 * RANK_HEARTBEAT_TIMEOUT))
 
-    def opened(self, link: Link, active: bool) -> None:
-        self._server.rank_is_there(link.rank)
-
-    def beat(self, link: Link) -> None:
+    def beat(self, link: Link, number: int) -> None:
         """Nothing hangs on it: the connection's own pings tell who lives."""
 
     def left(self, link: Link, reason: str, step: int) -> None:
@@ -61,8 +58,15 @@ class RankSessions:
     def silent(self, link: Link, cause: str) -> None:
         self._server.rank_died(link.rank, cause)
 
-    def ready(self, link: Link, request_id: int, member: torchft_pb2.QuorumMember) -> None:
-        link.send(pb.SessionDown(answer=pb.Answer(request_id=request_id, error="ranks ask by ManagerService.Quorum")))
+    def ready(self, link: Link, message: pb.Ready) -> None:
+        refusal = pb.Answer(request_id=message.request_id, error="ranks ask by ManagerService.Quorum")
+        link.send(pb.SessionDown(answer=refusal))
+
+    def acked(self, link: Link, message: pb.Ack) -> None:
+        """Nothing was asked."""
+
+    def drains(self, link: Link) -> None:
+        """A group drains as a whole, by its rank 0."""
 
     def withdrawn(self, link: Link, request_id: int) -> None:
         """Nothing was asked for."""

@@ -28,7 +28,6 @@ import grpc
 from torchft.coordination.channel import reason
 from torchft.coordination.proto import session_pb2 as pb
 from torchft.coordination.proto import session_pb2_grpc as pb_grpc
-from torchft.coordination.proto import torchft_pb2
 from torchft.coordination.types import Notice
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.life import Sign, examine_now
@@ -86,7 +85,7 @@ class OneServer:
 
 @dataclass(frozen=True)
 class SessionEvents:
-    """What a member wants to know. All are called on the session's thread."""
+    """What a member wants to know. All are called on the session's threads."""
 
     notice: Callable[[Notice], None]
     """A replica is no longer there."""
@@ -96,6 +95,14 @@ class SessionEvents:
     """The server's process has ended, with the cause."""
     unsupported: Callable[[], None] = lambda: None
     """The server knows no sessions; nothing else will be called."""
+    lost: Callable[[], None] = lambda: None
+    """The session that stood has ended."""
+    beat: Callable[[], int] = lambda: 0
+    """A sign of life is sent now: the number that it carries."""
+    answered: Callable[[pb.Answer], None] = lambda _: None
+    """A question was answered, before who asked it knows."""
+    told: Callable[[pb.SessionDown], pb.SessionUp | None] = lambda _: None
+    """Something else was said. What is returned is sent."""
 
 
 class SessionClient:
@@ -127,7 +134,7 @@ class SessionClient:
         self._life_address = ""
         self._lock = threading.Lock()
         self._request_id = 0
-        self._answers: dict[int, concurrent.futures.Future[torchft_pb2.Quorum]] = {}
+        self._answers: dict[int, concurrent.futures.Future[pb.Answer]] = {}
         self._outbox: queue.SimpleQueue[pb.SessionUp | None] = queue.SimpleQueue()
         self._call: Any = None
         self._stands = threading.Event()
@@ -152,8 +159,8 @@ class SessionClient:
             raise TimeoutError(f"no {self._server} has answered for {deadline.timeout:g} s")
         return self.stands
 
-    def ask(self, member: torchft_pb2.QuorumMember, deadline: Deadline) -> torchft_pb2.Quorum:
-        """Asks for the next quorum and waits for it.
+    def ask(self, ready: pb.Ready, deadline: Deadline) -> pb.Answer:
+        """Asks for the next quorum and waits for the answer.
 
         Raises:
             TimeoutError: the deadline passed.
@@ -163,12 +170,13 @@ class SessionClient:
         with self._lock:
             self._request_id += 1
             request_id = self._request_id
-            answer: concurrent.futures.Future[torchft_pb2.Quorum] = concurrent.futures.Future()
+            answer: concurrent.futures.Future[pb.Answer] = concurrent.futures.Future()
             if not self._stands.is_set():
                 raise SessionLost(f"there is no session with the {self._server} right now")
             self._answers[request_id] = answer
             outbox = self._outbox
-        outbox.put(pb.SessionUp(ready=pb.Ready(request_id=request_id, member=member)))
+        ready.request_id = request_id
+        outbox.put(pb.SessionUp(ready=ready))
         try:
             return answer.result(deadline.remaining())
         except concurrent.futures.TimeoutError:
@@ -179,6 +187,17 @@ class SessionClient:
         finally:
             with self._lock:
                 self._answers.pop(request_id, None)
+
+    def beat(self) -> None:
+        """Sends a sign of life now, not when the next one is due."""
+        self._outbox.put(self._sign_of_life())
+
+    def drain(self) -> None:
+        """Says that this member waits for the next change of the members, to go then."""
+        self._outbox.put(pb.SessionUp(drain=pb.Drain()))
+
+    def _sign_of_life(self) -> pb.SessionUp:
+        return pb.SessionUp(beat=pb.Beat(number=self._events.beat()))
 
     def report(self, replica_id: str, cause: str) -> None:
         """Tells the server that a replica is dead. Nothing happens while the session does not stand."""
@@ -270,7 +289,7 @@ class SessionClient:
             try:
                 message = outbox.get(timeout=self._interval)
             except queue.Empty:
-                message = pb.SessionUp(beat=pb.Beat())
+                message = self._sign_of_life()
             if message is None:
                 return
             yield message
@@ -290,10 +309,14 @@ class SessionClient:
             if welcome.life_address not in ("", self._life_address):
                 seen = examine_now(welcome.life_address) is Sign.ALIVE
                 self._life_address = welcome.life_address if seen else ""
+            self._events.welcome(welcome)
             self._stands.set()
             self._settled.set()
-            self._events.welcome(welcome)
             return True
+        else:
+            reply = self._events.told(message)
+            if reply is not None:
+                self._outbox.put(reply)
         return False
 
     def _fail_answers(self, cause: str) -> None:
@@ -312,12 +335,18 @@ class SessionClient:
             return  # nobody waits for it any more
         if message.error:
             answer.set_exception(RuntimeError(message.error))
+            return
+        try:
+            self._events.answered(message)
+        except Exception as e:
+            answer.set_exception(RuntimeError(str(e)))
         else:
-            answer.set_result(message.quorum)
+            answer.set_result(message)
 
     def _lost(self, cause: str) -> None:
         if self._stands.is_set():
             self._log.warning("the session with the %s was lost (%s); connecting again", self._server, cause)
+            self._events.lost()
         self._fail_answers(cause)
         if self._life_address and examine_now(self._life_address) is Sign.GONE:
             self._events.gone(f"the process of the {self._server} has ended")

@@ -30,7 +30,6 @@ import grpc.aio
 from torchft.coordination.lighthouses import LEADER_KEY
 from torchft.coordination.proto import session_pb2 as pb
 from torchft.coordination.proto import session_pb2_grpc as pb_grpc
-from torchft.coordination.proto import torchft_pb2
 from torchft.runtime.life import Sign, examine
 
 __all__ = ["Link", "SessionOwner", "SessionService", "refuse_elsewhere"]
@@ -68,6 +67,8 @@ class Link:
         self.life_address = hello.life_address
         self.provable = False
         """Its life address was seen to accept: a refusal proves its death."""
+        self.standing = hello.standing
+        """It speaks standing quorums."""
         self.last_sign = time.monotonic()
         self._unsent: asyncio.Queue[pb.SessionDown | None] = asyncio.Queue()
 
@@ -80,6 +81,12 @@ class Link:
         if self._unsent.qsize() >= _MAX_UNREAD:
             self._unsent.get_nowait()
         self._unsent.put_nowait(message)
+
+    def send_first(self, message: pb.SessionDown) -> None:
+        """As :meth:`send`, before all that is not sent yet."""
+        waiting = [self._unsent.get_nowait() for _ in range(self._unsent.qsize())]
+        for each in (message, *waiting):
+            self._unsent.put_nowait(each)
 
     async def write(self, context: _Up) -> None:
         """Carries out what :meth:`send` was given, until it ends the stream."""
@@ -101,14 +108,11 @@ class SessionOwner(Protocol):
             RuntimeError: it cannot be served.
         """
 
-    def welcome(self) -> pb.Welcome:
-        """The answer to a hello."""
+    def opened(self, link: Link, hello: pb.Hello) -> pb.Welcome:
+        """A member is there. Returns the answer; what is sent to the link meanwhile follows it."""
 
-    def opened(self, link: Link, active: bool) -> None:
-        """A member is there."""
-
-    def beat(self, link: Link) -> None:
-        """A member said something."""
+    def beat(self, link: Link, number: int) -> None:
+        """A member said something. If the number is not 0 it wants an answer."""
 
     def left(self, link: Link, reason: str, step: int) -> None:
         """A member goes on purpose. It is told when this has returned."""
@@ -122,8 +126,14 @@ class SessionOwner(Protocol):
     def silent(self, link: Link, cause: str) -> None:
         """A lost member did not come back for ``heartbeat_timeout`` since its last sign."""
 
-    def ready(self, link: Link, request_id: int, member: torchft_pb2.QuorumMember) -> None:
+    def ready(self, link: Link, message: pb.Ready) -> None:
         """A member asks for the next quorum. The answer goes to the link."""
+
+    def acked(self, link: Link, message: pb.Ack) -> None:
+        """A member says how far it is."""
+
+    def drains(self, link: Link) -> None:
+        """A member wants to go at the next change of the members."""
 
     def withdrawn(self, link: Link, request_id: int) -> None:
         """A member no longer waits for the answer."""
@@ -151,6 +161,10 @@ class SessionService(pb_grpc.SessionServiceServicer):
         """Tells all members."""
         for link in self._links.values():
             link.send(message)
+
+    def link(self, replica_id: str, rank: int = 0) -> Link | None:
+        """A member's open stream."""
+        return self._links.get((replica_id, rank))
 
     def redirect(self, leader: str) -> None:
         """Sends all members away, to ``leader`` if it is not empty. Nothing is said of them any more."""
@@ -190,8 +204,8 @@ class SessionService(pb_grpc.SessionServiceServicer):
         if former is not None:
             former.send(None)
         self._links[link.key] = link
-        self._owner.opened(link, hello.active)
-        link.send(pb.SessionDown(welcome=self._owner.welcome()))
+        welcome = self._owner.opened(link, hello)
+        link.send_first(pb.SessionDown(welcome=welcome))
         self._start(self._prove(link))
         writer = asyncio.ensure_future(link.write(context))
         reader = asyncio.ensure_future(self._read(link, context))
@@ -236,13 +250,20 @@ class SessionService(pb_grpc.SessionServiceServicer):
                 self._owner.left(link, message.leave.reason[:_MAX_TEXT], message.leave.step)
                 return True
             if kind == "ready":
-                self._owner.ready(link, message.ready.request_id, message.ready.member)
+                self._owner.ready(link, message.ready)
                 continue
-            if kind == "withdraw":
+            if kind == "beat":
+                self._owner.beat(link, message.beat.number)
+                continue
+            if kind == "ack":
+                self._owner.acked(link, message.ack)
+            elif kind == "drain":
+                self._owner.drains(link)
+            elif kind == "withdraw":
                 self._owner.withdrawn(link, message.withdraw.request_id)
             elif kind == "report":
                 self._owner.reported(message.report.replica_id, message.report.cause[:_MAX_TEXT])
-            self._owner.beat(link)
+            self._owner.beat(link, 0)
 
     # ---------------------------------------------------------- who is lost
 

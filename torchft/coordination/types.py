@@ -71,6 +71,8 @@ class Notice:
     """It left in good order with all steps below this committed."""
     lives: bool = False
     """It is still there, but could not finish its step: its quorum is broken."""
+    since: int = 0
+    """The first of the newest quorums, without a gap, that it was in; 0: not told."""
 
     def __str__(self) -> str:
         what = "breaks its quorum" if self.lives else "is no longer there"
@@ -78,7 +80,7 @@ class Notice:
 
     @classmethod
     def from_wire(cls, message: session_pb2.Notice) -> Notice:
-        return cls(message.replica_id, message.cause, message.quorum_id, message.step, message.lives)
+        return cls(message.replica_id, message.cause, message.quorum_id, message.step, message.lives, message.since)
 
     def to_wire(self) -> session_pb2.SessionDown:
         return session_pb2.SessionDown(
@@ -88,6 +90,7 @@ class Notice:
                 quorum_id=self.quorum_id,
                 step=self.step,
                 lives=self.lives,
+                since=self.since,
             )
         )
 
@@ -122,12 +125,20 @@ class QuorumResult:
     """Whom this group may take the state from, the assigned one first."""
     recovering_replica_ranks: list[int] = field(default_factory=list)
     """All members that heal."""
+    names: dict[int, str] = field(default_factory=dict)
+    """In a large quorum, instead of ``replica_ids``: those that this group deals with, by replica rank."""
     lineage: int = 0
     """Of the state that whoever heals takes over; 0: not known."""
     lost_step: int = 0
     """The job was at this step, and no member holds its state; 0: nothing is lost."""
     lost_by_survivor: bool = False
     """A member was there when it was."""
+
+    def name(self, replica_rank: int) -> str:
+        """The replica id of a member, as far as it is told: in a large quorum only of those this group deals with."""
+        if self.replica_ids:
+            return self.replica_ids[replica_rank]
+        return self.names.get(replica_rank, f"replica rank {replica_rank} of quorum {self.quorum_id}")
 
 
 @dataclass(frozen=True)
@@ -270,6 +281,7 @@ def view_to_result(view: View) -> QuorumResult:
         lineage=view.lineage,
         lost_step=view.lost_step,
         lost_by_survivor=view.lost_by_survivor,
+        names=dict(view.names),
     )
 
 
@@ -296,6 +308,7 @@ def view_to_wire(view: View) -> pb.ManagerQuorumResponse:
         lineage=view.lineage,
         lost_step=view.lost_step,
         lost_by_survivor=view.lost_by_survivor,
+        names=dict(view.names),
     )
 
 
@@ -323,6 +336,7 @@ def result_from_wire(response: pb.ManagerQuorumResponse) -> QuorumResult:
         lineage=response.lineage,
         lost_step=response.lost_step,
         lost_by_survivor=response.lost_by_survivor,
+        names=dict(response.names),
     )
 
 

@@ -28,10 +28,23 @@ from dataclasses import dataclass
 
 from torchft.core.membership import Member, Quorum
 
-__all__ = ["MAX_SOURCES", "AssignmentError", "Source", "View", "assign", "of_group", "up_to_date"]
+__all__ = [
+    "MAX_SOURCES",
+    "NAMES_OF_ALL",
+    "AssignmentError",
+    "Seating",
+    "Source",
+    "View",
+    "assign",
+    "of_group",
+    "up_to_date",
+]
 
 MAX_SOURCES = 8
 """More than these would not make a transfer faster: any network is full before."""
+
+NAMES_OF_ALL = 64
+"""In a larger quorum a view names only those that it deals with, so that all views together grow with its size only."""
 
 
 class AssignmentError(Exception):
@@ -54,6 +67,9 @@ class View:
     replica_rank: int
     replica_world_size: int
     replica_ids: tuple[str, ...]
+    """Of all members; empty in a large quorum."""
+    names: tuple[tuple[int, str], ...]
+    """In a large quorum: replica rank and id of itself and those it gives to or may take from."""
     store_address: str
     max_step: int
     max_replica_rank: int | None
@@ -98,51 +114,97 @@ def of_group(ranks: Iterable[tuple[int, int]]) -> tuple[int, int]:
     return states.pop() if len(states) == 1 else (-1, 0)
 
 
+class Seating:
+    """A quorum prepared for many views: what all of them need is computed once, each view in its own size.
+
+    Args:
+        quorum: of any number of members.
+    """
+
+    def __init__(self, quorum: Quorum) -> None:
+        self.quorum = quorum
+        self._members = sorted(quorum.participants, key=lambda m: m.replica_id)
+        self._ids = tuple(m.replica_id for m in self._members)
+        self._index = {rid: i for i, rid in enumerate(self._ids)}
+        self._max_step = max(m.step for m in self._members)
+        self._failures = max(m.commit_failures for m in self._members)
+        self._newest = up_to_date(self._members)
+        self._newest_index = {i: n for n, i in enumerate(self._newest)}
+        lineages = {self._members[i].lineage for i in self._newest}
+        self._lineage = lineages.pop() if len(lineages) == 1 else 0
+        self._heals: dict[int | None, _Heals] = {}
+        seen = max(m.seen_step for m in self._members)
+        self._survived = seen > max(self._max_step, 0)
+        self._lost_step = seen if self._survived else quorum.former_step
+
+    def view(self, replica_id: str, group_rank: int, init_sync: bool) -> View:
+        """The view of ``replica_id``'s rank ``group_rank``.
+
+        Raises:
+            AssignmentError: the group is not in the quorum.
+        """
+        me = self._index.get(replica_id)
+        if me is None:
+            some = list(self._ids[:32])
+            raise AssignmentError(f"replica {replica_id!r} is not in quorum {self.quorum.quorum_id} of {some}")
+        primary = self._newest[group_rank % len(self._newest)]
+        heals = self._heals_of(primary if init_sync and self._max_step == 0 else None)
+        n = len(heals.sources)
+        source: int | None = None
+        dsts: tuple[int, ...] = ()
+        candidates: list[int] = []
+        if (mine := heals.recovering_index.get(me)) is not None:
+            candidates = [heals.sources[(mine + group_rank + k) % n] for k in range(min(n, MAX_SOURCES))]
+            source = candidates[0]
+        elif (place := heals.sources_index.get(me)) is not None:
+            dsts = heals.recovering[(place - group_rank) % n :: n]
+        whole = len(self._ids) <= NAMES_OF_ALL
+        return View(
+            quorum_id=self.quorum.quorum_id,
+            replica_rank=me,
+            replica_world_size=len(self._ids),
+            replica_ids=self._ids if whole else (),
+            names=() if whole else tuple((i, self._ids[i]) for i in (me, *candidates, *dsts)),
+            store_address=self._members[primary].store_address,
+            max_step=self._max_step,
+            max_replica_rank=self._newest_index.get(me),
+            max_world_size=len(self._newest),
+            heal=source is not None,
+            recover_src_replica_rank=source,
+            recover_src_manager_address="" if source is None else self._members[source].address,
+            recover_dst_replica_ranks=dsts,
+            recover_sources=tuple(Source(i, self._members[i].address) for i in candidates),
+            recovering_replica_ranks=heals.recovering,
+            lineage=self._lineage,
+            commit_failures=self._failures,
+            lost_step=self._lost_step,
+            lost_by_survivor=self._survived,
+        )
+
+    def _heals_of(self, primary: int | None) -> _Heals:
+        """Who heals: all but the primary, or with None those that are not up to date."""
+        heals = self._heals.get(primary)
+        if heals is None:
+            stay = self._newest_index if primary is None else {primary: 0}
+            recovering = tuple(i for i in range(len(self._ids)) if i not in stay)
+            heals = self._heals[primary] = _Heals(recovering, tuple(i for i in self._newest if i in stay))
+        return heals
+
+
+class _Heals:
+    """Who heals in a quorum, and who may serve them."""
+
+    def __init__(self, recovering: tuple[int, ...], sources: tuple[int, ...]) -> None:
+        self.recovering = recovering
+        self.sources = sources
+        self.recovering_index = {i: n for n, i in enumerate(recovering)}
+        self.sources_index = {i: n for n, i in enumerate(sources)}
+
+
 def assign(quorum: Quorum, replica_id: str, group_rank: int, init_sync: bool) -> View:
-    """The view of ``replica_id``'s rank ``group_rank``.
+    """The view of ``replica_id``'s rank ``group_rank``; :class:`Seating` for more than one.
 
     Raises:
         AssignmentError: the group is not in the quorum.
     """
-    members: list[Member] = sorted(quorum.participants, key=lambda m: m.replica_id)
-    ids = tuple(m.replica_id for m in members)
-    if replica_id not in ids:
-        raise AssignmentError(f"replica {replica_id!r} is not in quorum {quorum.quorum_id} of {list(ids)}")
-    me = ids.index(replica_id)
-
-    max_step = max(m.step for m in members)
-    newest = up_to_date(members)
-    primary = newest[group_rank % len(newest)]
-    lineages = {members[i].lineage for i in newest}
-
-    recovering = [i for i in range(len(members)) if i not in newest]
-    if init_sync and max_step == 0:
-        recovering = [i for i in range(len(members)) if i != primary]
-    sources = [i for i in newest if i not in recovering]
-    first_of = {dst: (i + group_rank) % len(sources) for i, dst in enumerate(recovering)}
-    source_of = {dst: sources[first] for dst, first in first_of.items()}
-
-    seen = max(m.seen_step for m in members)
-    survived = seen > max(max_step, 0)
-    source = source_of.get(me)
-    mine = [] if source is None else [*sources[first_of[me] :], *sources[: first_of[me]]][:MAX_SOURCES]
-    return View(
-        quorum_id=quorum.quorum_id,
-        replica_rank=me,
-        replica_world_size=len(members),
-        replica_ids=ids,
-        store_address=members[primary].store_address,
-        max_step=max_step,
-        max_replica_rank=newest.index(me) if me in newest else None,
-        max_world_size=len(newest),
-        heal=source is not None,
-        recover_src_replica_rank=source,
-        recover_src_manager_address="" if source is None else members[source].address,
-        recover_dst_replica_ranks=tuple(dst for dst, src in source_of.items() if src == me),
-        recover_sources=tuple(Source(i, members[i].address) for i in mine),
-        recovering_replica_ranks=tuple(recovering),
-        lineage=lineages.pop() if len(lineages) == 1 else 0,
-        commit_failures=max(m.commit_failures for m in members),
-        lost_step=seen if survived else quorum.former_step,
-        lost_by_survivor=survived,
-    )
+    return Seating(quorum).view(replica_id, group_rank, init_sync)

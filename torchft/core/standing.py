@@ -35,7 +35,7 @@ from dataclasses import dataclass
 
 from torchft.core.membership import Outcome
 
-__all__ = ["Ack", "Announcement", "Decide", "Message", "Orders", "Over", "Prepare", "first_quorum_id"]
+__all__ = ["Ack", "Announcement", "Decide", "Message", "Orders", "Over", "Prepare"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,17 +100,3 @@ class Orders:
     """To whom, on its session, and what. Who has no session just then is told when it is back."""
     released: tuple[str, ...] = ()
     """Replicas whose question is over without a quorum: they go on with the one they have. ``tell`` says why."""
-
-
-def first_quorum_id(epoch: int) -> int:
-    """The number before the first quorum id of a lighthouse's life.
-
-    Args:
-        epoch: of that life: larger than all before it, below 2**31.
-
-    Raises:
-        ValueError: it is out of range.
-    """
-    if not 0 <= epoch < 2**31:
-        raise ValueError(f"epoch {epoch} is not between 0 and 2**31 - 1")
-    return epoch << 32

@@ -38,7 +38,7 @@ class StandingLighthouse:
 
     Args:
         options: the limits.
-        quorum_id: ids go on from here: see :func:`torchft.core.standing.first_quorum_id`.
+        quorum_id: ids go on from here: see :func:`torchft.core.election.first_id`.
         now: the time.
         restarted: there was an earlier life: its members are waited for.
         last: the last quorum of that life, where it is known: its members are waited for until they are known to be
