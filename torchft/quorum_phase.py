@@ -214,7 +214,7 @@ class QuorumPhase:
     def run(self, allow_heal: bool, shrink_only: bool, deadline: Deadline) -> None:
         """Begins a step. Whatever fails becomes its error."""
         if self._failures:  # a quorum that fails at once must not make the loop spin
-            self._stop.wait(min(0.05 * 2.0**self._failures, _MAX_PAUSE, deadline.remaining()))
+            self._stop.wait(min(0.05 * 2.0**self._failures, _MAX_PAUSE, deadline.remaining() / 2))
         try:
             quorum = self._ask(shrink_only, deadline)
         except Exception as e:

@@ -35,113 +35,15 @@ Invariants
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from torchft.core.members import Death, Member, Options, Outcome, Quorum
 from torchft.core.progress import JobProgress
+from torchft.core.roster import Roster
 
 __all__ = ["Death", "Member", "Membership", "Options", "Outcome", "Quorum"]
 
 _REMEMBERED_DEAD = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A replica group, as it describes itself when it asks for a quorum."""
-
-    replica_id: str
-    address: str = ""
-    """Of the group's ManagerServer, ``http://host:port``."""
-    store_address: str = ""
-    """Of the group's TCPStore, ``host:port``."""
-    step: int = 0
-    """The newest step it has committed; below 0: it holds no usable state."""
-    lineage: int = 0
-    """Id of the quorum in which it, or whom it healed from, committed the newest step; 0: none, or not known."""
-    world_size: int = 1
-    """Ranks in the group."""
-    shrink_only: bool = False
-    """It asks that nobody new is taken in."""
-    data: str = ""
-    """JSON of the group's own."""
-    commit_failures: int = 0
-    """Steps in a row that it could not commit."""
-    timed_out: bool = False
-    """It waited for the others of its last step in vain."""
-    attempt: int = 0
-    """The same when a request is sent again because its answer may have been lost; 0: it has no number."""
-    standing: bool = False
-    """It has a session and speaks standing quorums."""
-    uses: int = 0
-    """The id of the standing quorum that it could go on with; 0: there is none."""
-    seen_step: int = 0
-    """The furthest step it has seen the job at (:mod:`torchft.core.progress`)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Quorum:
-    """The members of the next step, sorted by replica id."""
-
-    quorum_id: int
-    participants: tuple[Member, ...]
-    fenced: bool = False
-    """All members keep leases: see rule 6 of the module's docstring."""
-    stands: bool = False
-    """Fenced, and all members are at the same step of one lineage: they may go on with it without asking."""
-    former_step: int = 0
-    """How far a job was of whose state no member holds anything; 0: there was none."""
-
-    @property
-    def replica_ids(self) -> tuple[str, ...]:
-        return tuple(m.replica_id for m in self.participants)
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """Times in seconds."""
-
-    min_replicas: int
-    join_timeout: float = 0.1
-    heartbeat_timeout: float = 5.0
-    lease: float = 300.0
-    """How long a member of a standing quorum goes on without hearing from the lighthouse."""
-
-    def __post_init__(self) -> None:
-        if self.min_replicas < 1:
-            raise ValueError(f"min_replicas is {self.min_replicas}: a quorum needs at least one replica")
-        if self.lease <= 0:
-            raise ValueError(f"lease is {self.lease} s: it must be positive")
-        if self.join_timeout < 0 or self.heartbeat_timeout <= 0:
-            raise ValueError("join_timeout must not be negative and heartbeat_timeout must be positive")
-
-
-@dataclass(frozen=True, slots=True)
-class Death:
-    """A replica that is no longer there."""
-
-    replica_id: str
-    cause: str
-    quorum_id: int
-    """Of the newest quorum then: it and all before it are broken if the replica is a member."""
-    step: int = 0
-    """It left in good order with all steps below this committed: who is not there yet loses nothing by it."""
-    since: int = 0
-    """The first of the newest quorums, without a gap, that it was in: those from here to ``quorum_id`` are broken."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What the shell has to do after an event."""
-
-    quorum: Quorum | None = None
-    """Answer each member of it."""
-    again: Quorum | None = None
-    """Answer whoever asked just now, and nobody else, with the quorum that it is a member of already."""
-    broken: Death | None = None
-    """Tell everybody that a quorum is broken by this replica, which lives."""
-    dead: tuple[Death, ...] = ()
-    """Replicas that just turned from healthy to not."""
-    status: str | None = None
-    """The reason why there is (or is no) quorum, when it differs from the last one told."""
 
 
 class Membership:
@@ -156,25 +58,23 @@ class Membership:
         self.options = options
         self.quorum_id = quorum_id
         self.previous: Quorum | None = None
-        self._last_sign: dict[str, float] = {}
-        self._sessions: set[str] = set()
+        self._roster = Roster()
+        self._progress = JobProgress()
         self._dead: dict[str, None] = {}  # in the order of their deaths
         self._broken = False
-        self._waiters: dict[str, tuple[Member, float]] = {}  # and since when
         self._possible_since: float | None = None
         self._takeover: float | None = None  # when members of the previous quorum are no longer waited for
         self._buried: dict[str, float | None] = {}  # of the previous quorum: the last sign; None: known to be dead
         self._held = ""
         self._since: dict[str, int] = {}
         self._lone = False  # the previous quorum has one member
-        self._progress = JobProgress()
         self._status = ""
 
     # ------------------------------------------------------------- events
 
     def heartbeat(self, replica_id: str, now: float) -> Outcome:
         """A sign of life. It can only ever make others wait, so nothing is decided here."""
-        self._last_sign[replica_id] = now
+        self._roster.sign(replica_id, now)
         return Outcome()
 
     def attach(self, replica_id: str, active: bool, now: float) -> Outcome:
@@ -183,25 +83,25 @@ class Membership:
         Args:
             active: it says that it has asked for a quorum before: it counts, unless it was declared dead since.
         """
-        self._sessions.add(replica_id)
-        if replica_id in self._last_sign or (active and replica_id not in self._dead):
-            self._last_sign[replica_id] = now
+        self._roster.open(replica_id)
+        if replica_id in self._roster.last_sign or (active and replica_id not in self._dead):
+            self._roster.sign(replica_id, now)
         return Outcome()
 
     def beat(self, replica_id: str, now: float) -> Outcome:
         """A sign of life on a session. Unlike a heartbeat it makes nobody healthy who is not."""
-        if replica_id in self._last_sign:
-            self._last_sign[replica_id] = now
+        if replica_id in self._roster.last_sign:
+            self._roster.last_sign[replica_id] = now
         return Outcome()
 
     def detach(self, replica_id: str, now: float) -> Outcome:
         """The session ended, and nobody knows why: from now on silence counts, since the last sign of life."""
-        self._sessions.discard(replica_id)
+        self._roster.close(replica_id)
         return self.tick(now)
 
     def spare(self, now: float) -> Outcome:
         """The observer itself was away: nobody's silence until now means anything."""
-        self._last_sign = dict.fromkeys(self._last_sign, now)
+        self._roster.last_sign = dict.fromkeys(self._roster.last_sign, now)
         return Outcome()
 
     def request(self, member: Member, now: float) -> Outcome:
@@ -226,7 +126,7 @@ class Membership:
         """Several replicas ask in the same moment: what follows is decided when all of them wait."""
         for member in members:
             self._sign(member.replica_id, now)
-            self._waiters[member.replica_id] = self._progress.asks(member), now
+            self._roster.wait(self._progress.asks(member), now)
         return self.tick(now)
 
     def breaks(self, member: Member) -> bool:
@@ -244,18 +144,17 @@ class Membership:
         return not self._broken and answered is not None and member.attempt != 0 and member.attempt == answered.attempt
 
     def _sign(self, replica_id: str, now: float) -> None:
-        self._last_sign[replica_id] = now
+        self._roster.sign(replica_id, now)
         self._dead.pop(replica_id, None)
         self._buried.pop(replica_id, None)
 
     def _answered(self, replica_id: str) -> Member | None:
         """What a replica said when it was taken into the previous quorum."""
-        members = () if self.previous is None else self.previous.participants
-        return next((m for m in members if m.replica_id == replica_id), None)
+        return self._roster.members.get(replica_id)
 
     def withdraw(self, replica_id: str, now: float) -> Outcome:
         """A replica no longer waits: its call ended or ran into its deadline. It may well be alive."""
-        self._waiters.pop(replica_id, None)
+        self._roster.unwait(replica_id)
         return self.tick(now)
 
     def failed(self, replica_id: str, cause: str, now: float, step: int = 0) -> Outcome:
@@ -264,9 +163,9 @@ class Membership:
         Args:
             step: where it left in good order: see :attr:`Death.step`.
         """
-        self._waiters.pop(replica_id, None)
-        death = (self._bury(replica_id, cause, step),) if replica_id in self._last_sign else ()
-        if replica_id in self._previous_ids():
+        self._roster.unwait(replica_id)
+        death = (self._bury(replica_id, cause, step),) if replica_id in self._roster.last_sign else ()
+        if replica_id in self._roster.members:
             self._buried[replica_id] = None
         outcome = self.tick(now)
         return replace(outcome, dead=(*death, *outcome.dead))
@@ -282,9 +181,9 @@ class Membership:
         self._take(quorum)
         self._lone = size == 1
         self.quorum_id = max(self.quorum_id, quorum.quorum_id)
-        self._last_sign |= dict.fromkeys(quorum.replica_ids, now)
         for member in quorum.participants:
             self._progress.asks(member)
+            self._roster.sign(member.replica_id, now)
 
     def remember(self, quorum: Quorum, now: float) -> None:
         """That quorum was the last one of an earlier life; nothing is known of its members but their names."""
@@ -299,10 +198,11 @@ class Membership:
         members = sorted((*self.previous.participants, member), key=lambda m: m.replica_id)
         self.previous = replace(self.previous, participants=tuple(members))
         self._since[member.replica_id] = self.previous.quorum_id
+        self._roster.admit(member)
 
     def somebody_new_waits(self) -> bool:
         """Whether a healthy replica that is not in the previous quorum waits for the next one."""
-        return any(rid not in self._since and rid in self._last_sign for rid in self._waiters)
+        return self._roster.ready > self._roster.ready_members
 
     def member_since(self, replica_id: str) -> int:
         """The first of the newest quorums, without a gap, that the replica is in; the next id if it is in none."""
@@ -312,13 +212,13 @@ class Membership:
         """Whether the replica is in the previous quorum."""
         return replica_id in self._since
 
-    def reached(self, replica_id: str, step: int) -> None:
-        """A replica that goes on without asking says where it is."""
-        self._progress.reached(replica_id, step)
-
     def break_quorum(self) -> None:
         """The previous quorum is over, whatever its members say: the next one has another id."""
         self._broken = True
+
+    def reached(self, replica_id: str, step: int) -> None:
+        """A replica that goes on without asking says where it is."""
+        self._progress.reached(replica_id, step)
 
     def hold(self, why: str) -> None:
         """No quorum forms until this is called again with an empty reason."""
@@ -337,16 +237,17 @@ class Membership:
 
     def healthy(self) -> tuple[str, ...]:
         """Ids of the replicas that count as alive, as of the last event."""
-        return tuple(sorted(self._last_sign))
+        return tuple(sorted(self._roster.last_sign))
 
     def waiting(self) -> tuple[Member, ...]:
         """Those that wait for a quorum, sorted by replica id."""
-        return tuple(self._waiters[rid][0] for rid in sorted(self._waiters))
+        waiters = self._roster.waiters
+        return tuple(waiters[rid][0] for rid in sorted(waiters))
 
     def due(self) -> float | None:
         """When time alone may change something, if nothing else happens before; None: it cannot."""
         limit = self.options.heartbeat_timeout
-        times = [at + limit for rid, at in self._last_sign.items() if rid not in self._sessions]
+        times = [self._roster.last_sign[rid] + limit for rid in self._roster.watched]
         complaint = self._complaint()
         if complaint is not None and self._missing():
             times.append(complaint + limit)
@@ -365,22 +266,21 @@ class Membership:
 
     def _expire(self, now: float) -> tuple[Death, ...]:
         limit = self.options.heartbeat_timeout
-        silent = [
-            (rid, now - at) for rid, at in self._last_sign.items() if now - at > limit and rid not in self._sessions
-        ]
+        last_sign = self._roster.last_sign
+        silent = [(rid, now - last_sign[rid]) for rid in self._roster.watched if now - last_sign[rid] > limit]
         return tuple(self._bury(rid, f"no heartbeat for {for_s:.1f} s", 0) for rid, for_s in sorted(silent))
 
     def _complaint(self) -> float | None:
         """When a member of the previous quorum asked because it had waited for the others in vain."""
-        waiting = (self._waiters[r] for r in self._previous_ids() if r in self._waiters)
-        return min((since for member, since in waiting if member.timed_out), default=None)
+        complaints = self._roster.complaints.items()
+        return min((since for rid, since in complaints if rid in self._roster.members), default=None)
 
     def _previous_ids(self) -> tuple[str, ...]:
         return () if self.previous is None else self.previous.replica_ids
 
     def _missing(self) -> list[str]:
         """Those of the previous quorum that live and do not ask."""
-        return [r for r in self._previous_ids() if r in self._last_sign and r not in self._waiters]
+        return [r for r in self._previous_ids() if r in self._roster.last_sign and not self._roster.waits(r)]
 
     def _hung(self, now: float) -> tuple[Death, ...]:
         complaint = self._complaint()
@@ -390,59 +290,58 @@ class Membership:
         return tuple(self._bury(rid, cause, 0) for rid in self._missing())
 
     def _bury(self, replica_id: str, cause: str, step: int) -> Death:
-        last_sign = self._last_sign.pop(replica_id)
+        last_sign = self._roster.drop(replica_id)
         self._progress.ended(replica_id, in_order=step > 0)
         self._dead[replica_id] = None
         if len(self._dead) > _REMEMBERED_DEAD:
             del self._dead[next(iter(self._dead))]
-        if replica_id in self._previous_ids():
+        if replica_id in self._roster.members:
             self._broken = True
             self._buried[replica_id] = last_sign
         return Death(replica_id, cause, self.quorum_id, step, self.member_since(replica_id))
 
     def _decide(self, now: float) -> tuple[Quorum | None, str]:
-        options = self.options
-        ready = {m.replica_id: m for m in self.waiting() if m.replica_id in self._last_sign}
+        roster, options = self._roster, self.options
         possible_since, self._possible_since = self._possible_since, None
         self._takeover = None
         if self._held:
             return None, self._held
+        ready, healthy, members = roster.ready, roster.healthy, len(roster.members)
         if not ready:
             return None, "nobody asks for a quorum"
-        previous = set(self._previous_ids())
-        shrink = self.previous is not None and any(m.shrink_only for m in ready.values())
-        candidates = [m for rid, m in ready.items() if not shrink or rid in previous]
+        shrink = self.previous is not None and any(rid in roster.last_sign for rid in roster.shrinking)
+        candidates = roster.ready_members if shrink else ready
         note = " (shrinking: only members of the last quorum)" if shrink else ""
 
-        if len(candidates) < options.min_replicas:
-            return None, (f"{len(candidates)} of at least {options.min_replicas} replicas ask for a quorum{note}")
-        if not previous.isdisjoint(m.replica_id for m in candidates):
-            pass  # a quorum that shares a member with the last one ends it
-        elif (waited_for := self._not_over(now)) is not None:
+        if candidates < options.min_replicas:
+            return None, (f"{candidates} of at least {options.min_replicas} replicas ask for a quorum{note}")
+        if members and not roster.ready_members and (waited_for := self._not_over(now)) is not None:
             return None, waited_for + note
-        if (missed := self._progress.missed(candidates)) is not None:
-            return None, f"those who ask hold no state: waiting for {missed[0]}, which holds step {missed[1]}{note}"
-        if previous and previous.issubset(ready):
-            return self._form(candidates), "all members of the last quorum ask again: fast quorum" + note
-
-        healthy = len(self._last_sign)
-        if 2 * len(ready) <= healthy:
-            return None, f"{len(ready)} of {healthy} healthy replicas ask: not more than half{note}"
-        missing = sorted(set(self._last_sign) - set(ready))
-        if missing:
+        some, missing = roster.absent()
+        if 0 < members == roster.ready_members:
+            why = "all members of the last quorum ask again: fast quorum"
+        elif 2 * ready <= healthy:
+            return None, f"{ready} of {healthy} healthy replicas ask: not more than half{note}"
+        elif missing:
             since = now if possible_since is None else possible_since
             if now - since < options.join_timeout:
                 self._possible_since = since
                 return None, (
-                    f"{len(ready)} of {healthy} healthy replicas ask: waiting up to {options.join_timeout:g} s "
-                    f"for {_some(missing)}{note}"
+                    f"{ready} of {healthy} healthy replicas ask: waiting up to {options.join_timeout:g} s "
+                    f"for {', '.join(some)}{' …' if missing > len(some) else ''}{note}"
                 )
-            return self._form(candidates), f"join timeout: going on without {len(missing)} healthy replicas{note}"
-        return self._form(candidates), f"all {healthy} healthy replicas ask{note}"
+            why = f"join timeout: going on without {missing} healthy replicas"
+        else:
+            why = f"all {healthy} healthy replicas ask"
+        chosen = [m for rid, m in roster.ready_ones().items() if not shrink or rid in roster.members]
+        if (missed := self._progress.missed(chosen)) is not None:
+            return None, f"those who ask hold no state: waiting for {missed[0]}, which holds step {missed[1]}{note}"
+        return self._form(chosen), why + note
 
     def _take(self, quorum: Quorum) -> None:
         self._since = {rid: self._since.get(rid, quorum.quorum_id) for rid in quorum.replica_ids}
         self.previous = quorum
+        self._roster.take(quorum)
         self._lone = len(quorum.participants) == 1
         self._buried = {}
 
@@ -454,10 +353,9 @@ class Membership:
         if not self._lone:
             limit += self.options.lease
         ids = self.previous.replica_ids
-        alive = [rid for rid in ids if rid in self._last_sign]
+        alive = [rid for rid in ids if rid in self._roster.last_sign]
         silent = {rid: at for rid in ids if rid not in alive and (at := self._buried.get(rid)) is not None}
         if alive:
-            self._takeover = None
             return f"nobody of the last quorum asks: {_some(alive)} must be asked first"
         over = max((at + limit for at in silent.values()), default=now)
         if now >= over:
@@ -470,17 +368,18 @@ class Membership:
 
     def _form(self, members: list[Member]) -> Quorum:
         ids = tuple(m.replica_id for m in members)
+        roster = self._roster
         changed = self.previous is None or self._broken or ids != self.previous.replica_ids
         self._broken = False
         if changed or any(m.commit_failures > 0 for m in members):
             self.quorum_id += 1
-        fenced = all(m.standing and m.replica_id in self._sessions for m in members)
+        fenced = all(m.standing and m.replica_id in roster.sessions for m in members)
         same = all((m.step, m.lineage) == (members[0].step, members[0].lineage) for m in members)
         stands = fenced and same and members[0].step >= 0
         quorum = Quorum(self.quorum_id, tuple(members), fenced, stands, self._progress.former(members))
-        self._take(quorum)
         for rid in ids:
-            del self._waiters[rid]
+            roster.unwait(rid)
+        self._take(quorum)
         return quorum
 
 

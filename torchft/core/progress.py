@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torchft.core.membership import Member
+    from torchft.core.members import Member
 
 __all__ = ["JobProgress"]
 
@@ -37,14 +37,20 @@ class JobProgress:
 
     def __init__(self) -> None:
         self._living: dict[str, _Known] = {}
+        self._top: int | None = 0  # of the living; None: to be looked for
         self._furthest = 0
 
     def asks(self, member: Member) -> Member:
         """A replica asks for a quorum. Returns it with what it has seen."""
         known = self._living.setdefault(member.replica_id, _Known(member.step, member.seen_step))
+        if known.step == self._top and member.step < known.step:
+            self._top = None
         known.step = member.step
         self._furthest = max(self._furthest, member.step)
-        known.seen = max(known.seen, member.seen_step, *(k.step for k in self._living.values()))
+        if self._top is None:
+            self._top = max(k.step for k in self._living.values())
+        self._top = max(self._top, member.step)
+        known.seen = max(known.seen, member.seen_step, self._top)
         return replace(member, seen_step=known.seen)
 
     def reached(self, replica_id: str, step: int) -> None:
@@ -52,6 +58,7 @@ class JobProgress:
         known = self._living.get(replica_id)
         if known is not None:
             known.step = max(known.step, step)
+            self._top = None if self._top is None else max(self._top, step)
             self._furthest = max(self._furthest, step)
 
     def ended(self, replica_id: str, in_order: bool) -> None:
@@ -60,7 +67,9 @@ class JobProgress:
         Args:
             in_order: it left with what it did committed. When it was the last one, the job is over.
         """
-        self._living.pop(replica_id, None)
+        known = self._living.pop(replica_id, None)
+        if known is not None and known.step == self._top:
+            self._top = None
         if in_order and not self._living:
             self._furthest = 0
 
