@@ -272,8 +272,8 @@ def test_heartbeats_begin_with_the_first_quorum_and_end_with_shutdown(
     core = lighthouse._service._core.membership
     assert core.healthy() == ()
     server._quorum(0, 0, "", False, WAIT, 0)
-    before = core._last_sign["a"]
-    wait_until(lambda: core._last_sign["a"] > before)
+    before = core._roster.last_sign["a"]
+    wait_until(lambda: core._roster.last_sign["a"] > before)
     server.shutdown()
     assert not any(t.name == "torchft-heartbeat" and t.is_alive() for t in threading.enumerate())
 

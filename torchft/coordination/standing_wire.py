@@ -77,6 +77,8 @@ def _stand(view: View, step: int) -> View:
         recovering_replica_ranks=(),
         commit_failures=0,
         lineage=view.quorum_id,
+        lost_step=0,
+        lost_by_survivor=False,
     )
 
 
@@ -163,6 +165,8 @@ def _view_from_wire(message: pb.ManagerQuorumResponse) -> View:
         recovering_replica_ranks=tuple(message.recovering_replica_ranks),
         lineage=message.lineage,
         commit_failures=message.commit_failures,
+        lost_step=message.lost_step,
+        lost_by_survivor=message.lost_by_survivor,
     )
 
 

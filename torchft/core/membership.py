@@ -317,6 +317,10 @@ class Membership:
             return None, (f"{candidates} of at least {options.min_replicas} replicas ask for a quorum{note}")
         if members and not roster.ready_members and (waited_for := self._not_over(now)) is not None:
             return None, waited_for + note
+        if not roster.holding and self._progress.began:
+            chosen = self._chosen(shrink)
+            if (missed := self._progress.missed(chosen)) is not None:
+                return None, f"those who ask hold no state: waiting for {missed[0]}, which holds step {missed[1]}{note}"
         some, missing = roster.absent()
         if 0 < members == roster.ready_members:
             why = "all members of the last quorum ask again: fast quorum"
@@ -333,10 +337,11 @@ class Membership:
             why = f"join timeout: going on without {missing} healthy replicas"
         else:
             why = f"all {healthy} healthy replicas ask"
-        chosen = [m for rid, m in roster.ready_ones().items() if not shrink or rid in roster.members]
-        if (missed := self._progress.missed(chosen)) is not None:
-            return None, f"those who ask hold no state: waiting for {missed[0]}, which holds step {missed[1]}{note}"
-        return self._form(chosen), why + note
+        return self._form(self._chosen(shrink)), why + note
+
+    def _chosen(self, shrink: bool) -> list[Member]:
+        """Those that a quorum would have that formed now."""
+        return [m for rid, m in self._roster.ready_ones().items() if not shrink or rid in self._roster.members]
 
     def _take(self, quorum: Quorum) -> None:
         self._since = {rid: self._since.get(rid, quorum.quorum_id) for rid in quorum.replica_ids}

@@ -40,6 +40,11 @@ class JobProgress:
         self._top: int | None = 0  # of the living; None: to be looked for
         self._furthest = 0
 
+    @property
+    def began(self) -> bool:
+        """Whether anybody was ever beyond step 0."""
+        return self._furthest > 0
+
     def asks(self, member: Member) -> Member:
         """A replica asks for a quorum. Returns it with what it has seen."""
         known = self._living.setdefault(member.replica_id, _Known(member.step, member.seen_step))

@@ -36,6 +36,8 @@ class Roster:
         """Ready replicas that are in the previous quorum."""
         self.shrinking: set[str] = set()
         """Waiters that ask to take nobody new in."""
+        self.holding: set[str] = set()
+        """Waiters that hold a state: they are beyond step 0."""
         self.complaints: dict[str, float] = {}
         """Waiters that waited for others in vain, and since when they ask."""
         self._absent: dict[str, None] = {}
@@ -106,6 +108,8 @@ class Roster:
         self.ready_members += rid in self.members
         if member.shrink_only:
             self.shrinking.add(rid)
+        if member.step > 0:
+            self.holding.add(rid)
         if member.timed_out:
             self.complaints[rid] = now
 
@@ -114,6 +118,7 @@ class Roster:
         if self.waiters.pop(replica_id, None) is None:
             return
         self.shrinking.discard(replica_id)
+        self.holding.discard(replica_id)
         self.complaints.pop(replica_id, None)
         if replica_id in self.last_sign:
             self._absent[replica_id] = None

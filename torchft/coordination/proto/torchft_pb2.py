@@ -25,13 +25,15 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(torchft/coordination/proto/torchft.proto\x12\x07torchft\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf0\x01\n\x0cQuorumMember\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x15\n\rstore_address\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\x12\n\nworld_size\x18\x05 \x01(\x04\x12\x13\n\x0bshrink_only\x18\x06 \x01(\x08\x12\x0c\n\x04\x64\x61ta\x18\x07 \x01(\t\x12\x17\n\x0f\x63ommit_failures\x18\x08 \x01(\x03\x12\x11\n\ttimed_out\x18\x64 \x01(\x08\x12\x0f\n\x07\x61ttempt\x18\x65 \x01(\x03\x12\x0f\n\x07lineage\x18n \x01(\x03\x12\x11\n\tseen_step\x18x \x01(\x03\"\x8a\x01\n\x06Quorum\x12\x11\n\tquorum_id\x18\x01 \x01(\x03\x12+\n\x0cparticipants\x18\x02 \x03(\x0b\x32\x15.torchft.QuorumMember\x12+\n\x07\x63reated\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0b\x66ormer_step\x18x \x01(\x03\"R\n\x17LighthouseQuorumRequest\x12(\n\trequester\x18\x01 \x01(\x0b\x32\x15.torchft.QuorumMember\x12\r\n\x05\x65poch\x18\x64 \x01(\x03\"J\n\x18LighthouseQuorumResponse\x12\x1f\n\x06quorum\x18\x01 \x01(\x0b\x32\x0f.torchft.Quorum\x12\r\n\x05\x65poch\x18\x64 \x01(\x03\"0\n\x1aLighthouseHeartbeatRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\"\x1d\n\x1bLighthouseHeartbeatResponse\"\x1a\n\x18SubscribeFailuresRequest\"@\n\x13\x46\x61ilureNotification\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x15\n\rerror_message\x18\x02 \x01(\t\"\xba\x01\n\x14ManagerQuorumRequest\x12\x12\n\ngroup_rank\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x1b\n\x13\x63heckpoint_metadata\x18\x03 \x01(\t\x12\x13\n\x0bshrink_only\x18\x04 \x01(\x08\x12\x11\n\tinit_sync\x18\x05 \x01(\x08\x12\x17\n\x0f\x63ommit_failures\x18\x06 \x01(\x03\x12\x11\n\ttimed_out\x18\x64 \x01(\x08\x12\x0f\n\x07lineage\x18n \x01(\x03\">\n\rRecoverSource\x12\x14\n\x0creplica_rank\x18\x01 \x01(\x03\x12\x17\n\x0fmanager_address\x18\x02 \x01(\t\"\xaa\x04\n\x15ManagerQuorumResponse\x12\x11\n\tquorum_id\x18\x01 \x01(\x03\x12#\n\x1brecover_src_manager_address\x18\x02 \x01(\t\x12%\n\x18recover_src_replica_rank\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12!\n\x19recover_dst_replica_ranks\x18\x04 \x03(\x03\x12\x15\n\rstore_address\x18\x05 \x01(\t\x12\x10\n\x08max_step\x18\x06 \x01(\x03\x12\x1d\n\x10max_replica_rank\x18\x07 \x01(\x03H\x01\x88\x01\x01\x12\x16\n\x0emax_world_size\x18\x08 \x01(\x03\x12\x14\n\x0creplica_rank\x18\t \x01(\x03\x12\x1a\n\x12replica_world_size\x18\n \x01(\x03\x12\x0c\n\x04heal\x18\x0b \x01(\x08\x12\x17\n\x0f\x63ommit_failures\x18\x0c \x01(\x03\x12\x13\n\x0breplica_ids\x18\r \x03(\t\x12/\n\x0frecover_sources\x18\x64 \x03(\x0b\x32\x16.torchft.RecoverSource\x12 \n\x18recovering_replica_ranks\x18\x65 \x03(\x03\x12\x0f\n\x07lineage\x18n \x01(\x03\x12\x11\n\tlost_step\x18x \x01(\x03\x12\x18\n\x10lost_by_survivor\x18y \x01(\x08\x42\x1b\n\x19_recover_src_replica_rankB\x13\n\x11_max_replica_rank\")\n\x19\x43heckpointMetadataRequest\x12\x0c\n\x04rank\x18\x01 \x01(\x03\"9\n\x1a\x43heckpointMetadataResponse\x12\x1b\n\x13\x63heckpoint_metadata\x18\x01 \x01(\t\"N\n\x13ShouldCommitRequest\x12\x15\n\rshould_commit\x18\x01 \x01(\x08\x12\x12\n\ngroup_rank\x18\x02 \x01(\x03\x12\x0c\n\x04step\x18\x03 \x01(\x03\"-\n\x14ShouldCommitResponse\x12\x15\n\rshould_commit\x18\x01 \x01(\x08\"\x1a\n\x0bKillRequest\x12\x0b\n\x03msg\x18\x01 \x01(\t\"\x0e\n\x0cKillResponse2\x92\x02\n\x11LighthouseService\x12M\n\x06Quorum\x12 .torchft.LighthouseQuorumRequest\x1a!.torchft.LighthouseQuorumResponse\x12V\n\tHeartbeat\x12#.torchft.LighthouseHeartbeatRequest\x1a$.torchft.LighthouseHeartbeatResponse\x12V\n\x11SubscribeFailures\x12!.torchft.SubscribeFailuresRequest\x1a\x1c.torchft.FailureNotification0\x01\x32\xba\x02\n\x0eManagerService\x12G\n\x06Quorum\x12\x1d.torchft.ManagerQuorumRequest\x1a\x1e.torchft.ManagerQuorumResponse\x12]\n\x12\x43heckpointMetadata\x12\".torchft.CheckpointMetadataRequest\x1a#.torchft.CheckpointMetadataResponse\x12K\n\x0cShouldCommit\x12\x1c.torchft.ShouldCommitRequest\x1a\x1d.torchft.ShouldCommitResponse\x12\x33\n\x04Kill\x12\x14.torchft.KillRequest\x1a\x15.torchft.KillResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(torchft/coordination/proto/torchft.proto\x12\x07torchft\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf0\x01\n\x0cQuorumMember\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x15\n\rstore_address\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\x12\n\nworld_size\x18\x05 \x01(\x04\x12\x13\n\x0bshrink_only\x18\x06 \x01(\x08\x12\x0c\n\x04\x64\x61ta\x18\x07 \x01(\t\x12\x17\n\x0f\x63ommit_failures\x18\x08 \x01(\x03\x12\x11\n\ttimed_out\x18\x64 \x01(\x08\x12\x0f\n\x07\x61ttempt\x18\x65 \x01(\x03\x12\x0f\n\x07lineage\x18n \x01(\x03\x12\x11\n\tseen_step\x18x \x01(\x03\"\x8a\x01\n\x06Quorum\x12\x11\n\tquorum_id\x18\x01 \x01(\x03\x12+\n\x0cparticipants\x18\x02 \x03(\x0b\x32\x15.torchft.QuorumMember\x12+\n\x07\x63reated\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0b\x66ormer_step\x18x \x01(\x03\"R\n\x17LighthouseQuorumRequest\x12(\n\trequester\x18\x01 \x01(\x0b\x32\x15.torchft.QuorumMember\x12\r\n\x05\x65poch\x18\x64 \x01(\x03\"J\n\x18LighthouseQuorumResponse\x12\x1f\n\x06quorum\x18\x01 \x01(\x0b\x32\x0f.torchft.Quorum\x12\r\n\x05\x65poch\x18\x64 \x01(\x03\"0\n\x1aLighthouseHeartbeatRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\"\x1d\n\x1bLighthouseHeartbeatResponse\"\x1a\n\x18SubscribeFailuresRequest\"@\n\x13\x46\x61ilureNotification\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x15\n\rerror_message\x18\x02 \x01(\t\"\xba\x01\n\x14ManagerQuorumRequest\x12\x12\n\ngroup_rank\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x1b\n\x13\x63heckpoint_metadata\x18\x03 \x01(\t\x12\x13\n\x0bshrink_only\x18\x04 \x01(\x08\x12\x11\n\tinit_sync\x18\x05 \x01(\x08\x12\x17\n\x0f\x63ommit_failures\x18\x06 \x01(\x03\x12\x11\n\ttimed_out\x18\x64 \x01(\x08\x12\x0f\n\x07lineage\x18n \x01(\x03\">\n\rRecoverSource\x12\x14\n\x0creplica_rank\x18\x01 \x01(\x03\x12\x17\n\x0fmanager_address\x18\x02 \x01(\t\"\x92\x05\n\x15ManagerQuorumResponse\x12\x11\n\tquorum_id\x18\x01 \x01(\x03\x12#\n\x1brecover_src_manager_address\x18\x02 \x01(\t\x12%\n\x18recover_src_replica_rank\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12!\n\x19recover_dst_replica_ranks\x18\x04 \x03(\x03\x12\x15\n\rstore_address\x18\x05 \x01(\t\x12\x10\n\x08max_step\x18\x06 \x01(\x03\x12\x1d\n\x10max_replica_rank\x18\x07 \x01(\x03H\x01\x88\x01\x01\x12\x16\n\x0emax_world_size\x18\x08 \x01(\x03\x12\x14\n\x0creplica_rank\x18\t \x01(\x03\x12\x1a\n\x12replica_world_size\x18\n \x01(\x03\x12\x0c\n\x04heal\x18\x0b \x01(\x08\x12\x17\n\x0f\x63ommit_failures\x18\x0c \x01(\x03\x12\x13\n\x0breplica_ids\x18\r \x03(\t\x12/\n\x0frecover_sources\x18\x64 \x03(\x0b\x32\x16.torchft.RecoverSource\x12 \n\x18recovering_replica_ranks\x18\x65 \x03(\x03\x12\x0f\n\x07lineage\x18n \x01(\x03\x12\x11\n\tlost_step\x18x \x01(\x03\x12\x18\n\x10lost_by_survivor\x18y \x01(\x08\x12\x38\n\x05names\x18o \x03(\x0b\x32).torchft.ManagerQuorumResponse.NamesEntry\x1a,\n\nNamesEntry\x12\x0b\n\x03key\x18\x01 \x01(\x03\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x1b\n\x19_recover_src_replica_rankB\x13\n\x11_max_replica_rank\")\n\x19\x43heckpointMetadataRequest\x12\x0c\n\x04rank\x18\x01 \x01(\x03\"9\n\x1a\x43heckpointMetadataResponse\x12\x1b\n\x13\x63heckpoint_metadata\x18\x01 \x01(\t\"N\n\x13ShouldCommitRequest\x12\x15\n\rshould_commit\x18\x01 \x01(\x08\x12\x12\n\ngroup_rank\x18\x02 \x01(\x03\x12\x0c\n\x04step\x18\x03 \x01(\x03\"B\n\x14ShouldCommitResponse\x12\x15\n\rshould_commit\x18\x01 \x01(\x08\x12\x13\n\x0bnext_stands\x18\x64 \x01(\x08\"\x1a\n\x0bKillRequest\x12\x0b\n\x03msg\x18\x01 \x01(\t\"\x0e\n\x0cKillResponse2\x92\x02\n\x11LighthouseService\x12M\n\x06Quorum\x12 .torchft.LighthouseQuorumRequest\x1a!.torchft.LighthouseQuorumResponse\x12V\n\tHeartbeat\x12#.torchft.LighthouseHeartbeatRequest\x1a$.torchft.LighthouseHeartbeatResponse\x12V\n\x11SubscribeFailures\x12!.torchft.SubscribeFailuresRequest\x1a\x1c.torchft.FailureNotification0\x01\x32\xba\x02\n\x0eManagerService\x12G\n\x06Quorum\x12\x1d.torchft.ManagerQuorumRequest\x1a\x1e.torchft.ManagerQuorumResponse\x12]\n\x12\x43heckpointMetadata\x12\".torchft.CheckpointMetadataRequest\x1a#.torchft.CheckpointMetadataResponse\x12K\n\x0cShouldCommit\x12\x1c.torchft.ShouldCommitRequest\x1a\x1d.torchft.ShouldCommitResponse\x12\x33\n\x04Kill\x12\x14.torchft.KillRequest\x1a\x15.torchft.KillResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'torchft.coordination.proto.torchft_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_MANAGERQUORUMRESPONSE_NAMESENTRY']._loaded_options = None
+  _globals['_MANAGERQUORUMRESPONSE_NAMESENTRY']._serialized_options = b'8\001'
   _globals['_QUORUMMEMBER']._serialized_start=87
   _globals['_QUORUMMEMBER']._serialized_end=327
   _globals['_QUORUM']._serialized_start=330
@@ -53,21 +55,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RECOVERSOURCE']._serialized_start=994
   _globals['_RECOVERSOURCE']._serialized_end=1056
   _globals['_MANAGERQUORUMRESPONSE']._serialized_start=1059
-  _globals['_MANAGERQUORUMRESPONSE']._serialized_end=1613
-  _globals['_CHECKPOINTMETADATAREQUEST']._serialized_start=1615
-  _globals['_CHECKPOINTMETADATAREQUEST']._serialized_end=1656
-  _globals['_CHECKPOINTMETADATARESPONSE']._serialized_start=1658
-  _globals['_CHECKPOINTMETADATARESPONSE']._serialized_end=1715
-  _globals['_SHOULDCOMMITREQUEST']._serialized_start=1717
-  _globals['_SHOULDCOMMITREQUEST']._serialized_end=1795
-  _globals['_SHOULDCOMMITRESPONSE']._serialized_start=1797
-  _globals['_SHOULDCOMMITRESPONSE']._serialized_end=1842
-  _globals['_KILLREQUEST']._serialized_start=1844
-  _globals['_KILLREQUEST']._serialized_end=1870
-  _globals['_KILLRESPONSE']._serialized_start=1872
-  _globals['_KILLRESPONSE']._serialized_end=1886
-  _globals['_LIGHTHOUSESERVICE']._serialized_start=1889
-  _globals['_LIGHTHOUSESERVICE']._serialized_end=2163
-  _globals['_MANAGERSERVICE']._serialized_start=2166
-  _globals['_MANAGERSERVICE']._serialized_end=2480
+  _globals['_MANAGERQUORUMRESPONSE']._serialized_end=1717
+  _globals['_MANAGERQUORUMRESPONSE_NAMESENTRY']._serialized_start=1623
+  _globals['_MANAGERQUORUMRESPONSE_NAMESENTRY']._serialized_end=1667
+  _globals['_CHECKPOINTMETADATAREQUEST']._serialized_start=1719
+  _globals['_CHECKPOINTMETADATAREQUEST']._serialized_end=1760
+  _globals['_CHECKPOINTMETADATARESPONSE']._serialized_start=1762
+  _globals['_CHECKPOINTMETADATARESPONSE']._serialized_end=1819
+  _globals['_SHOULDCOMMITREQUEST']._serialized_start=1821
+  _globals['_SHOULDCOMMITREQUEST']._serialized_end=1899
+  _globals['_SHOULDCOMMITRESPONSE']._serialized_start=1901
+  _globals['_SHOULDCOMMITRESPONSE']._serialized_end=1967
+  _globals['_KILLREQUEST']._serialized_start=1969
+  _globals['_KILLREQUEST']._serialized_end=1995
+  _globals['_KILLRESPONSE']._serialized_start=1997
+  _globals['_KILLRESPONSE']._serialized_end=2011
+  _globals['_LIGHTHOUSESERVICE']._serialized_start=2014
+  _globals['_LIGHTHOUSESERVICE']._serialized_end=2288
+  _globals['_MANAGERSERVICE']._serialized_start=2291
+  _globals['_MANAGERSERVICE']._serialized_end=2605
 # @@protoc_insertion_point(module_scope)

@@ -116,7 +116,14 @@ class RecoverSource(_message.Message):
     def __init__(self, replica_rank: _Optional[int] = ..., manager_address: _Optional[str] = ...) -> None: ...
 
 class ManagerQuorumResponse(_message.Message):
-    __slots__ = ("quorum_id", "recover_src_manager_address", "recover_src_replica_rank", "recover_dst_replica_ranks", "store_address", "max_step", "max_replica_rank", "max_world_size", "replica_rank", "replica_world_size", "heal", "commit_failures", "replica_ids", "recover_sources", "recovering_replica_ranks", "lineage", "lost_step", "lost_by_survivor")
+    __slots__ = ("quorum_id", "recover_src_manager_address", "recover_src_replica_rank", "recover_dst_replica_ranks", "store_address", "max_step", "max_replica_rank", "max_world_size", "replica_rank", "replica_world_size", "heal", "commit_failures", "replica_ids", "recover_sources", "recovering_replica_ranks", "lineage", "lost_step", "lost_by_survivor", "names")
+    class NamesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: str
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[str] = ...) -> None: ...
     QUORUM_ID_FIELD_NUMBER: _ClassVar[int]
     RECOVER_SRC_MANAGER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     RECOVER_SRC_REPLICA_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -135,6 +142,7 @@ class ManagerQuorumResponse(_message.Message):
     LINEAGE_FIELD_NUMBER: _ClassVar[int]
     LOST_STEP_FIELD_NUMBER: _ClassVar[int]
     LOST_BY_SURVIVOR_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
     quorum_id: int
     recover_src_manager_address: str
     recover_src_replica_rank: int
@@ -153,7 +161,8 @@ class ManagerQuorumResponse(_message.Message):
     lineage: int
     lost_step: int
     lost_by_survivor: bool
-    def __init__(self, quorum_id: _Optional[int] = ..., recover_src_manager_address: _Optional[str] = ..., recover_src_replica_rank: _Optional[int] = ..., recover_dst_replica_ranks: _Optional[_Iterable[int]] = ..., store_address: _Optional[str] = ..., max_step: _Optional[int] = ..., max_replica_rank: _Optional[int] = ..., max_world_size: _Optional[int] = ..., replica_rank: _Optional[int] = ..., replica_world_size: _Optional[int] = ..., heal: bool = ..., commit_failures: _Optional[int] = ..., replica_ids: _Optional[_Iterable[str]] = ..., recover_sources: _Optional[_Iterable[_Union[RecoverSource, _Mapping]]] = ..., recovering_replica_ranks: _Optional[_Iterable[int]] = ..., lineage: _Optional[int] = ..., lost_step: _Optional[int] = ..., lost_by_survivor: bool = ...) -> None: ...
+    names: _containers.ScalarMap[int, str]
+    def __init__(self, quorum_id: _Optional[int] = ..., recover_src_manager_address: _Optional[str] = ..., recover_src_replica_rank: _Optional[int] = ..., recover_dst_replica_ranks: _Optional[_Iterable[int]] = ..., store_address: _Optional[str] = ..., max_step: _Optional[int] = ..., max_replica_rank: _Optional[int] = ..., max_world_size: _Optional[int] = ..., replica_rank: _Optional[int] = ..., replica_world_size: _Optional[int] = ..., heal: bool = ..., commit_failures: _Optional[int] = ..., replica_ids: _Optional[_Iterable[str]] = ..., recover_sources: _Optional[_Iterable[_Union[RecoverSource, _Mapping]]] = ..., recovering_replica_ranks: _Optional[_Iterable[int]] = ..., lineage: _Optional[int] = ..., lost_step: _Optional[int] = ..., lost_by_survivor: bool = ..., names: _Optional[_Mapping[int, str]] = ...) -> None: ...
 
 class CheckpointMetadataRequest(_message.Message):
     __slots__ = ("rank",)
@@ -178,10 +187,12 @@ class ShouldCommitRequest(_message.Message):
     def __init__(self, should_commit: bool = ..., group_rank: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
 
 class ShouldCommitResponse(_message.Message):
-    __slots__ = ("should_commit",)
+    __slots__ = ("should_commit", "next_stands")
     SHOULD_COMMIT_FIELD_NUMBER: _ClassVar[int]
+    NEXT_STANDS_FIELD_NUMBER: _ClassVar[int]
     should_commit: bool
-    def __init__(self, should_commit: bool = ...) -> None: ...
+    next_stands: bool
+    def __init__(self, should_commit: bool = ..., next_stands: bool = ...) -> None: ...
 
 class KillRequest(_message.Message):
     __slots__ = ("msg",)
