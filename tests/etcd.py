@@ -30,7 +30,8 @@ class LighthouseProcess:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         wait_until(lambda: self.said("export TORCHFT_LIGHTHOUSE="), what="that it listens")
-        self.address = self.lines[-1].rpartition("=")[2].strip(") \n")
+        told = next(line for line in list(self.lines) if "export TORCHFT_LIGHTHOUSE=" in line)
+        self.address = told.rpartition("=")[2].strip(") \n")
 
     def _read(self) -> None:
         assert self.process.stderr is not None
