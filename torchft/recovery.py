@@ -31,7 +31,7 @@ class _Heal:
     """The sources of the heal under way, and who of them is no longer there."""
 
     def __init__(self, quorum: QuorumResult, sources: Sequence[Source], connect_timeout: timedelta) -> None:
-        self.ids = {s.replica_rank: quorum.replica_ids[s.replica_rank] for s in sources}
+        self.ids = {s.replica_rank: quorum.name(s.replica_rank) for s in sources}
         self.clients = {s.replica_rank: ManagerClient(s.manager_address, connect_timeout, wait=False) for s in sources}
         self.changed = threading.Condition()
         self.known: list[tuple[int, str]] = []
