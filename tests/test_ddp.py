@@ -112,7 +112,7 @@ def test_a_late_joiner_has_the_buckets_of_those_that_trained_before(groups: Grou
     b = Trainee(groups, "b", mlp(2), bucket_cap_mb=0.0001)
 
     def train(t: Trainee) -> None:
-        while t.manager.current_step() < 12:
+        while t.manager.current_step() < 200:  # alone, it goes through some while the other is taken in
             t.step(torch.randn(2, 8))
 
     groups.together(lambda: train(a), lambda: train(b))
@@ -174,7 +174,7 @@ def test_a_model_whose_forward_pass_writes_buffers_heals_while_it_computes(group
     b = make("b")
     for _ in range(3):  # it heals in its first step, while both forward passes write their statistics
 
-        def train(t: Trainee, until: int = a.manager.current_step() + 4) -> None:
+        def train(t: Trainee, until: int = a.manager.current_step() + 12) -> None:
             while t.manager.current_step() < until:
                 t.optimizer.zero_grad()
                 for _ in range(20):
