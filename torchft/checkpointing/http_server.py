@@ -51,7 +51,7 @@ class SnapshotServer:
         self._offer: Offer | None = None
         self._newest = -1
         self._stopping = False
-        self._connections: set[Connection] = set()
+        self._connections: dict[Connection, None] = {}  # the oldest first
         self._listener = _listen(port)
         self.port: int = self._listener.getsockname()[1]
         close_in_children_fd(self._listener)
@@ -136,17 +136,30 @@ class SnapshotServer:
                 continue
             connection = Connection(self, sock, f"{peer[0]}:{peer[1]}")
             with self._changed:
-                if self._stopping or len(self._connections) >= MAX_CONNECTIONS:
+                if self._stopping or not self._make_room():
                     sock.close()
                     continue
-                self._connections.add(connection)
+                self._connections[connection] = None
             connection.thread.start()
+
+    def _make_room(self) -> bool:
+        """Whether one more may come. If all places are taken, the oldest that reads nothing has to go for it: whoever
+        opens connections and says nothing on them keeps no receiver out.
+        """
+        if len(self._connections) < MAX_CONNECTIONS:
+            return True
+        readers = set() if self._offer is None else self._offer.readers
+        idle = next((c for c in self._connections if c not in readers and not c.dropped), None)
+        if idle is None or len(self._connections) >= 2 * MAX_CONNECTIONS:
+            return False
+        idle.cut()
+        return True
 
     # What follows is called by connections, in their threads.
 
     def ended(self, connection: Connection) -> None:
         with self._changed:
-            self._connections.discard(connection)
+            self._connections.pop(connection, None)
             if self._offer is not None:
                 self._offer.readers.discard(connection)
             self._changed.notify_all()
