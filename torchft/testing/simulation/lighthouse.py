@@ -1,6 +1,6 @@
 """A lighthouse: the real machine of ``core/standing_lighthouse.py`` behind simulated streams.
 
-Mirrors ``coordination/lighthouse_server.py`` (what is answered and told) and ``coordination/session_server.py`` (who
+Mirrors ``coordination/lighthouse_service.py`` (what is answered and told) and ``coordination/session_server.py`` (who
 is connected, who was lost, and whether that was a death). It loses everything when it ends, or no longer leads, but
 the record: its epoch, and the members of the last quorum.
 """
