@@ -57,6 +57,8 @@ def asked(run: Run, stop: bool) -> Figures:
         askers.tell("ask")
         leads = float(standby.wait("leads", PATIENCE)["t"])
         askers.wait("asked", PATIENCE, lambda e: e["t"] > hit)
+        if len(askers.all("quorum")) < before + GROUPS:
+            raise askers.error("had no quorum")
         answered = [float(e["t"]) for e in askers.all("quorum")[before:]]
         return {"to the standby leading, s": leads - hit, "to its first quorum, s": max(answered) - hit}
 

@@ -6,6 +6,7 @@ Told `ask`, all ask at once for a quorum that takes the place of the last one, a
 import argparse
 import queue
 import threading
+import time
 from datetime import timedelta
 
 from report import hello, say
@@ -27,9 +28,11 @@ def main() -> None:
         for i in range(args.groups)
     ]
 
-    def ask(index: int) -> None:
-        quorum = servers[index]._quorum(0, 1, "", False, MINUTE, 1)
-        say("quorum", group=index, id=quorum.quorum_id, members=len(quorum.replica_ids))
+    answers: list[tuple[float, int]] = []
+
+    def ask(server: ManagerServer) -> None:
+        quorum = server._quorum(0, 1, "", False, MINUTE, 1)
+        answers.append((time.monotonic(), quorum.quorum_id))
 
     say("ready")
     while not stop.is_set():
@@ -37,11 +40,14 @@ def main() -> None:
             orders.get(timeout=0.1)
         except queue.Empty:
             continue
-        threads = [threading.Thread(target=ask, args=(i,)) for i in range(args.groups)]
+        threads = [threading.Thread(target=ask, args=(server,)) for server in servers]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        for t, quorum_id in answers:
+            say("quorum", t=t, id=quorum_id)
+        answers.clear()
         say("asked")
     for server in servers:
         server.shutdown()

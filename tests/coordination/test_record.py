@@ -15,8 +15,8 @@ import pytest
 
 from torchft.cli.lighthouse import default_state_file
 from torchft.coordination import LighthouseClient, LighthouseServer
-from torchft.coordination.record import RecordError, StateFile
-from torchft.core.election import MAX_EPOCH, first_id
+from torchft.coordination.record import RecordError, StateFile, last_from_json
+from torchft.core.election import MAX_EPOCH, LastQuorum, first_id
 from torchft.testing.faults import limit_file_size
 
 TEN = timedelta(seconds=10)
@@ -165,6 +165,46 @@ def test_a_full_disk_is_said_and_costs_no_record(path: Path) -> None:
         assert file.advance() == 2
     finally:
         file.close()
+
+
+def test_the_last_quorum_is_remembered_until_it_is_another_one(path: Path) -> None:
+    last = LastQuorum(first_id(1) + 5, (("a:1", "10.0.0.1:7"), ("b:ü", "")))
+    file = StateFile(path)
+    assert file.last is None
+    file.advance()
+    file.remember(last)
+    with limit_file_size(8), pytest.raises(RecordError):
+        file.remember(None)
+    file.close()
+    file = StateFile(path)
+    assert (file.epoch, file.last) == (1, last)
+    file.advance()
+    assert file.last == last
+    file.remember(None)
+    file.close()
+    file = StateFile(path)
+    assert (file.epoch, file.last) == (2, None)
+    file.close()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [],
+        {},
+        {"quorum_id": "1", "members": []},
+        {"quorum_id": -1, "members": []},
+        {"quorum_id": 1, "members": {}},
+        {"quorum_id": 1, "members": ["ab"]},
+        {"quorum_id": 1, "members": [["a"]]},
+        {"quorum_id": 1, "members": [["", "b"]]},
+        {"quorum_id": 1, "members": [["a", 1]]},
+    ],
+    ids=str,
+)
+def test_a_last_quorum_that_is_none_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match="last quorum"):
+        last_from_json(value)
 
 
 def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:

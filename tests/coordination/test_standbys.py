@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 import pytest
 
+from tests.coordination.test_sessions import Member
 from tests.etcd import Etcd, LighthouseProcess, needs_etcd, running_etcd
 from torchft.coordination import LighthouseClient, LighthouseServer, ManagerServer
 from torchft.coordination.channel import open_channel
@@ -25,7 +26,7 @@ from torchft.coordination.lighthouses import LEADER_KEY, Lighthouses
 from torchft.coordination.proto import session_pb2, session_pb2_grpc
 from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
-from torchft.core.election import Holder, LeaseOptions, Register, first_id
+from torchft.core.election import Holder, LastQuorum, LeaseOptions, Register, first_id
 from torchft.testing.faults import Link
 from torchft.testing.wait import wait_until
 
@@ -189,8 +190,10 @@ def test_a_leader_without_etcd_goes_on_until_its_lease_ends(
         lights.leader()
         with member(server.address()) as m:
             assert ask(m) == 1
+            client = LighthouseClient(server.address(), TEN)
             etcd.process.send_signal(signal.SIGSTOP)
-            assert ask(m) == 1, "nobody notices"
+            client.heartbeat("x")  # it still answers
+            client.close()
             wait_until(lambda: not server.epoch, what="that it steps down")
             wait_until(lambda: "may have run out: the register was not reached" in caplog.text)
             with pytest.raises(grpc.RpcError, match="knows nobody that does right now"):
@@ -251,8 +254,10 @@ def test_the_register_does_what_it_promises(shared: Etcd) -> None:
         with pytest.raises(RegisterError, match=r"127.0.0.1:1 "):
             other.look()
         assert other.look() == Register(0, None), "the next endpoint"
-        me = register.campaign(Holder("me", "http://me:1", "me:2", 7, 0), expected=0)
-        assert me is not None
+        won = register.campaign(Holder("me", "http://me:1", "me:2", 7, 0), expected=0)
+        assert won is not None
+        me, last = won
+        assert last is None
         assert register.look() == other.look() == Register(7, me)
         you = Holder("you", "http://you:1", "you:2", 8, 0)
         assert other.campaign(you, expected=7) is None, "the seat is taken"
@@ -262,7 +267,13 @@ def test_the_register_does_what_it_promises(shared: Etcd) -> None:
         assert not register.renew(me.lease)
         assert other.campaign(you, expected=6) is None, "the epoch is another one by now"
         assert other.look() == Register(7, None)
-        assert other.campaign(you, expected=7) is not None
+        quorum = LastQuorum(first_id(7) + 2, (("a", "h:1"), ("b", "")))
+        assert register.remember(7, quorum)
+        won = other.campaign(you, expected=7)
+        assert won is not None
+        assert won[1] == quorum, "who takes the seat is told"
+        assert not register.remember(7, None), "its epoch is over"
+        assert other.remember(8, None)
     finally:
         register.close()
         other.close()
@@ -297,6 +308,48 @@ def test_without_the_client_library_it_says_what_to_install(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "etcd3gw", None)
     with pytest.raises(RuntimeError, match=r"pip install 'torchft\[etcd\]'"):
         LighthouseServer("127.0.0.1:0", 1, ha="etcd://127.0.0.1:1")
+
+
+# ------------------------------------------------------------------------------------------- the last quorum
+
+
+@pytest.mark.parametrize("ha", [False, pytest.param(True, marks=needs_etcd)])
+def test_nobody_takes_the_place_of_groups_that_may_still_train_until_they_are_known_to_be_dead(
+    ha: bool, tmp_path: Path, request: pytest.FixtureRequest, pool: ThreadPoolExecutor
+) -> None:
+    """Two groups in a quorum are cut off, their lighthouse is started again, and a third one comes."""
+    right = {"ha": request.getfixturevalue("shared").url("last")} if ha else {"state_file": tmp_path / "state"}
+
+    def start(min_replicas: int, port: int = 0) -> LighthouseServer:
+        server = LighthouseServer(f"127.0.0.1:{port}", min_replicas, 5000, heartbeat_timeout_ms=300, **right)  # type: ignore[arg-type]
+        wait_until(lambda: server.epoch)
+        return server
+
+    server = start(2)
+    members = [Member(name, server.address()) for name in ("a", "b")]
+    try:
+        for m in members:
+            m.wait("ready")
+        for m in members:
+            m.tell("ask")
+        for m in members:
+            assert m.wait("quorum")["members"] == ["a", "b"]
+        for m in members:
+            m.signal(signal.SIGSTOP)
+        server.shutdown()
+        server = start(1, server.port)
+        with member(server.address(), "c") as c:
+            asked = pool.submit(ask, c)
+            wait_until(server._service._core.waiting)
+            with pytest.raises(TimeoutError):
+                asked.result(1.5)  # five heartbeat timeouts
+            for m in members:
+                m.signal(signal.SIGKILL)
+            assert asked.result(10) == 2
+    finally:
+        for m in members:
+            m.end()
+        server.shutdown()
 
 
 # ------------------------------------------------------------------------------------------------------ epochs

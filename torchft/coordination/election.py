@@ -12,6 +12,7 @@ Rules
     - The clock goes on while the machine sleeps.
     - A member that comes to a standby is kept waiting for a moment if the leader is just being sought, and is then
       sent to the one that leads: nobody has to ask again and again.
+    - Who may be training without being heard of is written down before they are told that they may.
     - ``begin`` and ``end`` are called on the loop, in turns.
 """
 
@@ -24,8 +25,8 @@ import time
 import uuid
 from typing import Protocol
 
-from torchft.coordination.record import StateFile
-from torchft.core.election import Began, Candidate, Ended, Holder, LeaseOptions, Op, Order, Register
+from torchft.coordination.record import RecordError, StateFile
+from torchft.core.election import Began, Candidate, Ended, Holder, LastQuorum, LeaseOptions, Op, Order, Register
 from torchft.runtime import loop
 from torchft.runtime.life import Sign, examine_now, life_address
 
@@ -42,8 +43,8 @@ _GLANCE = 0.2
 class Owner(Protocol):
     """The lighthouse. Both are called on the loop."""
 
-    def begin(self, epoch: int) -> None:
-        """It leads from now on, in this epoch."""
+    def begin(self, epoch: int, last: LastQuorum | None) -> None:
+        """It leads from now on, in this epoch. ``last`` was the last fenced quorum of those before it."""
 
     def end(self, leader: str) -> None:
         """It no longer does; ``leader`` does, if that is known."""
@@ -70,6 +71,13 @@ class Seat(Protocol):
     async def told(self, epoch: int) -> None:
         """Somebody has seen this epoch, which is plausible. RuntimeError: it cannot be surpassed."""
 
+    @property
+    def durable(self) -> bool:
+        """Whether :meth:`remember` does anything."""
+
+    async def remember(self, last: LastQuorum | None) -> None:
+        """Writes down the newest fenced quorum. Returns when that is done, or can no longer matter."""
+
     async def settled(self, unreached: int) -> None:
         """Returns when it is known who leads, other than in the epoch ``unreached``, or after a while."""
 
@@ -82,7 +90,7 @@ class Alone:
 
     Args:
         record: where its epochs are remembered; closed by :meth:`close`. None: nowhere, the epoch is 0.
-        owner: begins at once.
+        owner: begins with :meth:`start`.
 
     Raises:
         RecordError: the next epoch could not be written down.
@@ -95,7 +103,10 @@ class Alone:
         self._owner = owner
         self._turn = asyncio.Lock()
         self.epoch = 0 if record is None else record.advance()
-        owner.begin(self.epoch)
+
+    def start(self) -> None:
+        """Its reign begins, before anybody can come."""
+        self._owner.begin(self.epoch, None if self._record is None else self._record.last)
 
     @property
     def highest(self) -> int:
@@ -119,7 +130,22 @@ class Alone:
             else:
                 self.epoch = await asyncio.to_thread(self._record.advance, epoch)
             self._owner.end("")
-            self._owner.begin(self.epoch)
+            self._owner.begin(self.epoch, None if self._record is None else self._record.last)
+
+    @property
+    def durable(self) -> bool:
+        return self._record is not None
+
+    async def remember(self, last: LastQuorum | None) -> None:
+        if self._record is None:
+            return
+        async with self._turn:
+            try:
+                await asyncio.to_thread(self._record.remember, last)
+            except RecordError as e:
+                # To stop the job for it would be worse: it matters only if this lighthouse is started again while
+                # these members are cut off.
+                logger.error("%s The last quorum is not written down.", e)
 
     async def settled(self, unreached: int) -> None:
         pass
@@ -138,14 +164,20 @@ class RegisterClient(Protocol):
 
     def look(self) -> Register: ...
 
-    def campaign(self, candidate: Holder, expected: int) -> Holder | None:
-        """Takes the seat with a new lease, whose number the returned one has; None: somebody else has it."""
+    def campaign(self, candidate: Holder, expected: int) -> tuple[Holder, LastQuorum | None] | None:
+        """Takes the seat with a new lease, whose number the returned one has; None: somebody else has it.
+
+        With it comes the last quorum that was remembered.
+        """
 
     def renew(self, lease: int) -> bool:
         """Whether the lease lived."""
 
     def vacate(self, lease: int) -> None:
         """Ends a lease, if there is one."""
+
+    def remember(self, epoch: int, last: LastQuorum | None) -> bool:
+        """Writes down the last quorum, unless that epoch is over: then False. On any thread."""
 
     def close(self) -> None: ...
 
@@ -212,6 +244,23 @@ class Shared:
         self._wake.set()
         self.leads()
 
+    durable = True
+
+    async def remember(self, last: LastQuorum | None) -> None:
+        epoch, failing = self._begun, False
+        while self.leads() and self._begun == epoch:
+            try:
+                if await asyncio.to_thread(self._register.remember, epoch, last):
+                    return
+                with self._lock:
+                    ended = self._candidate.told(epoch + 1, _clock())
+                self._heard(ended)
+            except RegisterError as e:
+                if not failing:
+                    logger.warning("%s. The new quorum waits until it is written down.", e)
+                failing = True
+                await asyncio.sleep(self._candidate.options.looking)
+
     async def settled(self, unreached: int) -> None:
         try:
             async with asyncio.timeout(_PARKING):
@@ -237,10 +286,10 @@ class Shared:
 
     # ---------------------------------------------------------- on the loop
 
-    def _began(self, epoch: int) -> None:
+    def _began(self, epoch: int, last: LastQuorum | None) -> None:
         self._over()
         self._begun = epoch
-        self._owner.begin(epoch)
+        self._owner.begin(epoch, last)
         self.leads()  # it may be over by now
         self._tell_waiting()
 
@@ -287,6 +336,7 @@ class Shared:
         candidate = self._candidate
         sent_at = _clock()
         change: Began | Ended | None = None
+        last: LastQuorum | None = None
         try:
             if order.op is Op.LOOK:
                 seen = self._register.look()
@@ -295,9 +345,10 @@ class Shared:
                 self._look_at(seen.holder)
             elif order.op is Op.CAMPAIGN:
                 me = Holder(candidate.name, self._address, own_life, order.epoch, 0)
-                holder = self._register.campaign(me, order.expected)
+                won = self._register.campaign(me, order.expected)
                 with self._lock:
-                    change = candidate.campaigned(holder, sent_at, _clock())
+                    change = candidate.campaigned(None if won is None else won[0], sent_at, _clock())
+                last = None if won is None else won[1]
             elif order.op is Op.RENEW:
                 granted = self._register.renew(order.lease)
                 with self._lock:
@@ -316,7 +367,7 @@ class Shared:
             if not self._reachable:
                 self._reachable = True
                 logger.info("the register of the lighthouses answers again")
-        self._heard(change)
+        self._heard(change, last)
         with self._lock:
             known = candidate.holder
         loop.get_loop().call_soon_threadsafe(self._saw, known)
@@ -333,11 +384,11 @@ class Shared:
             with self._lock:
                 self._candidate.proven_dead(holder, _clock())
 
-    def _heard(self, change: Began | Ended | None) -> None:
+    def _heard(self, change: Began | Ended | None, last: LastQuorum | None = None) -> None:
         """On any thread."""
         if isinstance(change, Began):
             logger.info("this lighthouse (%s) leads from now on: epoch %d", self._address, change.epoch)
-            loop.get_loop().call_soon_threadsafe(self._began, change.epoch)
+            loop.get_loop().call_soon_threadsafe(self._began, change.epoch, last)
         elif isinstance(change, Ended):
             logger.warning(
                 "this lighthouse (%s) no longer leads (epoch %d): %s", self._address, change.epoch, change.cause

@@ -1,8 +1,9 @@
 """etcd as the register in which lighthouses elect their leader.
 
-Two keys a job, below ``/torchft/JOB/``: ``epoch``, a number that stays, and ``leader``, which hangs on the leader's
-lease and goes with it. Taking the seat is one transaction: no leader, the epoch as it was seen; then both are
-written. The client is ``etcd3gw``, which speaks etcd's JSON over HTTP (etcd 3.4 and later).
+Three keys a job, below ``/torchft/JOB/``: ``epoch``, a number that stays; ``leader``, which hangs on the leader's
+lease and goes with it; and ``last``, the last fenced quorum, which only the leader of the newest epoch may write.
+Taking the seat is one transaction: no leader, the epoch as it was seen; then both are written, and ``last`` is read.
+The client is ``etcd3gw``, which speaks etcd's JSON over HTTP (etcd 3.4 and later).
 
 A request that fails is not repeated here: the next one goes to the next endpoint, and the caller knows that the failed
 one may have been carried out.
@@ -21,7 +22,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torchft.coordination.election import RegisterError
-from torchft.core.election import MAX_EPOCH, Holder, LeaseOptions, Register
+from torchft.coordination.record import last_from_json, last_to_json
+from torchft.core.election import MAX_EPOCH, Holder, LastQuorum, LeaseOptions, Register
 from torchft.runtime.net import parse_address
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ __all__ = ["EtcdRegister", "parse_ha"]
 logger = logging.getLogger(__name__)
 
 _JOB = re.compile(r"[A-Za-z0-9._-]{1,200}")
-_MAX_VALUE = 4096
+_MAX_VALUE = 16 * 1024 * 1024
 
 
 def parse_ha(url: str) -> tuple[tuple[str, ...], str]:
@@ -85,6 +87,7 @@ class EtcdRegister:
         self._at = 0
         self._epoch_key = _text(f"/torchft/{self._job}/epoch")
         self._leader_key = _text(f"/torchft/{self._job}/leader")
+        self._last_key = _text(f"/torchft/{self._job}/last")
 
     def look(self) -> Register:
         with self._asked() as client:
@@ -92,7 +95,7 @@ class EtcdRegister:
             epoch, leader = client.transaction({"success": get})["responses"]
             return Register(_epoch(_only(epoch)), _holder(_only(leader)))
 
-    def campaign(self, candidate: Holder, expected: int) -> Holder | None:
+    def campaign(self, candidate: Holder, expected: int) -> tuple[Holder, LastQuorum | None] | None:
         with self._asked() as client:
             lease = client.lease(self._ttl)
             holder = replace(candidate, lease=int(lease.id))
@@ -112,9 +115,11 @@ class EtcdRegister:
             put = [
                 {"request_put": {"key": self._epoch_key, "value": _text(f"{holder.epoch}")}},
                 {"request_put": {"key": self._leader_key, "value": _text(value), "lease": holder.lease}},
+                {"request_range": {"key": self._last_key}},
             ]
-            if client.transaction({"compare": [free, unchanged], "success": put}).get("succeeded"):
-                return holder
+            won = client.transaction({"compare": [free, unchanged], "success": put})
+            if won.get("succeeded"):
+                return holder, _last(_only(won["responses"][2]))
         with contextlib.suppress(RegisterError):
             self.vacate(holder.lease)
         return None
@@ -134,6 +139,13 @@ class EtcdRegister:
             except Exception as e:
                 if "lease not found" not in f"{e} {getattr(e, 'detail_text', '')}":
                     raise
+
+    def remember(self, epoch: int, last: LastQuorum | None) -> bool:
+        with self._asked() as client:
+            newest = {"key": self._epoch_key, "result": "EQUAL", "target": "VALUE", "value": _text(f"{epoch}")}
+            put = {"key": self._last_key, "value": _text(json.dumps(last_to_json(last)))}
+            answer = client.transaction({"compare": [newest], "success": [{"request_put": put}]})
+            return bool(answer.get("succeeded"))
 
     def close(self) -> None:
         for client in self._clients:
@@ -166,6 +178,10 @@ def _value(found: dict[str, Any]) -> str:
     if len(data) > _MAX_VALUE:
         raise ValueError(f"a value of {len(data)} bytes is no lighthouse's")
     return data.decode()
+
+
+def _last(found: dict[str, Any] | None) -> LastQuorum | None:
+    return None if found is None else last_from_json(json.loads(_value(found)))
 
 
 def _epoch(found: dict[str, Any] | None) -> int:

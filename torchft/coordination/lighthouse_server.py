@@ -80,12 +80,13 @@ class LighthouseServer:
 
     def _sit(self, state_file: str | os.PathLike[str] | None, ha: str | None, lease: LeaseOptions) -> Alone | Shared:
         if ha is not None:
-            self._service.seat = Shared(EtcdRegister(ha, lease), lease, self._service)
-            return self._service.seat
+            shared = self._service.seat = Shared(EtcdRegister(ha, lease), lease, self._service)
+            return shared
         record = None if state_file is None else StateFile(state_file)
         try:
-            self._service.seat = Alone(record, self._service)
-            return self._service.seat
+            alone = self._service.seat = Alone(record, self._service)
+            alone.start()
+            return alone
         except BaseException:
             if record is not None:
                 record.close()

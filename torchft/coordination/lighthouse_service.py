@@ -8,6 +8,8 @@ needs a lock.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Iterable
@@ -19,16 +21,19 @@ import grpc.aio
 from torchft.coordination import types
 from torchft.coordination.election import Seat
 from torchft.coordination.lighthouse_askers import Answers, Asker, Call, Question
+from torchft.coordination.lighthouse_orders import OrderQueue, Pending, quorum_of
 from torchft.coordination.proto import session_pb2, session_pb2_grpc
 from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
 from torchft.coordination.session_server import Link, SessionService, refuse_elsewhere
 from torchft.coordination.standing_wire import announcement_from_wire, member_of, message_to_wire
-from torchft.core.election import first_id, plausible
+from torchft.core.election import LastQuorum, first_id, plausible
 from torchft.core.membership import Death, Member, Options, Outcome
+from torchft.core.membership import Quorum as FormedQuorum
 from torchft.core.standing import Orders
 from torchft.core.standing_lighthouse import StandingLighthouse
-from torchft.runtime.life import life_address
+from torchft.runtime import loop
+from torchft.runtime.life import Sign, examine, life_address
 
 __all__ = ["Counters", "LighthouseService"]
 
@@ -36,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 _STILL_WAITING = 1.0
 """Seconds after which a reason for "not yet" is worth a line at INFO."""
+_LOOKS = (0.0, 0.1, 0.3, 1.0, 3.0)
+"""Pauses in seconds between the looks at those of an earlier reign's quorum that do not come."""
+_LOOKED_AT_ONCE = 64
 
 
 @dataclass
@@ -59,6 +67,8 @@ class LighthouseService(pb_grpc.LighthouseServiceServicer):
         self._core = StandingLighthouse(options, now=time.monotonic())
         self.counters = Counters()
         self._tick = tick
+        self._orders = OrderQueue(self._do, self._write)
+        self._find_dead: concurrent.futures.Future[None] | None = None
         self._answers: dict[str, Asker] = {}
         self._subscribers: set[asyncio.Queue[pb.FailureNotification | None]] = set()
         self._status_since = 0.0
@@ -75,13 +85,25 @@ class LighthouseService(pb_grpc.LighthouseServiceServicer):
 
     # ------------------------------------------------------------ the seat
 
-    def begin(self, epoch: int) -> None:
-        """It leads: everything it knows it is told anew by those who come."""
-        self._core = StandingLighthouse(self._core.options, first_id(epoch), time.monotonic(), restarted=epoch > 1)
+    def begin(self, epoch: int, last: LastQuorum | None) -> None:
+        """It leads: all but what it is given here it is told anew by those who come."""
+        self._core = StandingLighthouse(
+            self._core.options,
+            first_id(epoch),
+            time.monotonic(),
+            restarted=epoch > 1,
+            last=None if last is None else quorum_of(last),
+        )
+        self._orders.begin(last, self.seat.durable)
+        if last is not None:
+            self._find_dead = loop.submit(self._look_for(last, self._core))
 
     def end(self, leader: str) -> None:
         """It no longer leads: nobody waits here in vain."""
         self._core = StandingLighthouse(self._core.options, now=time.monotonic())
+        self._orders.begin(None, False)
+        if self._find_dead is not None:
+            self._find_dead.cancel()
         askers, self._answers = self._answers, {}
         for asker in askers.values():
             asker.moved()
@@ -281,21 +303,53 @@ class LighthouseService(pb_grpc.LighthouseServiceServicer):
             orders: what the core wants.
             asked: the replica whose request this answers.
         """
+        previous = self._core.membership.previous
+        self._orders.add(Pending(orders, asked, 0 if previous is None else previous.quorum_id))
+
+    def _do(self, pending: Pending) -> None:
         if not self.seat.leads():
             return  # it was stopped, say, and its lease ran out: what it thinks is no longer true
-        for outcome in orders.outcomes:
-            self._carry_out_one(outcome, asked)
-        for replica_id, message in orders.tell:
+        for outcome in pending.orders.outcomes:
+            self._carry_out_one(outcome, pending.asked)
+        for replica_id, message in pending.orders.tell:
             link = self.sessions.link(replica_id)
             if link is not None:
                 link.send(message_to_wire(message))
-        if orders.released:
-            current = self._core.membership.previous
-            assert current is not None
-            for replica_id in orders.released:
-                asker = self._answers.pop(replica_id, None)
-                if asker is not None:
-                    asker.go_on(current.quorum_id)
+        for replica_id in pending.orders.released:
+            asker = self._answers.pop(replica_id, None)
+            if asker is not None:
+                asker.go_on(pending.quorum_id)
+
+    async def _write(self, fenced: FormedQuorum | None) -> LastQuorum | None:
+        """Writes down who may train without being heard of from now on."""
+        last = None
+        if fenced is not None:
+            links = [link for rid in fenced.replica_ids if (link := self.sessions.link(rid)) is not None]
+            proofs = [link.proof for link in links if link.proof is not None]
+            if proofs:
+                await asyncio.wait(proofs)  # each is a look of a second at the most
+            lives = {link.replica_id: link.life_address for link in links if link.provable}
+            last = LastQuorum(fenced.quorum_id, tuple((rid, lives.get(rid, "")) for rid in fenced.replica_ids))
+        await self.seat.remember(last)
+        return last
+
+    async def _look_for(self, last: LastQuorum, core: StandingLighthouse) -> None:
+        """Members of the last quorum of an earlier reign whose processes have ended need not be waited for."""
+        missing = {rid: life for rid, life in last.members if life}
+        until = time.monotonic() + core.options.lease + core.options.heartbeat_timeout
+        for pause in itertools.chain(_LOOKS, itertools.repeat(_LOOKS[-1])):
+            await asyncio.sleep(pause)
+            missing = {rid: life for rid, life in missing.items() if self.sessions.link(rid) is None}
+            if not missing or core is not self._core or time.monotonic() > until:
+                return
+            looking = list(missing.items())
+            for some in (looking[i : i + _LOOKED_AT_ONCE] for i in range(0, len(looking), _LOOKED_AT_ONCE)):
+                signs = await asyncio.gather(*(examine(life) for _, life in some))
+                for (replica_id, _), sign in zip(some, signs, strict=True):
+                    if sign is Sign.GONE and core is self._core and self.sessions.link(replica_id) is None:
+                        del missing[replica_id]
+                        logger.info("replica %s of the last quorum is gone: its process has ended", replica_id)
+                        self._carry_out(core.failed(replica_id, "its process has ended", self._now()))
 
     def _carry_out_one(self, outcome: Outcome, asked: str) -> None:
         if outcome.again is not None:

@@ -1,9 +1,11 @@
-"""The durable record of a lighthouse that is alone: its epoch, in a small file.
+"""The durable record of a lighthouse that is alone: its epoch and its last quorum, in a small file.
 
 The idea
-    Whatever a lighthouse knows is told to it anew by its members, but one thing must survive it: which epochs were
-    used, so that no quorum id is ever used twice (:mod:`torchft.core.election`). Each start takes the next epoch
-    and writes it down before the first answer. Ids need no writing: those of an epoch are all its own.
+    Whatever a lighthouse knows is told to it anew by its members, but two things must survive it. Which epochs were
+    used, so that no quorum id is ever used twice (:mod:`torchft.core.election`): each start takes the next epoch and
+    writes it down before the first answer; the ids of an epoch are all its own. And who may be training without being
+    heard of (:mod:`torchft.core.standing`), so that nobody takes their place: the members of a fenced quorum are
+    written down before it is answered.
 
 Rules
     - Writing is atomic: a new file beside the old one, flushed to the disk, renamed over it, the folder flushed. A
@@ -24,14 +26,16 @@ import weakref
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from torchft.core.election import MAX_EPOCH
+from torchft.core.election import MAX_EPOCH, LastQuorum
 
-__all__ = ["RecordError", "StateFile"]
+__all__ = ["RecordError", "StateFile", "last_from_json", "last_to_json"]
 
 _KIND = "torchft lighthouse"
 _VERSION = 1
-_MAX_BYTES = 4096
+_MAX_BYTES = 16 * 1024 * 1024
+_MAX_TEXT = 64 * 1024
 
 _locked: weakref.WeakSet[StateFile] = weakref.WeakSet()
 
@@ -67,7 +71,7 @@ class StateFile:
                     ) from None
                 os.ftruncate(self._lock, 0)
                 os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
-            self.epoch = self._read()
+            self.epoch, self.last = self._read()
         except BaseException:
             os.close(self._lock)
             raise
@@ -86,9 +90,18 @@ class StateFile:
         epoch = max(self.epoch, above) + 1
         if epoch > MAX_EPOCH:
             raise RecordError(f"the state file {self.path} says epoch {self.epoch}: there is none after {MAX_EPOCH}")
-        self._write(epoch)
+        self._write(epoch, self.last)
         self.epoch = epoch
         return epoch
+
+    def remember(self, last: LastQuorum | None) -> None:
+        """Takes the last quorum. When this returns, it is on the disk.
+
+        Raises:
+            RecordError: it cannot be written. The record is as before.
+        """
+        self._write(self.epoch, last)
+        self.last = last
 
     def close(self) -> None:
         """Gives the lock back. Idempotent."""
@@ -104,13 +117,13 @@ class StateFile:
 
     # ----------------------------------------------------------- the file
 
-    def _read(self) -> int:
+    def _read(self) -> tuple[int, LastQuorum | None]:
         with self._explained("cannot be read"):
             try:
                 with open(self.path, "rb") as f:
                     data = f.read(_MAX_BYTES + 1)
             except FileNotFoundError:
-                return 0
+                return 0, None
         try:
             if len(data) > _MAX_BYTES:
                 raise ValueError("it is far too long")
@@ -122,13 +135,13 @@ class StateFile:
                 f"still run tell the new lighthouse which epoch they have seen, and it takes a higher one."
             ) from None
 
-    def _write(self, epoch: int) -> None:
+    def _write(self, epoch: int, last: LastQuorum | None) -> None:
         fresh = f"{self.path}.new"
         try:
             with self._explained("cannot be written"):
                 fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
                 with open(fd, "wb") as f:
-                    f.write(_format(epoch))
+                    f.write(_format(epoch, last))
                     f.flush()
                     os.fsync(fd)
                 os.replace(fresh, self.path)
@@ -158,12 +171,36 @@ class StateFile:
         return ""
 
 
-def _format(epoch: int) -> bytes:
-    body = json.dumps({"kind": _KIND, "version": _VERSION, "epoch": epoch})
+def last_to_json(last: LastQuorum | None) -> dict[str, Any] | None:
+    """As :func:`last_from_json` reads it."""
+    return None if last is None else {"quorum_id": last.quorum_id, "members": [list(m) for m in last.members]}
+
+
+def last_from_json(value: object) -> LastQuorum | None:
+    """What was read, checked.
+
+    Raises:
+        ValueError: it is no quorum.
+    """
+    if value is None:
+        return None
+    quorum_id, members = (value.get("quorum_id"), value.get("members")) if isinstance(value, dict) else (None, None)
+    if type(quorum_id) is not int or not 0 <= quorum_id < 2**62 or not isinstance(members, list):
+        raise ValueError("its last quorum is none")
+    for member in members:
+        if not isinstance(member, list) or len(member) != 2:
+            raise ValueError("its last quorum has members that are none")
+        if not all(isinstance(text, str) and len(text) <= _MAX_TEXT for text in member) or not member[0]:
+            raise ValueError("its last quorum has members that are none")
+    return LastQuorum(quorum_id, tuple((replica_id, life_address) for replica_id, life_address in members))
+
+
+def _format(epoch: int, last: LastQuorum | None) -> bytes:
+    body = json.dumps({"kind": _KIND, "version": _VERSION, "epoch": epoch, "last": last_to_json(last)})
     return f"{body}\n{zlib.crc32(body.encode()):08x}\n".encode()
 
 
-def _parse(data: bytes) -> int:
+def _parse(data: bytes) -> tuple[int, LastQuorum | None]:
     if not data:
         raise ValueError("it is empty")
     body, _, rest = data.partition(b"\n")
@@ -177,7 +214,7 @@ def _parse(data: bytes) -> int:
     epoch = record.get("epoch")
     if type(epoch) is not int or not 0 < epoch <= MAX_EPOCH:
         raise ValueError(f"its epoch is {epoch!r}")
-    return epoch
+    return epoch, last_from_json(record.get("last"))
 
 
 def _after_fork_in_child() -> None:

@@ -156,7 +156,8 @@ class SessionClient:
             TimeoutError: the deadline passed.
         """
         if not self._settled.wait(deadline.remaining()):
-            raise TimeoutError(f"no {self._server} has answered for {deadline.timeout:g} s")
+            refused = f": {self._refused}" if self._refused else ""
+            raise TimeoutError(f"no {self._server} has answered for {deadline.timeout:g} s{refused}")
         return self.stands
 
     def ask(self, ready: pb.Ready, deadline: Deadline) -> pb.Answer:

@@ -67,6 +67,8 @@ class Link:
         self.life_address = hello.life_address
         self.provable = False
         """Its life address was seen to accept: a refusal proves its death."""
+        self.proof: asyncio.Task[None] | None = None
+        """The look that tells whether it is provable."""
         self.standing = hello.standing
         """It speaks standing quorums."""
         self.last_sign = time.monotonic()
@@ -206,7 +208,7 @@ class SessionService(pb_grpc.SessionServiceServicer):
         self._links[link.key] = link
         welcome = self._owner.opened(link, hello)
         link.send_first(pb.SessionDown(welcome=welcome))
-        self._start(self._prove(link))
+        link.proof = self._start(self._prove(link))
         writer = asyncio.ensure_future(link.write(context))
         reader = asyncio.ensure_future(self._read(link, context))
         left = False
@@ -267,10 +269,11 @@ class SessionService(pb_grpc.SessionServiceServicer):
 
     # ---------------------------------------------------------- who is lost
 
-    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _prove(self, link: Link) -> None:
         if link.life_address:

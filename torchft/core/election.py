@@ -40,6 +40,7 @@ __all__ = [
     "Ended",
     "EpochGuard",
     "Holder",
+    "LastQuorum",
     "LeaseOptions",
     "Op",
     "Order",
@@ -70,6 +71,15 @@ def plausible(claimed: int, mine: int) -> bool:
         mine: the highest that is known here.
     """
     return 0 <= claimed <= min(MAX_EPOCH - 1, mine + _FARTHEST)
+
+
+@dataclass(frozen=True, slots=True)
+class LastQuorum:
+    """The newest quorum whose members may go on without being heard of, as the next lighthouse has to know it."""
+
+    quorum_id: int
+    members: tuple[tuple[str, str], ...]
+    """Of each its replica id, and its life address where that was seen to accept, else an empty text."""
 
 
 class EpochGuard:
