@@ -120,7 +120,7 @@ def test_a_receiver_that_is_much_too_slow_holds_up_nobody_and_heals_when_it_can(
         until(lambda: len(a.committed) > before + 20)
         seen = time.monotonic()
         assert not c.committed
-        assert a.longest_gap(began, seen) < 4.0  # not the 20 s that its timeout allows, nor the 64 s that it would take
+        assert a.longest_gap(began, seen) < 8.0  # not the 20 s that its timeout allows, nor the 64 s that it would take
         a.link.restore()
         b.link.restore()
         until(lambda: c.committed)
