@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.cases import collectives, faults, lighthouse, rejoin, soak, steps, transfer_http, transfer_pg
+from benchmarks.cases import changes, collectives, faults, lighthouse, rejoin, soak, steps, transfer_http, transfer_pg
 from benchmarks.cases.base import Case, Figures, Run, larger_is_better
 
 __all__ = ["CASES", "Case", "Figures", "Run", "larger_is_better"]
@@ -16,4 +16,5 @@ CASES: tuple[Case, ...] = (
     *transfer_pg.CASES,
     *soak.CASES,
     *lighthouse.CASES,
+    *changes.CASES,
 )
