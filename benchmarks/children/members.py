@@ -50,12 +50,13 @@ class Session:
         self._name = name
         self._answered: asyncio.Future[session_pb2.Answer] = asyncio.get_running_loop().create_future()
         self.decided: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._writing = asyncio.Lock()  # a stream takes one message at a time
         self._uses = 0
         self.step = 0
 
     async def begin(self) -> None:
         hello = session_pb2.Hello(replica_id=member(self._name, 0).replica_id, standing=True)
-        await self._stream.write(session_pb2.SessionUp(hello=hello))
+        await self._write(session_pb2.SessionUp(hello=hello))
         await self._stream.read()
         self._reader = asyncio.ensure_future(self._read())
         self._beats = asyncio.ensure_future(self._beat())
@@ -63,17 +64,21 @@ class Session:
     async def ask(self, step: int) -> None:
         self._answered = asyncio.get_running_loop().create_future()
         ready = session_pb2.Ready(request_id=1, member=member(self._name, step), init_sync=True, uses=self._uses)
-        await self._stream.write(session_pb2.SessionUp(ready=ready))
+        await self._write(session_pb2.SessionUp(ready=ready))
         answer = await self._answered
         if answer.error:
             raise RuntimeError(answer.error)
         self._uses = answer.grant.views[0].quorum_id if answer.grant.stands else 0
         self.step = step
 
+    async def _write(self, message: session_pb2.SessionUp) -> None:
+        async with self._writing:
+            await self._stream.write(message)
+
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(1.0)  # as each group does with a heartbeat timeout of 5 s
-            await self._stream.write(session_pb2.SessionUp(beat=session_pb2.Beat()))
+            await self._write(session_pb2.SessionUp(beat=session_pb2.Beat()))
 
     async def _read(self) -> None:
         while True:
@@ -85,7 +90,7 @@ class Session:
                 self._answered.set_result(message.answer)
             elif kind == "prepare":
                 ack = session_pb2.Ack(change=message.prepare.change, step=self.step)
-                await self._stream.write(session_pb2.SessionUp(ack=ack))
+                await self._write(session_pb2.SessionUp(ack=ack))
             elif kind == "decide":
                 self.decided.set_result(message.decide.step)
 
