@@ -14,10 +14,8 @@ Rules
 
 from __future__ import annotations
 
-import concurrent.futures
 import logging
 import socket
-import threading
 from collections.abc import Callable
 from datetime import timedelta
 from enum import Enum
@@ -35,6 +33,7 @@ from torchft.coordination.types import Notice
 from torchft.departure import Drained, drain_requested, forget, leave_at_the_end, listen_for_sigterm
 from torchft.group import join_group
 from torchft.group_loss import GroupLoss
+from torchft.persistence import Persistence
 from torchft.process_group import ProcessGroup, Reduction
 from torchft.quorum_phase import NOBODY, Progress, QuorumPhase
 from torchft.recovery import Recovery
@@ -42,13 +41,12 @@ from torchft.reduction import StepFutures, contribute_nothing
 from torchft.restoring import Restoring
 from torchft.runtime.deadline import Deadline, seconds
 from torchft.runtime.logs import RankLogger
-from torchft.runtime.worker import Worker
 from torchft.state import ReplicaState
 from torchft.step_error import StepError, waited_in_vain
+from torchft.step_start import StepStart
 from torchft.telemetry import telemetry_of
 from torchft.timeouts import Timeouts, effective
 from torchft.together import Together
-from torchft.training_thread import Caller, TrainingThread, directly
 from torchft.work import CompletedWork, FutureWork
 
 __all__ = ["Manager", "WorldSizeMode"]
@@ -56,8 +54,6 @@ __all__ = ["Manager", "WorldSizeMode"]
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-_DONE: concurrent.futures.Future[None] = concurrent.futures.Future()
-_DONE.set_result(None)
 _LEAVE_TIMEOUT = timedelta(seconds=1)
 _DRAIN_TIMEOUT = 10.0
 """Seconds that a group which was asked to drain trains on until the others can do without it."""
@@ -172,8 +168,7 @@ class Manager:
         self._progress = Progress()
         self._error = StepError(self._on_first_error)
         self._voted = True
-        self._touch = threading.Lock()
-        self._touched = True  # the step's quorum was used, or is none that stood
+        self._start = StepStart(beside=use_async_quorum)
         self._drain_until: Deadline | None = None
         self._works = StepFutures(self._error)
         self._left: str | None = None
@@ -198,7 +193,6 @@ class Manager:
         self._log = RankLogger(logger, self._group.replica_id, self._group.rank, lambda: self._progress.step)
         self._telemetry = telemetry_of(self._group.replica_id, self._group.rank, lambda: self._progress.step)
         self._transport = checkpoint_transport or self._default_transport()
-        self._training_thread = TrainingThread()
         agreement = Agreement(
             self._group.store,
             f"torchft/group/{self._group.replica_id}/agreed",
@@ -207,11 +201,10 @@ class Manager:
             seconds(self._timeout),
             lambda: self._error.current,
         )
-        caller: Caller = self._training_thread.call if use_async_quorum else directly
-        together = Together(agreement, self._state, caller, seconds(self._timeout))
-        self._restoring: Restoring | None = None
+        together = Together(agreement, self._state, self._start.caller, seconds(self._timeout))
+        restoring: Restoring | None = None
         if checkpoints is not None:
-            self._restoring = Restoring(
+            restoring = Restoring(
                 checkpoints,
                 agreement,
                 self._group.store,
@@ -245,11 +238,9 @@ class Manager:
             fixed_world_size=min_replica_size if world_size_mode is WorldSizeMode.FIXED_WITH_SPARES else None,
             init_sync=init_sync,
             allow_restart=allow_restart if config.ALLOW_RESTART.read() is None else config.ALLOW_RESTART.read(),
-            saved=(lambda _: 0) if self._restoring is None else self._restoring.newest,
+            saved=(lambda _: 0) if restoring is None else restoring.newest,
         )
-        self._restored = False
-        self._worker = Worker("torchft-quorum")
-        self._quorum: concurrent.futures.Future[None] | None = None
+        self._persistence = Persistence(restoring, self._progress, self._begin, self._log)
         self._loss: GroupLoss | None = None
         self._group.listen(self._hear, self._check_timeouts)
         leave_at_the_end(self)
@@ -330,15 +321,7 @@ class Manager:
             UnsafeStateError: the state that is registered could not be saved.
             RuntimeError: this Manager has no ``checkpoints``.
         """
-        if self._restoring is None:
-            raise RuntimeError("this Manager has no checkpoints to restore: pass checkpoints=Checkpoints(directory)")
-        self._restored = True
-        torchft = self._restoring.restore()
-        if torchft is None:
-            self._restoring.check()
-            return None
-        self._progress.load_state_dict(torchft)
-        return self._progress.step
+        return self._persistence.restore()
 
     def allow_state_dict_read(self) -> None:
         """Ends what :meth:`disallow_state_dict_read` began."""
@@ -368,10 +351,10 @@ class Manager:
             Drained: the group was asked to drain, and has left.
             RuntimeError: it has left before.
         """
-        self._wait_for_worker()
-        self._training_thread.begin()
-        self._settle_lost_state()
-        self._save_and_restore()
+        self._start.wait()
+        self._start.here()
+        self._persistence.settle_loss()
+        self._persistence.between_steps()
         self._begin.clear()
         draining = self._drain and drain_requested()
         if draining and not self._waits_to_drain():
@@ -389,29 +372,23 @@ class Manager:
         def begin() -> None:
             self._begin.run(allow_heal, shrink_only, deadline)
 
-        self._quorum, self._touched = _DONE, self._group.world_size > 1
+        self._start.open(again=self._group.world_size == 1)
         if self._begin.stands(lambda: self._begin_again(begin)):
             return
         if draining:
             self._leave_drained()
-        self._touched = True
-        if self._use_async_quorum:
-            self._quorum = self._worker.submit(begin)
-            return
-        begin()  # in this thread: handing it to another one and back takes as long as half a quorum
-        if self._begin.loads:
+        self._start.run(begin)
+        if not self._use_async_quorum and self._begin.loads:
             self._begin.apply_healed_state()
             self._begin.healing = self._begin.loads = False
 
     def _begin_again(self, begin: Callable[[], None]) -> bool:
         """A member of the standing quorum is lost. If this step has not used it yet, it asks for another one."""
-        with self._touch:
-            if self._touched:
-                return False
-            self._touched = True
+
+        def reset() -> None:
             self._begin.participation = NOBODY
-            self._quorum = self._worker.submit(begin if self._use_async_quorum else self._without_heal(begin))
-            return True
+
+        return self._start.again(reset, begin if self._use_async_quorum else self._without_heal(begin))
 
     def _without_heal(self, begin: Callable[[], None]) -> Callable[[], None]:
         """The forward pass may run on the state that a heal would replace: such a step is lost."""
@@ -439,22 +416,13 @@ class Manager:
         Raises:
             Exception: what the quorum, the reconfiguration or the transfer failed with.
         """
-        if self._quorum is None:
+        if not self._start.called:
             raise RuntimeError("no quorum to wait for: call start_quorum() first (the optimizer's zero_grad does)")
-        self._wait_for_worker()
+        self._start.wait()
         if self._error.current is not None and self._begin.failed:
             raise self._error.current
         if self._begin.unhealed is not None:
             raise self._begin.unhealed
-
-    def _wait_for_worker(self, collective: bool = False) -> None:
-        """The training thread meanwhile makes the calls that only it may make."""
-        with self._touch:
-            self._touched = True
-            quorum = self._quorum
-        if quorum is not None:
-            self._training_thread.wait(quorum, collective)
-            quorum.result()  # each wait inside has a deadline of its own
 
     # --------------------------------------------------------- the reduction
 
@@ -487,7 +455,7 @@ class Manager:
             raise ValueError(f"AVG needs a floating point tensor, not {tensor.dtype}; use ReduceOp.SUM")
         if should_quantize:
             check_quantizable([tensor], reduce_op)
-        self._wait_for_worker(collective=True)
+        self._start.wait(collective=True)
         if self._error.current is not None:
             return CompletedWork(tensor)
         if not self.is_participating():
@@ -519,9 +487,9 @@ class Manager:
             StateLost: the last replica that held the state of the job is gone.
             RuntimeError: more than ``max_retries`` steps in a row failed. The message names the last cause.
         """
-        if self._quorum is None:
+        if not self._start.called:
             raise RuntimeError("no step to commit: call start_quorum() first (the optimizer's zero_grad does)")
-        self._wait_for_worker()
+        self._start.wait()
         self._works.wait(self._timeout, self._pg.abort)
         if self._begin.loads:
             self._begin.apply_healed_state()
@@ -558,35 +526,13 @@ class Manager:
             cause = f"{participants} participants, min_replica_size is {self._min_replica_size}"
         self._log.warning("the step is not committed (%d in a row): %s", self._progress.failures, cause)
         self._telemetry.step_failed(self._progress.failures, cause)
-        self._settle_lost_state()
+        self._persistence.settle_loss()
         if self._max_retries is not None and self._progress.failures > self._max_retries:
             raise RuntimeError(
                 f"{self._progress.failures} steps in a row were not committed, max_retries is {self._max_retries}. "
                 f"Last cause: {cause}"
             ) from self._error.current
         return False
-
-    def _settle_lost_state(self) -> None:
-        """Nobody holds the state any more: goes on from the newest checkpoint, or not at all."""
-        lost, self._begin.lost = self._begin.lost, None
-        if lost is None:
-            return
-        if self._restoring is None:
-            raise lost
-        self._log.warning("%s", lost)
-        if self.restore() is None:
-            raise lost
-
-    def _save_and_restore(self) -> None:
-        """Between two steps, when the state is at rest."""
-        if self._restoring is None:
-            return
-        if not self._restored:
-            self._restored = True
-            if self._progress.step == 0:  # else the program has loaded a state of its own
-                self.restore()
-        elif self._progress.failures == 0 and not self._begin.healing:
-            self._restoring.save(self._progress.step, self._begin.participation.rank, self._progress.state_dict())
 
     # ----------------------------------------------------------- errors, facts
 
@@ -622,12 +568,12 @@ class Manager:
 
     def participating_rank(self) -> int | None:
         """This group's index among the participants; None: it contributes zeros. Waits for the quorum."""
-        self._wait_for_worker()
+        self._start.wait()
         return None if self._begin.healing else self._begin.participation.rank
 
     def num_participants(self) -> int:
         """Participants of this step, 0 when its quorum failed. Waits for the quorum."""
-        self._wait_for_worker()
+        self._start.wait()
         return self._begin.participation.world_size
 
     def is_participating(self) -> bool:
@@ -681,11 +627,10 @@ class Manager:
         """
         self.leave("manager.shutdown() was called")
         self._begin.stop()
-        if wait and self._quorum is not None:
-            concurrent.futures.wait([self._quorum], timeout=seconds(self._quorum_timeout))
+        if wait:
+            self._start.await_end(seconds(self._quorum_timeout))
         self._group.close()
-        if self._restoring is not None:
-            self._restoring.checkpoints.close(None if wait else 0.0)
+        self._persistence.close(wait)
         self._transport.shutdown(wait=wait)
-        self._worker.shutdown(timeout=5.0 if wait else 0.0)
+        self._start.shutdown(timeout=5.0 if wait else 0.0)
         self._pg.shutdown()

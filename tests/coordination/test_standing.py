@@ -148,7 +148,7 @@ def test_a_step_that_has_not_used_its_quorum_yet_is_not_lost_when_a_member_goes(
         step = a.manager.current_step()
         a.optimizer.zero_grad()  # it stands: b is in it
         b.manager.shutdown()
-        wait_until(lambda: a.manager._touched, timeout=10)  # it begins once more
+        wait_until(lambda: a.manager._start._used, timeout=10)  # it begins once more
         a.compute(1.0)
         a.optimizer.step()
         assert a.manager.current_step() == step + 1

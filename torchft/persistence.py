@@ -1,0 +1,78 @@
+"""What the Manager does with checkpoints on disk between two steps, if it was given any.
+
+Rules
+    - Before the first step the newest one is restored, unless the program has loaded a state of its own.
+    - After a step in which all went well the state is saved, if one is due (:mod:`torchft.restoring`).
+    - When nobody holds the state of the job any more, the newest one is restored; without any, that is the end.
+"""
+
+from __future__ import annotations
+
+from torchft.lost_state import StateLost
+from torchft.quorum_phase import Progress, QuorumPhase
+from torchft.restoring import Restoring
+from torchft.runtime.logs import RankLogger
+
+__all__ = ["Persistence"]
+
+
+class Persistence:
+    """One rank's. On the training thread, between two steps.
+
+    Args:
+        restoring: saves and restores; None: there are no checkpoints.
+        progress: of this replica; a restored state moves it.
+        begin: knows what became of the last step.
+        log: of the manager.
+    """
+
+    def __init__(self, restoring: Restoring | None, progress: Progress, begin: QuorumPhase, log: RankLogger) -> None:
+        self._restoring = restoring
+        self._progress = progress
+        self._begin = begin
+        self._log = log
+        self._restored = False
+
+    def restore(self) -> int | None:
+        """As :meth:`torchft.manager.Manager.restore`."""
+        if self._restoring is None:
+            raise RuntimeError("this Manager has no checkpoints to restore: pass checkpoints=Checkpoints(directory)")
+        self._restored = True
+        torchft = self._restoring.restore()
+        if torchft is None:
+            self._restoring.check()
+            return None
+        self._progress.load_state_dict(torchft)
+        return self._progress.step
+
+    def settle_loss(self) -> None:
+        """Nobody holds the state any more: goes on from the newest checkpoint, or not at all.
+
+        Raises:
+            StateLost: there is none.
+        """
+        lost: StateLost | None
+        lost, self._begin.lost = self._begin.lost, None
+        if lost is None:
+            return
+        if self._restoring is None:
+            raise lost
+        self._log.warning("%s", lost)
+        if self.restore() is None:
+            raise lost
+
+    def between_steps(self) -> None:
+        """The state is at rest: saves it if that is due, or restores it before the first step."""
+        if self._restoring is None:
+            return
+        if not self._restored:
+            self._restored = True
+            if self._progress.step == 0:  # else the program has loaded a state of its own
+                self.restore()
+        elif self._progress.failures == 0 and not self._begin.healing:
+            self._restoring.save(self._progress.step, self._begin.participation.rank, self._progress.state_dict())
+
+    def close(self, wait: bool) -> None:
+        """A save under way may end first, if ``wait``."""
+        if self._restoring is not None:
+            self._restoring.checkpoints.close(None if wait else 0.0)
