@@ -79,14 +79,22 @@ class Pairs:
         return sorted(self.groups.together(*make), key=lambda r: r.rank)
 
     def train(self, ranks: list[Rank], until: int) -> None:
-        """Until they are at that step, all of them."""
+        """Until they are at that step, all of them, or some steps later: nobody waits for a group that is on its way
+        to the others, so they train on until it takes part.
+        """
+        groups = len({r.manager.replica_id() for r in ranks})
+        goal: list[int] = []
+        lock = threading.Lock()
 
         def loop(r: Rank) -> None:
             for attempt in itertools.count():
-                if r.manager.current_step() >= until:
+                if goal and r.manager.current_step() >= goal[0]:
                     return
-                assert attempt < until + 6, r.manager.errored()
+                assert attempt < until + 300, r.manager.errored()
                 r.step()
+                with lock:
+                    if not goal and r.manager.is_participating() and r.manager.num_participants() == groups:
+                        goal.append(max(until, r.manager.current_step() + 1))
 
         self.groups.together(*(lambda r=r: loop(r) for r in ranks))
 
