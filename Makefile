@@ -24,8 +24,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(PY) -m torchft.cli.main demo
 
+# Two at a time: most tests wait for processes, sockets and clocks more than they compute.
 test: $(READY)
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist worksteal
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
