@@ -70,6 +70,20 @@ def test_hopeless_is_what_comes_too_slowly_not_what_pauses(clock: Callable[[floa
     assert progress.hopeless(received + 1000, 10.0)
 
 
+def test_a_source_that_stumbles_after_it_gave_most_is_not_given_up(clock: Callable[[float], None]) -> None:
+    progress = FetchProgress(7)
+    progress.begin(10 * GB, 0)
+    received = 0
+    for _ in range(8):
+        clock(0.5)
+        received += GB
+        assert not progress.hopeless(received, 10.0)
+    for _ in range(5):
+        clock(0.5)
+        received += 1000
+        assert not progress.hopeless(received, 10.0), "at the pace so far the rest takes little more than a second"
+
+
 def test_transfers_are_counted() -> None:
     def value(name: str) -> float:
         return REGISTRY.get_sample_value(f"torchft_checkpoint_{name}") or 0.0

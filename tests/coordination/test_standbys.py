@@ -410,7 +410,7 @@ def test_a_deposed_lighthouse_is_refused(alone: Callable[[str], LighthouseServer
     with member(old.address()) as m:
         m._lighthouse._lighthouses.admit(4)
         with pytest.raises((RuntimeError, TimeoutError), match="epoch 4 has begun"):
-            m._quorum(0, 3, "", False, timedelta(seconds=1), 0)
+            m._quorum(0, 3, "", False, timedelta(seconds=5), 0)
 
 
 def test_an_epoch_that_cannot_be_is_refused(alone: Callable[[str], LighthouseServer]) -> None:

@@ -100,7 +100,7 @@ def test_streaming_diloco_survives_a_kill_and_sends_a_fraction_of_data_paralleli
     options.steps = 60
     parallel = compare.run(compare.ALGORITHMS["data-parallel"], options, False, tmp_path / "parallel")
     assert parallel.identical
-    assert parallel.megabytes / 60 > 15 * faulty.megabytes / 160
+    assert parallel.megabytes / 60 > 12 * faulty.megabytes / 160  # 20 times, but for steps that were tried again
     printed = compare.table({("data-parallel", False): parallel, ("streaming", True): faulty})
     assert printed.row_count == 2
 

@@ -76,16 +76,17 @@ class FetchProgress:
         return (self.total - self.kept - received) * elapsed / max(1, received)
 
     def hopeless(self, received: int, time_left: float) -> bool:
-        """Whether it comes, but over two spans of time so slowly that twice the time left would not do.
+        """Whether it comes, but so slowly that twice the time left would not do, over two spans of time and on average.
 
-        What does not come at all is not judged: a source may pause, and go on as fast as ever.
+        What does not come at all is not judged: a source may pause, and go on as fast as ever. And one that has given
+        much before may stumble.
         """
         now = time.monotonic()
         span, came = now - self._judged, received - self._judged_bytes
         if span < _SPAN or came <= 0:
             return False
-        needed = (self.total - self.kept - received) * span / came
-        slow = needed > 2 * time_left
+        seconds_a_byte = min(span / came, self.elapsed / received)
+        slow = (self.total - self.kept - received) * seconds_a_byte > 2 * time_left
         self._judged, self._judged_bytes = now, received
         self._slow_spans = self._slow_spans + 1 if slow else 0
         return self._slow_spans >= 2
