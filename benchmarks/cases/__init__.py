@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from benchmarks.cases import changes, collectives, faults, lighthouse, rejoin, soak, steps, transfer_http, transfer_pg
+from benchmarks.cases import (
+    changes,
+    collectives,
+    faults,
+    lighthouse,
+    lighthouse_down,
+    rejoin,
+    soak,
+    steps,
+    transfer_http,
+    transfer_pg,
+)
 from benchmarks.cases.base import Case, Figures, Run, larger_is_better
 
 __all__ = ["CASES", "Case", "Figures", "Run", "larger_is_better"]
@@ -16,5 +27,6 @@ CASES: tuple[Case, ...] = (
     *transfer_pg.CASES,
     *soak.CASES,
     *lighthouse.CASES,
+    *lighthouse_down.CASES,
     *changes.CASES,
 )

@@ -12,14 +12,18 @@ def main() -> None:
     parser.add_argument("min_replicas", type=int)
     parser.add_argument("join_timeout_ms", type=int)
     parser.add_argument("heartbeat_timeout_ms", type=int)
+    parser.add_argument("--bind", default="[::]:0")
     parser.add_argument("--ha")
+    parser.add_argument("--state-file")
     args = parser.parse_args()
     stop = hello()
     more = {}
     if args.ha is not None:  # what only some have
         more["ha"] = args.ha
+    if args.state_file is not None:
+        more["state_file"] = args.state_file
     server = LighthouseServer(
-        bind="[::]:0",
+        bind=args.bind,
         min_replicas=args.min_replicas,
         join_timeout_ms=args.join_timeout_ms,
         heartbeat_timeout_ms=args.heartbeat_timeout_ms,
