@@ -31,8 +31,8 @@ def train(groups: Groups, ranks: list[Replica], until: int) -> dict[int, list[by
 
     def loop(r: Replica) -> None:
         while r.manager.current_step() < until:
-            assert r.manager._restoring is not None
-            assert r.manager._restoring.checkpoints.wait(30), "each step's checkpoint is completed here"
+            assert r.manager._persistence._restoring is not None
+            assert r.manager._persistence._restoring.checkpoints.wait(30), "each step's checkpoint is completed here"
             r.step()
             seen.setdefault(r.manager.current_step(), [b"", b""])[r.manager._group.rank] = r.weights()
 
@@ -70,12 +70,12 @@ def test_a_step_is_saved_by_all_ranks_or_by_none(
 
     a = group_of_two(groups, "a", tmp_path, seed=1)
     slow = Slow(tmp_path, every=2, keep=9)
-    assert a[1].manager._restoring is not None
-    a[1].manager._restoring.checkpoints = slow
+    assert a[1].manager._persistence._restoring is not None
+    a[1].manager._persistence._restoring.checkpoints = slow
     train(groups, a, until=3)
     for r in a:
-        assert r.manager._restoring is not None
-        assert r.manager._restoring.checkpoints.wait(30)
+        assert r.manager._persistence._restoring is not None
+        assert r.manager._persistence._restoring.checkpoints.wait(30)
     slow.slow = True  # rank 1 is still writing, rank 0 is not
     groups.together(*(lambda r=r: [r.step() for _ in range(2)] for r in a))
     slow.slow = False

@@ -585,10 +585,12 @@ class Manager:
         return self._group.replica_id
 
     def leave(self, reason: str) -> bool:
-        """Tells all groups that this one goes, so that they go on without it at once and lose no step.
+        """Tells all groups that this one goes, so that they go on without it at once.
 
-        To be called between two steps; in the middle of one that step is lost for all. Nothing is trained after
-        it. :meth:`shutdown` leaves by itself.
+        To be called between two steps; in the middle of one that step is lost for all. Between two steps nothing is
+        lost but, at most, a step that others have begun meanwhile, as they may while the quorum stands: they try it
+        again. ``drain=True`` and SIGTERM cost no step at all: the others agree on the step from which on this group is
+        not there. Nothing is trained after it. :meth:`shutdown` leaves by itself.
 
         Args:
             reason: for the others' logs.

@@ -60,7 +60,7 @@ class Result:
 
     bits: float
     megabytes: float
-    """Handed to the all-reduce by group 0, before any quantization."""
+    """Handed to the all-reduce by the group that trained longest, before any quantization."""
     seconds: float
     alone: int
     """Commits of group 0 without the other."""
@@ -121,7 +121,7 @@ def run(algorithm: Algorithm, options: argparse.Namespace, fault: bool, folder: 
     watch.look()
     return Result(
         bits=float(ends[0]["bits"]),
-        megabytes=float(ends[0]["bytes"]) / 1e6,
+        megabytes=max(float(end["bytes"]) for end in ends) / 1e6,
         seconds=seconds,
         alone=sum(commit.participants < GROUPS for commit in watch.commits),
         identical=ends[0]["state"] == ends[1]["state"],

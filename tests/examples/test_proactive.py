@@ -87,7 +87,8 @@ def test_the_survivor_goes_on_at_once_and_without_proactive_recovery_after_the_t
     assert survivor.end is not None
     assert survivor.end.step == STEPS
     if how == "leave":
-        assert survivor.failed_steps == 0  # it left between two steps: nothing was lost
+        # It left between two steps. Where steps stand, the survivor may have begun the next one, which is tried again.
+        assert survivor.failed_steps <= (1 if proactive else 0)
 
     gap = survivor.commits[LEAVING_STEP].time - survivor.commits[LEAVING_STEP - 1].time
     if proactive:
