@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
 
@@ -225,7 +226,12 @@ def test_ids_grow_across_restarts(path: Path) -> None:
         server = LighthouseServer("127.0.0.1:0", 1, state_file=path)
         try:
             client = LighthouseClient(server.address(), TEN)
-            ids.append(client.quorum("a", TEN).quorum_id)
+            with ThreadPoolExecutor(1) as asking:
+                asked = asking.submit(client.quorum, "a", TEN)
+                while not asked.done():  # it shows that it lives, as every group does that waits
+                    client.heartbeat("a", TEN)
+                    wait([asked], timeout=0.5)
+                ids.append(asked.result().quorum_id)
             client.close()
         finally:
             server.shutdown()

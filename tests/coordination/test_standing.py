@@ -5,7 +5,6 @@ What the machines decide is tested in ``tests/core``; here that the shells ask t
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -175,7 +174,7 @@ import sys, threading
 from torchft.coordination import LighthouseServer
 port, min_replicas, state_file = sys.argv[1:]
 server = LighthouseServer(f"127.0.0.1:{port}", int(min_replicas), heartbeat_timeout_ms=1000, state_file=state_file)
-print("ready", flush=True)
+print(server.port, flush=True)
 threading.Event().wait(300)
 """
 
@@ -186,8 +185,7 @@ class Lighthouse:
     def __init__(self, state_file: Path) -> None:
         self._state_file = state_file
         self.min_replicas = 2
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = 0  # any; the one that the first life gets is that of all
         self._process: subprocess.Popen[str] | None = None
         self.start()
 
@@ -198,7 +196,7 @@ class Lighthouse:
         argv = [sys.executable, "-c", SERVE, str(self.port), str(self.min_replicas), str(self._state_file)]
         self._process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
-        assert self._process.stdout.readline() == "ready\n"
+        self.port = int(self._process.stdout.readline())
 
     def kill(self) -> None:
         if self._process is not None:
