@@ -311,6 +311,20 @@ def test_rank_0_learns_that_another_rank_could_not_write(tmp_path: Path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_note_of_a_full_disk_is_empty_and_is_a_note_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchft.checkpointing import persistent
+
+    def full(path: Path, *args: object) -> int:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    persistent._say_failed(tmp_path, 1, ValueError("why"))
+    assert [p.name for p in tmp_path.iterdir()] == ["rank-1.failed"]
+
+
 def test_rank_0_does_not_wait_for_ever_for_the_others(tmp_path: Path) -> None:
     alone = Checkpoints(tmp_path, timeout=timedelta(seconds=0.1))
     job = alone.save(5, shard_of(0, 2, 5), rank=0, world_size=2)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import atexit
 import concurrent.futures
+import contextlib
 import errno
 import logging
 import os
@@ -274,7 +275,8 @@ class Checkpoints:
             index, failed = partial / file_names(rank)[2], _failure(partial, rank)
             while not index.exists():
                 if failed.exists():
-                    raise CheckpointError(f"rank {rank} could not write its part: {failed.read_text()}")
+                    why = failed.read_text() or "it could not even write down why: is the disk full?"
+                    raise CheckpointError(f"rank {rank} could not write its part: {why}")
                 if deadline.expired:
                     raise CheckpointTimeout(
                         f"rank {rank} has not written its part to {partial} within {self._timeout:g} s: do all ranks "
@@ -400,8 +402,12 @@ def _failure(partial: Path, rank: int) -> Path:
 
 
 def _say_failed(partial: Path, rank: int, error: BaseException) -> None:
+    note = _failure(partial, rank)
     try:
-        _failure(partial, rank).write_text(f"{type(error).__name__}: {error}"[:1000])
+        unread = note.with_suffix(".failing")  # rank 0 looks for the note at any moment: it must be whole by then
+        with contextlib.suppress(OSError):
+            unread.write_text(f"{type(error).__name__}: {error}"[:1000])
+        unread.rename(note)  # an empty one, of a full disk, is a note too
     except OSError:
         pass  # rank 0 finds out at its deadline
 
