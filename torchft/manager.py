@@ -544,6 +544,7 @@ class Manager:
         self._log.warning("error in this step: %s: %s", type(e).__name__, e)
         self._log.debug("where it came from", exc_info=e)
         self._telemetry.error(e)
+        self._begin.step_failed(e)
         if self._proactive:
             # Others wait for what this group will not send any more: tell them now, not after their timeout.
             self._begin.invalidate()

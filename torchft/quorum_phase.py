@@ -177,6 +177,10 @@ class QuorumPhase:
         if not notice.lives:
             self._recovery.drop(notice.replica_id, notice.cause)
 
+    def step_failed(self, error: Exception) -> None:
+        """The step under way has an error. From any thread."""
+        self._recovery.step_failed(error)
+
     def stop(self) -> None:
         """Ends a pause between two attempts."""
         self._stop.set()

@@ -140,6 +140,20 @@ class Recovery:
             if not self._receivers:
                 self.transport.abort(f"the receiver {replica_id} is no longer there: {cause}")
 
+    def step_failed(self, error: Exception) -> None:
+        """The step under way has an error. The other members leave it as well, and who has not offered its state by
+        now does so in the next one at the earliest, for which they wait for this replica. From any thread.
+        """
+        heal = self._heal
+        if heal is not None:
+            self._expect_no_offer(heal, f"the step failed: {error}")
+
+    def _expect_no_offer(self, heal: _Heal, reason: str) -> None:
+        """Again and again, as :meth:`_abandon`."""
+        if self._heal is heal:
+            self.transport.expect_no_offer(reason)
+            call_later(0.05, lambda: self._expect_no_offer(heal, reason))
+
     def _abandon(self, heal: _Heal, cause: str) -> None:
         """Again and again until the heal has ended: it may be between two waits right now."""
         if self._heal is heal:

@@ -25,7 +25,8 @@ from torchft.process_group.gloo import ProcessGroupGloo
 
 LONG = timedelta(seconds=60)
 SIZE = 512 << 20  # takes long enough to be stopped in the middle
-SOON = 1.0
+SOON = 10.0
+"""Seconds: the timeouts are a minute."""
 
 HTTP_SOURCE = """
 import sys, torch
@@ -185,6 +186,38 @@ def test_http_reader_stopped_in_the_middle_holds_up_nobody(pool: ThreadPoolExecu
         receiver.shutdown()
     finally:
         source.shutdown()
+
+
+def test_a_failed_step_ends_the_wait_for_who_never_offers_it(
+    receiver: HTTPTransport[Any], pool: ThreadPoolExecutor
+) -> None:
+    """Its group lives, waits for this one in the next quorum, and would be waited for here until the timeout."""
+    silent: HTTPTransport[Any] = HTTPTransport(LONG, hostname="127.0.0.1")
+    try:
+        receiving = pool.submit(receiver.recv_checkpoint, 0, silent.metadata(), 7, LONG)
+        wait_until(lambda: receiver._waiting)
+        receiver.expect_no_offer("the step failed: a member died")
+        with pytest.raises(TransferAborted, match="no source had offered step 7 when the step failed: a member died"):
+            receiving.result(SOON)
+        assert_receives(receiver, pool)
+    finally:
+        silent.shutdown()
+
+
+def test_a_failed_step_does_not_end_a_transfer_that_has_begun(
+    receiver: HTTPTransport[Any], pool: ThreadPoolExecutor
+) -> None:
+    with child(HTTP_SOURCE, str(64 << 20)) as source:
+        assert source.stdout is not None
+        metadata = source.stdout.readline().strip()
+        os.kill(source.pid, signal.SIGSTOP)
+        os.waitpid(source.pid, os.WUNTRACED)
+        receiving = pool.submit(receiver.recv_checkpoint, 0, metadata, 7, LONG)
+        wait_until(lambda: receiver._waiting)
+        os.kill(source.pid, signal.SIGCONT)
+        wait_until(lambda: not receiver._waiting)
+        receiver.expect_no_offer("the step failed: a member died")
+        assert int(receiving.result(30)["w"][-1]) == 1
 
 
 def test_pg_source_stopped_in_the_middle(pool: ThreadPoolExecutor) -> None:

@@ -89,6 +89,16 @@ class Trainer:
         self.process.send_signal(number)
         return at
 
+    def stacks(self) -> str:
+        """Where its threads are, innermost call first; empty if it has ended, is stopped, or does not answer."""
+        before = len(self.log)
+        self.process.send_signal(signal.SIGUSR1)
+        deadline = Deadline(2.0)
+        while "most recent call first" not in self.log[before:] and not deadline.expired:
+            time.sleep(0.05)  # only where a test has failed
+        time.sleep(0.2)
+        return self.log[before:]
+
     def kill(self) -> float:
         at = self.signal(signal.SIGKILL)
         self.process.wait(timeout=30)
@@ -155,7 +165,7 @@ class Job:
             while not condition():
                 crashed = [t.name for t in self.trainers if t.process.poll() not in t.exits]
                 if deadline.expired or crashed:
-                    logs = "\n".join(f"--- {t.name} at {t.step}\n{t.log[-3000:]}" for t in self.trainers)
+                    logs = "\n".join(f"--- {t.name} at {t.step}\n{t.log[-3000:]}\n{t.stacks()}" for t in self.trainers)
                     cause = f"{crashed} crashed" if crashed else f"within {timeout:g} s"
                     raise AssertionError(f"{what} did not happen: {cause}\n{logs}")
                 self.changed.wait(min(0.5, deadline.remaining()))

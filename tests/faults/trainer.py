@@ -7,6 +7,7 @@ the file ``--stop-file`` names a step and that step is committed.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import logging
 import os
@@ -81,6 +82,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1, sys.stderr)  # a test that waits in vain asks where the threads are
 
     torch.manual_seed(hash(args.name) % 1000)  # groups start from different weights: they must not stay different
     net = nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(64, 64), nn.Tanh())), nn.Linear(64, 8))

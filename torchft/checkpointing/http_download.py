@@ -30,7 +30,14 @@ from torchft.checkpointing.http_client import ChunksGone, SourceConnection
 from torchft.checkpointing.http_source import HTTPSource, failure_of, judge
 from torchft.checkpointing.manifest import Manifest
 from torchft.checkpointing.transfers import Transfer
-from torchft.checkpointing.transport import CheckpointError, CheckpointTimeout, IntegrityError, SourceLost, TooSlow
+from torchft.checkpointing.transport import (
+    CheckpointError,
+    CheckpointTimeout,
+    IntegrityError,
+    SourceLost,
+    TooSlow,
+    TransferAborted,
+)
 from torchft.core.transfer_plan import Hopeless, TakeOver, TransferPlan, Work
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.logs import SpeakerLogger
@@ -87,6 +94,7 @@ class Download:
         self._plan: TransferPlan | None = None
         self._run: ByteRun | None = None
         self._kept = False
+        self._unoffered: str | None = None
         self._givers: dict[int, HTTPSource] = {}
         self.verified: dict[int, bytes] = {}
         """The chunks that are there, and their hashes."""
@@ -116,6 +124,12 @@ class Download:
         if any(t.is_alive() and t.name == "torchft-http-fetch" for t in threads):
             raise CheckpointError(f"a connection to a source could not be ended within {_END:g}s")
 
+    def expect_no_offer(self, reason: str) -> None:
+        """A source that has not offered the step by now will not: ends the wait for it, but no transfer under way."""
+        with self._changed:
+            self._unoffered = reason
+            self._changed.notify_all()
+
     # ------------------------------------------------------- the calling thread
 
     def begin(self, allow_pickle: bool) -> tuple[Manifest, Cut]:
@@ -131,6 +145,8 @@ class Download:
                 lost = any(s.state == "out" for s in self._sources)
                 self._open(self._sources if lost or time.monotonic() > patience else self._sources[:1])
                 self._check()
+                if self._unoffered is not None:
+                    raise TransferAborted(f"no source had offered step {self._step} when {self._unoffered}")
                 self._changed.wait(_TICK)
             cut, body, _ = self._layout
         return parse_manifest(body, cut, allow_pickle), cut

@@ -120,6 +120,7 @@ class HTTPTransport(CheckpointTransport[T]):
         self.last_receive: FetchProgress | None = None
         """How the newest receive goes, or went: bytes that were fetched, kept, bad, retries."""
         self._partial: Partial | None = None
+        self._waiting: Download | None = None  # for a source to offer anything
         self._outlived: Offer | None = None  # it was offered in a step that has ended
         self._live = False  # what is offered is the caller's own memory
         self._worker: Worker | None = None
@@ -248,7 +249,11 @@ class HTTPTransport(CheckpointTransport[T]):
             download = Download(lambda: _named(sources), self._token, step, deadline, transfer, self._connections)
             self.last_receive = download.progress
             with download:
-                manifest, cut = download.begin(self._allow_pickle)
+                self._waiting = download
+                try:
+                    manifest, cut = download.begin(self._allow_pickle)
+                finally:
+                    self._waiting = None
                 into = None if self._state_dict is None else self._state_dict()
                 destination, kept = self._continue(manifest, cut, into)
                 try:
@@ -290,6 +295,11 @@ class HTTPTransport(CheckpointTransport[T]):
     def abort(self, reason: str = "the caller gave it up") -> None:
         self._receiving.abort(reason)
         self._server.drop_readers()
+
+    def expect_no_offer(self, reason: str) -> None:
+        waiting = self._waiting
+        if waiting is not None:
+            waiting.expect_no_offer(reason)
 
     def shutdown(self, wait: bool = True) -> None:
         self._closed = True

@@ -160,5 +160,15 @@ class CheckpointTransport(ABC, Generic[T]):
             reason: for the message of what is ended.
         """
 
+    def expect_no_offer(self, reason: str) -> None:
+        """The step has failed: sources that have not offered it by now will not, and a ``recv_checkpoint`` that waits
+        for them raises soon. A transfer that has begun goes on: what it brings is as good as before.
+
+        From any thread; idempotent; returns at once. Without it, such a wait lasts until its timeout.
+
+        Args:
+            reason: for the message, as what follows "when".
+        """
+
     def shutdown(self, wait: bool = True) -> None:
         """Stops serving and frees what is held. With ``wait``, threads have ended when this returns. Idempotent."""
