@@ -50,7 +50,7 @@ def test_one_that_does_not_come_keeps_all_back_at_once(ranks: Callable[..., list
     told = outcomes([lambda: a.agree("7"), lambda: b.refuse("7", "no route to the other group"), lambda: c.agree("7")])
     cause = "rank 1 of this group does not come: no route to the other group"
     assert told == [cause, "go", cause]
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 15.0
     with pytest.raises(NotAgreed, match="no route"):
         b.agree("7")  # what is decided stays decided
 

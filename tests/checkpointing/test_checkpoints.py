@@ -167,7 +167,7 @@ def test_a_slow_disk_costs_a_checkpoint_and_no_step(
     assert first is not None
     began = time.monotonic()
     assert checkpoints.save(10, state_of(10)) is None, "one at a time"
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < LONG / 2
     assert "step 10 is not saved" in caplog.text
     assert not checkpoints.wait(0.05)
     disk.set()
@@ -307,7 +307,7 @@ def test_rank_0_learns_that_another_rank_could_not_write(tmp_path: Path, monkeyp
     assert jobs[0] is not None
     with pytest.raises(CheckpointError, match=r"rank 1 could not write its part: OSError: .*No space left"):
         jobs[0].result(LONG)
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < LONG / 2
     assert list(tmp_path.iterdir()) == []
 
 

@@ -196,7 +196,7 @@ def test_copied_state_survives_writes_and_a_slow_reader_blocks_nobody() -> None:
         source.disallow_checkpoint()
         weights.zero_()
         source.send_checkpoint([1], 2, {"w": weights}, TIMEOUT)
-        assert time.monotonic() - began < 8
+        assert time.monotonic() - began < 15
         assert reader.rest() < weights.nbytes  # it was cut off: its snapshot is gone
         reader.close()
 
@@ -228,7 +228,7 @@ def test_slow_reader_of_uncopied_state_gets_what_was_offered_in_the_middle_of_a_
         reader = SlowReader(source, 1)
         began = time.monotonic()
         source.disallow_checkpoint()
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 15
         weights.zero_()
         body = reader.body(32 << 20)
         assert body.count(1) == len(body), "what training wrote meanwhile was sent"

@@ -39,6 +39,10 @@ def _alive(pid: int) -> bool:
         return False
 
 
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def _sockets(pid: int | str) -> set[str]:
     found = set()
     for entry in Path(f"/proc/{pid}/fd").iterdir():
@@ -72,10 +76,10 @@ class TestProcessGroupBabyGloo(ProcessGroupSuite):
         assert self.children(groups) == first
         groups[0].abort()
         wait_until(lambda: not _alive(first[0]), 10, "the end of the aborted child")
-        begun = time.monotonic()
+        nursery = _parent(first[1])
         self.meet(store, groups)
-        assert time.monotonic() - begun < 2.5  # less than it takes to import torch
         second = self.children(groups)
+        assert set(map(_parent, second)) == {nursery}  # forked from the process that has torch in it: no import
         assert second[0] != first[0]
         assert second[1:] == first[1:]
         assert self.sum_of_ranks(groups) == [3.0] * 3
@@ -87,7 +91,7 @@ class TestProcessGroupBabyGloo(ProcessGroupSuite):
         begun = time.monotonic()
         with pytest.raises(ProcessGroupError, match=r"child process \d+ .*died \(signal 9\)"):
             pending.wait()
-        assert time.monotonic() - begun < 5  # the group's timeout is 30
+        assert time.monotonic() - begun < 15  # the group's timeout is 30
         with pytest.raises(ProcessGroupError, match="died"):
             pending.get_future().wait()
         assert tensor.tolist() == [1.0, 2.0]  # what fails leaves its tensors as they were

@@ -132,7 +132,7 @@ def test_the_death_of_a_parent_is_seen_while_its_child_lives(kind: str) -> None:
                 assert connection.recv(1) == b""
             except ConnectionResetError:
                 pass
-        assert time.monotonic() - begun < 1
+        assert time.monotonic() - begun < 10
         for port in family.ports:
             with pytest.raises(ConnectionRefusedError):
                 socket.create_connection(("127.0.0.1", port), timeout=5).close()
@@ -260,5 +260,5 @@ def test_a_thousand_other_sockets_do_not_hold_up_a_child() -> None:
             registration = close_in_children(own=[server.getsockname()[1]])
             begun = time.monotonic()
             assert _in_child([server]) == [True]
-            assert time.monotonic() - begun < 1
+            assert time.monotonic() - begun < 10
             registration.forget()

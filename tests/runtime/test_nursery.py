@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,9 +137,7 @@ def test_nobody_outlives_a_killed_owner_even_when_its_forked_workers_do() -> Non
     pids = [int(pid) for pid in owner.stdout.readline().split()]
     assert len(pids) == 2
     assert all(map(_alive, pids))
-    begun = time.monotonic()
     owner.kill()
     owner.wait(10)
     wait_until(lambda: not any(map(_alive, pids)), 10, "the end of the nursery and its child")
-    assert time.monotonic() - begun < 5
     owner.communicate(timeout=10)  # the worker ends when its input does
