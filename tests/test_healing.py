@@ -62,8 +62,9 @@ class Big(Replica):
 
 
 @contextmanager
-def jobs(heartbeat_timeout_ms: int = 5000) -> Iterator[tuple[ExitStack, Groups]]:
-    with running(heartbeat_timeout_ms=heartbeat_timeout_ms) as groups, ExitStack() as stack:
+def jobs(heartbeat_timeout_ms: int = 5000, join_timeout_ms: int = 100) -> Iterator[tuple[ExitStack, Groups]]:
+    limits = {"heartbeat_timeout_ms": heartbeat_timeout_ms, "join_timeout_ms": join_timeout_ms}
+    with running(**limits) as groups, ExitStack() as stack:
         yield stack, groups
 
 
@@ -100,31 +101,48 @@ def finish(replicas: list[Big], running: list[Any]) -> None:
 def test_a_receiver_that_is_much_too_slow_holds_up_nobody_and_heals_when_it_can(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torchft.heal_pause._FIRST", 1.0)
-    with caplog.at_level("WARNING"), jobs() as (stack, groups):
+    monkeypatch.setattr("torchft.heal_pause._SELDOM", 1.0)
+    with caplog.at_level("INFO"), jobs(join_timeout_ms=3000) as (stack, groups):
         a, b = (Big(stack, groups, name, 64) for name in ("a", "b"))
-        for r in (a, b):
-            r.link.throttle(1e6)  # at step 0 b needs a's state
-        r0 = [groups.start(a.train)]
-        until(lambda: len(a.committed) >= 2)
-        b.link.restore()
-        a.link.restore()
-        r0.append(groups.start(b.train))
-        until(lambda: len(b.committed) >= 2)
-        a.link.throttle(1e6)
-        b.link.throttle(1e6)
-        c = Big(stack, groups, "c", 64)
+        trains = [groups.start(a.train), groups.start(b.train)]
+        until(lambda: a.committed and b.committed)
         began, before = time.monotonic(), len(a.committed)
-        r0.append(groups.start(c.train))
-        until(lambda: "too slowly" in caplog.text)
-        until(lambda: len(a.committed) > before + 20)
-        seen = time.monotonic()
+        until(lambda: len(a.committed) > before + 50)
+        usual = a.longest_gap(began, time.monotonic())
+        for r in (a, b):
+            r.link.throttle(0.5e6)  # 67 s for what may take 20 s
+        offers = [offers_of(r) for r in (a, b)]
+        c = Big(stack, groups, "c", 64)
+        trains.append(groups.start(c.train))
+        until(lambda: "the way to the groups that have the state is too slow" in caplog.text)
+        tried = [len(o) for o in offers], c.transport.last_receive
+        began, before = time.monotonic(), len(a.committed)
+        until(lambda: len(a.committed) > before + 100)
+        waiting = a.longest_gap(began, time.monotonic())
         assert not c.committed
-        assert a.longest_gap(began, seen) < 8.0  # not the 20 s that its timeout allows, nor the 64 s that it would take
+        assert tried == ([len(o) for o in offers], c.transport.last_receive), "nobody offers, nobody receives"
+        assert sum(tried[0]) == 2, "one try, in one step"
+        assert waiting < 10 + 20 * usual
+        assert caplog.text.count("the way to the groups that have the state is too slow") == 1
+        assert c.manager._progress.failures == 1, "to wait is no failure"
         a.link.restore()
         b.link.restore()
         until(lambda: c.committed)
-        finish([a, b, c], r0)
+        assert sum(len(o) for o in offers) > 2
+        finish([a, b, c], trains)
+
+
+def offers_of(replica: Big) -> list[int]:
+    """The steps whose state it offers from now on."""
+    offers: list[int] = []
+    real = replica.transport.send_checkpoint
+
+    def offer(dst_ranks: list[int], step: int, state_dict: Any, timeout: timedelta) -> None:
+        offers.append(step)
+        real(dst_ranks, step, state_dict, timeout)
+
+    replica.transport.send_checkpoint = offer  # type: ignore[method-assign]
+    return offers
 
 
 def test_source_lost_in_the_middle_of_a_heal_the_receiver_goes_on_with_the_others() -> None:

@@ -54,6 +54,7 @@ class GroupClient(Protocol):
         init_sync: bool = True,
         timed_out: bool = False,
         lineage: int = 0,
+        waits: bool = False,
     ) -> QuorumResult: ...
 
     def vote(self, group_rank: int, step: int, should_commit: bool, timeout: timedelta) -> Voted: ...

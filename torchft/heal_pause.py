@@ -1,40 +1,129 @@
-"""A replica that cannot get its state in time does not try in each step: a try may hold the others up for a moment."""
+"""Whether a replica that needs a state takes one in this step: not while it would come too slowly, for the others wait.
+
+The idea
+    The others stand while a state travels. So a replica finds out beside their steps whether it would come in time: it
+    says that it waits, contributes zeros, and measures the way to those who have the state on a thread of its own,
+    which holds nobody up. Only the very first try, when nothing is known, happens within a step; it is given up after
+    a fraction of a second if it is hopeless, and if that was a mistake the measurement says so a second later.
+
+States
+    *trying* (nothing is known, or all is well) → ``hopeless`` → *waiting*: measured again and again, soon at first, →
+    *trying* again. Where it was measured well and was hopeless all the same, what was measured is not worth much:
+    the next measurement is then ``_FIRST`` seconds away, twice as long each time. The same pause, and then a try, is
+    all there is where nothing can be measured.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
+
+from torchft.checkpointing import TooSlow
+from torchft.runtime.logs import RankLogger
 
 __all__ = ["HealPause", "Pausing"]
 
 _FIRST = 10.0
 _LONGEST = 300.0
+_SOON = 1.0
+_SELDOM = 30.0
+_END = 10.0
 
 
 class Pausing(RuntimeError):
-    """No heal is tried yet, after one that was hopeless."""
+    """No heal is tried in this step: it would hold the others up."""
 
 
 class HealPause:
-    """Between a hopeless heal and the next try: ``_FIRST`` seconds, twice as long each time."""
+    """Of one rank. ``stop`` ends what measures.
 
-    def __init__(self) -> None:
+    Args:
+        measure: bytes a second that would come from those who have the state now. Raises where that cannot be said.
+        timeout: seconds that a transfer may take.
+        log: of the manager.
+    """
+
+    def __init__(self, measure: Callable[[], float], timeout: float, log: RankLogger) -> None:
+        self._measure = measure
+        self._timeout = timeout
+        self._log = log
         self._length = 0.0
-        self._until = 0.0
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._waiting = threading.Event()
+        self.measured = False
+        """The way to the sources is known to be good enough: it was measured, or a state has come by it."""
+
+    @property
+    def waits(self) -> bool:
+        """No state is taken now."""
+        return self._waiting.is_set()
 
     def check(self) -> None:
         """
         Raises:
-            Pausing: it is too early.
+            Pausing: no state is taken now.
         """
-        left = self._until - time.monotonic()
-        if left > 0:
-            raise Pausing(f"the sources are too slow for this state; the next try is in {left:.0f} s")
+        if self.waits:
+            raise Pausing("the way to the sources is too slow for this state")
 
-    def begin(self) -> None:
-        """A heal was hopeless."""
-        self._length = min(_LONGEST, max(_FIRST, 2 * self._length))
-        self._until = time.monotonic() + self._length
+    def hopeless(self, why: TooSlow) -> None:
+        """A heal was given up. Not called while it waits."""
+        pause = 0.0
+        if self.measured or not why.nbytes:
+            pause = self._length = min(_LONGEST, max(_FIRST, 2 * self._length))
+        self.measured = False
+        self._waiting.set()
+        self._thread = threading.Thread(
+            target=self._watch, args=(why.nbytes, pause), name="torchft-measure", daemon=True
+        )
+        self._thread.start()
 
     def over(self) -> None:
         """A heal went well."""
-        self._length = self._until = 0.0
+        self._length = 0.0
+        self.measured = True
+
+    def stop(self) -> None:
+        """Ends the thread that measures, soon."""
+        self._stop.set()
+
+    def close(self) -> None:
+        """Waits until it has ended."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(_END)
+
+    def _watch(self, nbytes: int, pause: float) -> None:
+        """Until a try is worth it."""
+        blind_until = time.monotonic() + (pause or _FIRST)
+        told = False
+        while not self._stop.wait(pause):
+            try:
+                rate = self._measure() if nbytes else 0.0
+            except Exception as e:
+                self._log.debug("the way to the sources cannot be measured: %s", e)
+                rate = 0.0
+            needed = nbytes / rate if rate > 0 else 0.0
+            if rate > 0 and needed <= self._timeout:
+                self._log.info("the state comes at %.1f MB/s, which is fast enough: healing", rate / 1e6)
+                self.measured = True
+                break
+            if rate <= 0 and time.monotonic() >= blind_until:
+                break
+            pause = min(_SELDOM, max(_SOON, 2 * pause))
+            if rate > 0 and not told:
+                told = True
+                self._log.warning(
+                    "the way to the groups that have the state is too slow: %.1f MB/s, so %.0f MB would take %.0f s, "
+                    "and the other groups wait %.0f s for a transfer (timeout). This group contributes nothing until "
+                    "the way is faster, and holds nobody up; it is measured every %.0f s. If it stays as it is, a "
+                    "longer timeout in all groups lets this one heal",
+                    rate / 1e6,
+                    nbytes / 1e6,
+                    needed,
+                    self._timeout,
+                    _SELDOM,
+                )
+        self._waiting.clear()

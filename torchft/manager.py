@@ -516,6 +516,10 @@ class Manager:
             self._log.debug("committed with %d participants", participants)
             self._telemetry.commit(participants, self._progress.batches_committed)
             return True
+        if self._begin.waits and self._error.current is None:
+            self._log.debug("the step is not committed: %s", self._begin.unhealed)  # as was announced: no failure
+            self._persistence.settle_loss()
+            return False
         self._progress.failures += 1
         if self._error.current is not None or self._begin.unhealed is None or self._group.world_size > 1:
             self._progress.breaks += 1
@@ -635,5 +639,7 @@ class Manager:
         self._group.close()
         self._persistence.close(wait)
         self._transport.shutdown(wait=wait)
+        if wait:
+            self._begin.close()
         self._start.shutdown(timeout=5.0 if wait else 0.0)
         self._pg.shutdown()

@@ -11,12 +11,14 @@ Rules
     - While the live state may be half written, this replica asks with step -1: it is nobody's source.
     - A group that heals contributes zeros when it has the state. If the state does not come, over a transport that
       leaves the process group alone, it contributes them all the same and votes no: the others lose no step by it.
+    - A group whose state would come too slowly says so when it asks (:mod:`torchft.heal_pause`): nobody serves it then.
     - A step that stands (:mod:`torchft.core.standing`) begins with the quorum and the process group of the one before
       it. If a notice comes before the step has used them, it begins once more, by asking, and nothing is lost.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -30,7 +32,7 @@ from torchft.coordination.types import Notice
 from torchft.core.participation import Participation, participation
 from torchft.failure_watch import FailureWatch, ReplicaLost
 from torchft.group import Group
-from torchft.heal_pause import HealPause
+from torchft.heal_pause import HealPause, Pausing
 from torchft.lost_state import Holders, StateLost, check_not_lost
 from torchft.process_group import ProcessGroup
 from torchft.recovery import Recovery
@@ -147,7 +149,7 @@ class QuorumPhase:
         """A state is to be written at its end: a peer's, or this rank's own because the group's others load."""
         self.unhealed: Exception | None = None
         """Why the state that this replica needs did not come, in a step that the others can do without it."""
-        self._pause = HealPause()
+        self._pause = HealPause(recovery.measure, recovery.timeout, log)
         self.lost: StateLost | None = None
         """Nobody holds the state of the job any more."""
 
@@ -182,8 +184,18 @@ class QuorumPhase:
         self._recovery.step_failed(error)
 
     def stop(self) -> None:
-        """Ends a pause between two attempts."""
+        """Ends a pause between two attempts, and what measures in one."""
         self._stop.set()
+        self._pause.stop()
+
+    def close(self) -> None:
+        """Waits for the thread that measures."""
+        self._pause.close()
+
+    @property
+    def waits(self) -> bool:
+        """This group needs a state, and has said that it takes none in this step."""
+        return isinstance(self.unhealed, Pausing)
 
     def stands(self, again: Callable[[], bool]) -> bool:
         """Begins a step without asking, if it stands: there is nothing to do then, and nothing to wait for.
@@ -252,6 +264,7 @@ class QuorumPhase:
             init_sync=self._init_sync,
             timed_out=self._progress.timed_out,
             lineage=self._progress.lineage,
+            waits=self._pause.waits,
         )
 
     def _prepare(self, quorum: QuorumResult, allow_heal: bool) -> None:
@@ -279,28 +292,39 @@ class QuorumPhase:
                     self._try_to_heal(quorum)
                 else:
                     self._heal(quorum)
+            elif quorum.waits:
+                self._sit_out(quorum)
             elif self.loads and own is not None:
                 self._state.keep_own(own)
         self.participation = part
 
-    def _heal(self, quorum: QuorumResult) -> None:
+    def _heal(self, quorum: QuorumResult, unmeasured: bool = False) -> None:
         began = time.monotonic()
-        self._progress.load_state_dict(self._recovery.heal(quorum, self._progress.step, self._error))
+        received = self._recovery.heal(quorum, self._progress.step, self._error, unmeasured=unmeasured)
+        self._progress.load_state_dict(received)
         self._telemetry.heal(quorum, time.monotonic() - began)
         self._progress.lineage = quorum.lineage
 
     def _try_to_heal(self, quorum: QuorumResult) -> None:
         """A heal that fails is no error of the step: the process group is as good as before, and carries zeros."""
         try:
-            self._pause.check()
-            self._heal(quorum)
+            self._pause.check()  # not every lighthouse passes on that this group waits
+            self._heal(quorum, unmeasured=not self._pause.measured)
             self._pause.over()
         except Exception as e:
             if isinstance(e, TooSlow):
-                self._pause.begin()
+                self._pause.hopeless(e)
             self.unhealed = e
             self._together.refuse(quorum, str(e))
-            self._log.warning("this group is not healed in this step: %s: %s", type(e).__name__, e)
+            level = logging.DEBUG if isinstance(e, Pausing) else logging.WARNING
+            self._log.log(level, "this group is not healed in this step: %s: %s", type(e).__name__, e)
+
+    def _sit_out(self, quorum: QuorumResult) -> None:
+        """This group said that it takes no state in this step: it contributes zeros, and nobody serves it."""
+        self._recovery.know(quorum)
+        self.healing, self.loads = True, False
+        self.unhealed = Pausing("the way of this group, or of another rank of it, to the sources is too slow")
+        self._together.refuse(quorum, str(self.unhealed))
 
     def _enter(self, quorum: QuorumResult, step: int, again: Callable[[], bool]) -> None:
         """From now on the loss of a member is the step's error, unless the step can begin once more."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
-from torchft.checkpointing import CheckpointTransport
+from torchft.checkpointing import CheckpointError, CheckpointTransport
 from torchft.coordination import ManagerClient, QuorumResult
 from torchft.core.assignment import Source
 from torchft.runtime.deadline import Deadline, seconds
@@ -25,6 +26,7 @@ __all__ = ["Recovery"]
 
 _PATIENCE = 0.5
 """Seconds after which another source that has answered is as good as the assigned one."""
+_MEASURING = timedelta(seconds=3)
 
 
 class _Heal:
@@ -121,10 +123,13 @@ class Recovery:
         self._together = together
         self._group_rank = group_rank
         self._timeout = timeout
+        self.timeout = seconds(timeout)
+        """Seconds, for one transfer."""
         self._connect_timeout = connect_timeout
         self._log = log
         self._receivers: tuple[str, ...] = ()
         self._heal: _Heal | None = None
+        self._sources: list[Source] = []
 
     def drop(self, replica_id: str, cause: str) -> None:
         """A replica is no longer there: a transfer to it, or from it alone, ends now. From any thread.
@@ -195,13 +200,46 @@ class Recovery:
             )
         return state
 
-    def heal(self, quorum: QuorumResult, step: int, error: StepError) -> dict[str, int]:
+    def know(self, quorum: QuorumResult) -> None:
+        """Who has the state that this replica needs, as of this quorum."""
+        source, address = quorum.recover_src_replica_rank, quorum.recover_src_manager_address
+        many = getattr(self.transport, "takes_many_sources", False)
+        sources = quorum.recover_sources if many else quorum.recover_sources[:1]
+        self._sources = list(sources) or ([] if source is None else [Source(source, address)])
+
+    def measure(self) -> float:
+        """Bytes a second that would come from those who have the state, a second's measurement. From any thread.
+
+        Raises:
+            Exception: it cannot be said.
+        """
+        if not getattr(self.transport, "measures", False):
+            raise CheckpointError("this transport does not measure")
+        sources = self._sources
+        if not sources:
+            raise CheckpointError("nobody is known to have the state")
+        with ThreadPoolExecutor(len(sources), thread_name_prefix="torchft-ask-source") as pool:
+            known = list(pool.map(self._whereabouts, sources))
+        return self.transport.measure(known, _MEASURING)
+
+    def _whereabouts(self, source: Source) -> tuple[int, str]:
+        client = ManagerClient(source.manager_address, self._connect_timeout, wait=False)
+        try:
+            return source.replica_rank, client._checkpoint_metadata(self._group_rank, _MEASURING)
+        except Exception as e:
+            self._log.debug("replica rank %d does not tell how to reach its state: %s", source.replica_rank, e)
+            return source.replica_rank, ""
+        finally:
+            client.close()
+
+    def heal(self, quorum: QuorumResult, step: int, error: StepError, *, unmeasured: bool = False) -> dict[str, int]:
         """Takes the state from the members that the quorum names. It waits in ``state`` to be applied.
 
         Args:
             quorum: this rank's view, with a source. A transport that takes many is told of all.
             step: where this replica is, for the log.
             error: of the step under way: with one, nothing is begun.
+            unmeasured: nothing is known about the way to them: what would be far too slow is given up at once.
 
         Returns:
             The manager's own part of the state.
@@ -219,17 +257,16 @@ class Recovery:
             address,
             quorum.max_step,
         )
-        many = getattr(self.transport, "takes_many_sources", False)
-        sources = quorum.recover_sources if many else []
-        heal = _Heal(quorum, sources or [Source(source, address)], self._connect_timeout)
+        self.know(quorum)
+        heal = _Heal(quorum, self._sources, self._connect_timeout)
         self._heal = heal
         try:
-            return self._receive(heal, source, quorum.max_step, error)
+            return self._receive(heal, source, quorum.max_step, error, unmeasured)
         finally:
             self._heal = None
             heal.close()
 
-    def _receive(self, heal: _Heal, assigned: int, step: int, error: StepError) -> dict[str, int]:
+    def _receive(self, heal: _Heal, assigned: int, step: int, error: StepError, unmeasured: bool) -> dict[str, int]:
         # Who learns of the source's death sets the error first and then looks for a source: one of us sees it.
         if error.current is not None:
             raise error.current
@@ -246,7 +283,8 @@ class Recovery:
         self._state.begin_receiving(in_place=getattr(self.transport, "receives_in_place", False))
         with speaking(self._log):
             if getattr(self.transport, "takes_many_sources", False):
-                received = self.transport.recv_from_many(heal.known, step=step, timeout=self._timeout)
+                careful = {"unmeasured": True} if unmeasured and getattr(self.transport, "measures", False) else {}
+                received = self.transport.recv_from_many(heal.known, step=step, timeout=self._timeout, **careful)
             else:
                 received = self.transport.recv_checkpoint(
                     src_rank=source, metadata=metadata, step=step, timeout=self._timeout

@@ -70,6 +70,24 @@ def test_hopeless_is_what_comes_too_slowly_not_what_pauses(clock: Callable[[floa
     assert progress.hopeless(received + 1000, 10.0)
 
 
+def test_at_a_glance_far_too_slow_is_what_would_take_several_times_too_long(clock: Callable[[float], None]) -> None:
+    def judged(seconds: float, per_second: int, left: float = 10.0) -> bool:
+        progress = FetchProgress(7)
+        progress.begin(GB, 0)
+        assert not progress.far_too_slow(0, left), "nothing came: it may pause"
+        clock(0.5)
+        assert not progress.far_too_slow(20_000_000, left), "the first bytes were in some buffer"
+        clock(seconds)
+        assert not progress.far_too_slow(20_000_000, left), "it pauses"
+        return progress.far_too_slow(20_000_000 + int(per_second * seconds), left)
+
+    assert not judged(0.04, 1_000_000), "too early to say"
+    assert judged(0.06, 1_000_000)
+    assert not judged(0.06, 20_000_000)
+    assert judged(0.26, 20_000_000)
+    assert not judged(0.26, 60_000_000)
+
+
 def test_a_source_that_stumbles_after_it_gave_most_is_not_given_up(clock: Callable[[float], None]) -> None:
     progress = FetchProgress(7)
     progress.begin(10 * GB, 0)

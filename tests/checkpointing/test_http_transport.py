@@ -26,6 +26,8 @@ from torchft.checkpointing import (
     StepNotServed,
 )
 from torchft.checkpointing.chunks import CHUNK_SIZE, read_hashes, read_manifest
+from torchft.checkpointing.http_probe import MAX_PROBE, rate_of
+from torchft.testing.faults import Link
 
 TIMEOUT = timedelta(seconds=30)
 SHORT = timedelta(seconds=1)
@@ -42,6 +44,10 @@ def transport(**options: Any) -> Iterator[HTTPTransport[Any]]:
 
 def port_of(source: HTTPTransport[Any]) -> int:
     return int(source.metadata().rpartition(":")[2])
+
+
+def address_of(source: HTTPTransport[Any]) -> str:
+    return source.metadata().rpartition("http://")[2]
 
 
 def get(source: HTTPTransport[Any], path: str, **headers: str) -> tuple[HTTPResponse, bytes]:
@@ -102,6 +108,33 @@ def test_connection_is_kept_alive() -> None:
             assert response.status == status
         assert len(sockets) == 1
         connection.close()
+
+
+def test_a_way_is_measured_without_a_state_and_within_bounds() -> None:
+    with transport(token="right") as source, transport(token="right") as receiver, Link(address_of(source)) as link:
+        for nbytes in (0, 1, 100_000):
+            response, body = get(source, f"/probe/{nbytes}", Authorization="Bearer right")
+            assert (response.status, len(body)) == (200, nbytes)
+        assert get(source, f"/probe/{MAX_PROBE + 1}", Authorization="Bearer right")[0].status == 416
+        assert get(source, "/probe/-1", Authorization="Bearer right")[0].status == 404
+        assert get(source, "/probe/1")[0].status == 401
+        slow = f"torchft-http/1 http://{link.address}"
+        link.throttle(1e6)
+        assert receiver.measure([(0, slow)], TIMEOUT) < 3e6, "never more than the link carries, but for a buffer or two"
+        link.block()
+        blocked = receiver.measure([(0, slow), (1, source.metadata()), (2, "other/1 x")], timedelta(seconds=3))
+        assert blocked > 3e6, "those that answer count"
+        with pytest.raises(CheckpointError):
+            receiver.measure([(0, "other/1 x")], TIMEOUT)
+        source.shutdown()
+        with pytest.raises(SourceLost):
+            receiver.measure([(1, source.metadata())], TIMEOUT)
+
+
+def test_rate_of_a_probe_is_that_of_its_second_half() -> None:
+    assert rate_of([(0.0, 0), (0.25, 900), (0.5, 1000), (1.0, 1500)]) == pytest.approx(1000)
+    assert rate_of([(0.0, 0), (1.0, 0)]) == 0
+    assert rate_of([(0.0, 0), (0.001, 1000)]) == pytest.approx(1e6)
 
 
 def test_other_requests_are_refused() -> None:
@@ -232,6 +265,16 @@ def test_slow_reader_of_uncopied_state_gets_what_was_offered_in_the_middle_of_a_
         weights.zero_()
         body = reader.body(32 << 20)
         assert body.count(1) == len(body), "what training wrote meanwhile was sent"
+        reader.close()
+
+
+def test_nothing_is_copied_for_readers_that_have_given_up() -> None:
+    with transport(snapshot="lock") as source:
+        source.send_checkpoint([1], 1, {"w": torch.ones(32 << 20, dtype=torch.uint8)}, TIMEOUT)
+        reader = SlowReader(source, 1)
+        reader._sock.shutdown(socket.SHUT_WR)  # what it has not read keeps the source's end busy for ever
+        source.disallow_checkpoint()
+        assert source._arena.nbytes == 0
         reader.close()
 
 

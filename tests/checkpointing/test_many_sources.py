@@ -131,6 +131,13 @@ def test_source_that_hangs_is_taken_over_from() -> None:
         hanger.join(20)
 
 
+def test_source_that_never_tells_its_hashes_is_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"), sources(2) as s, s.offered(0)._sealing:
+        s.assert_right(s.receive())
+        assert "replica rank 0 (http://" in caplog.text
+        assert "does not tell its hashes" in caplog.text
+
+
 def test_source_that_hangs_before_its_manifest_is_not_waited_for() -> None:
     with sources(2, rate=None) as s:
         s.links[0].block()

@@ -24,6 +24,7 @@ def quorums(draw: st.DrawFn) -> Quorum:
             step=draw(st.integers(-1, 2)),
             commit_failures=draw(st.integers(0, 3)),
             lineage=draw(st.sampled_from([0, 5, 5, 5, 7])),
+            waits=draw(st.sampled_from([False, False, True])),
         )
         for rid in ids
     ]
@@ -49,8 +50,9 @@ def test_view_is_the_one_the_protocol_describes(quorum: Quorum, group_rank: int,
     if all(told):
         up_to_date = [m for m in up_to_date if m.lineage == max(told)]
     primary = up_to_date[group_rank % len(up_to_date)]
-    recovering = [m for m in members if m not in up_to_date or (init_sync and max_step == 0 and m != primary)]
-    not_recovering = [m for m in up_to_date if m not in recovering]
+    behind = [m for m in members if m not in up_to_date or (init_sync and max_step == 0 and m != primary)]
+    recovering = [m for m in behind if not m.waits]
+    not_recovering = [m for m in up_to_date if m not in behind]
     for rank, me in enumerate(members):
         view = assign(quorum, me.replica_id, group_rank, init_sync)
         assert view.quorum_id == quorum.quorum_id
@@ -68,6 +70,10 @@ def test_view_is_the_one_the_protocol_describes(quorum: Quorum, group_rank: int,
             assert view.recover_src_manager_address == source.address
         else:
             assert (view.recover_src_replica_rank, view.recover_src_manager_address) == (None, "")
+        assert view.recovering_replica_ranks == tuple(members.index(m) for m in recovering)
+        told_of = {members[s.replica_rank].replica_id for s in view.recover_sources}
+        assert told_of <= {m.replica_id for m in not_recovering}
+        assert len(told_of) == (min(MAX_SOURCES, len(not_recovering)) if me in behind else 0)
 
 
 @settings(max_examples=300)
@@ -79,7 +85,9 @@ def test_after_a_heal_all_members_tell_one_lineage(quorum: Quorum, group_rank: i
     assert len({view.lineage for view in views.values()}) == 1
     at_max = [m.lineage for m in quorum.participants if m.step == max(n.step for n in quorum.participants)]
     if 0 not in at_max:
-        assert {view.lineage if view.heal else told[rid] for rid, view in views.items()} == {max(at_max)}
+        waiting = {m.replica_id for m in quorum.participants if m.waits}
+        after = {view.lineage if view.heal else told[rid] for rid, view in views.items() if rid not in waiting}
+        assert after <= {max(at_max)}
 
 
 def test_group_whose_ranks_hold_parts_of_different_states_has_none() -> None:
@@ -109,7 +117,7 @@ def test_every_recovering_member_has_one_source_that_knows_it(q: Quorum, group_r
         server = views[rid].replica_ids[source]
         assert not views[server].heal, "a source does not recover itself"
         assert steps[server] == views[rid].max_step
-    load = [len(view.recover_dst_replica_ranks) for view in views.values() if not view.heal]
+    load = [len(view.recover_dst_replica_ranks) for view in views.values() if not view.recover_sources]
     assert max(load) - min(load) <= 1, "the load is spread evenly"
 
 
@@ -120,13 +128,15 @@ def test_healing_member_knows_all_sources_its_own_first(q: Quorum, group_rank: i
     views = views_of(q, group_rank, init_sync)
     healing = [v.replica_rank for v in views.values() if v.heal]
     primary = views[q.participants[0].replica_id].store_address.removesuffix(":2")
-    usual = {v.replica_rank for v in views.values() if v.max_replica_rank is not None and not v.heal}
+    behind = [v.replica_id for v in q.participants if views[v.replica_id].recover_sources]
+    usual = {v.replica_rank for rid, v in views.items() if v.max_replica_rank is not None and rid not in behind}
     for rid, view in views.items():
         assert sorted(view.recovering_replica_ranks) == sorted(healing)
-        if not view.heal:
-            assert view.recover_sources == ()
+        if rid not in behind:
+            assert not view.heal
             continue
-        assert view.recover_sources[0].replica_rank == view.recover_src_replica_rank
+        if view.heal:
+            assert view.recover_sources[0].replica_rank == view.recover_src_replica_rank
         named = [s.replica_rank for s in view.recover_sources]
         assert len(set(named)) == len(named) == min(MAX_SOURCES, len(usual))
         assert set(named) <= usual
@@ -176,7 +186,8 @@ def test_member_without_state_never_serves(quorum: Quorum, group_rank: int, init
         if not usable(quorum):
             assert (view.max_step, view.heal, view.recover_dst_replica_ranks) == (-1, False, ())
         elif m.replica_id in without:
-            assert view.heal
+            assert view.heal != m.waits
+            assert view.recover_sources
             assert view.recover_dst_replica_ranks == ()
             assert view.max_replica_rank is None
 

@@ -14,6 +14,8 @@ _QUIET = 2.0
 _EVERY = 1.0
 _FIRST = 0.05
 _SPAN = 0.5
+_GLANCES = ((0.25, 1.0), (0.05, 4.0))
+"""Seconds since the first bytes came, and how many times too slow is far too slow by then."""
 
 
 class FetchProgress:
@@ -30,6 +32,7 @@ class FetchProgress:
         self._told_bytes = 0
         self._judged = self._began
         self._judged_bytes = self._slow_spans = 0
+        self._first: tuple[float, int] | None = None
         self.total = 0
         """Bytes of the state."""
         self.done = 0
@@ -60,6 +63,7 @@ class FetchProgress:
         self._began = self._counted = time.monotonic()
         self._told = self._began + _QUIET - _EVERY
         self._judged = self._began
+        self._first = None
 
     def landed(self, nbytes: int) -> None:
         self.done += nbytes
@@ -90,6 +94,23 @@ class FetchProgress:
         self._judged, self._judged_bytes = now, received
         self._slow_spans = self._slow_spans + 1 if slow else 0
         return self._slow_spans >= 2
+
+    def far_too_slow(self, received: int, time_left: float) -> bool:
+        """Whether the time left would not do, at the pace since the first bytes came: a glance, which may err.
+
+        It costs those who wait a quarter of a second at most, where :meth:`hopeless` takes its time to be sure.
+        """
+        now = time.monotonic()
+        if received <= 0:
+            return False
+        if self._first is None:
+            self._first = now, received
+            return False
+        span, came = now - self._first[0], received - self._first[1]
+        if came <= 0:
+            return False  # it may pause
+        needed = (self.total - self.kept - received) * span / came
+        return any(span >= after and needed > times * time_left for after, times in _GLANCES)
 
     def tell(self, received: int, sources: int) -> None:
         """A line each second, for a fetch that takes longer than two."""

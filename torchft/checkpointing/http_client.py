@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import xxhash
 
 from torchft.checkpointing.chunks import DIGEST_BYTES, ByteRun, Cut, Seal, open_manifest, read_hashes
+from torchft.checkpointing.http_probe import MAX_PROBE, rate_of, sample
 from torchft.checkpointing.http_wire import HASHED, BodyReader, HeadReader, WireError, content_range, set_timeout
 from torchft.checkpointing.manifest import MAX_MANIFEST_BYTES
 from torchft.checkpointing.transfers import Transfer
@@ -139,6 +140,20 @@ class SourceConnection:
             self._receive(run.views(*cut.span(index)), arrived)
             self._receive([memoryview(announced)])
             landed(index, hasher.digest(), bytes(announced))
+
+    def probe(self, nbytes: int = MAX_PROBE) -> float:
+        """Bytes a second that come from this source now; takes about a second at most.
+
+        Raises:
+            SourceLost, CheckpointError
+        """
+        status, _, length = self._ask(f"/probe/{nbytes}", {})
+        if status != 200 or length != nbytes:
+            raise CheckpointError(f"the source {self.address} cannot be measured: it answered {status}, {length} bytes")
+        try:
+            return rate_of(sample(self._sock, self._reader, length))
+        except OSError as e:
+            raise self._lost(e) from e
 
     def _document(self, step: int, name: str) -> bytearray:
         status, _, length = self._ask(f"/checkpoint/{step}/{name}", self._patience())

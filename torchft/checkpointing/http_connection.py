@@ -7,6 +7,8 @@ Requests
       chunk's hash right after the chunk: it is hashed as it is sent.
     - ``GET /checkpoint/{step}/hashes``, when all is hashed; asking makes the source hash what it has not yet.
 
+    - ``GET /probe/{bytes}``, at any time: bytes that mean nothing (:mod:`torchft.checkpointing.http_probe`).
+
     Once all is hashed answers carry ``ETag: "root"``; ``If-Match: "root"`` has it hashed and is checked. 401 without
     the token where one is set; 404 for a step that is not offered (any more, or yet), 409 for a step older than what
     was offered, 410 for chunks that are not held any more, 412 for another root, 416 for an impossible range, 503 while
@@ -29,6 +31,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
+from torchft.checkpointing.http_probe import MAX_PROBE, noise
 from torchft.checkpointing.http_wire import HASHED, PIECE, HeadReader, limit_calls, parse_range, send_some, send_views
 from torchft.checkpointing.offer import Gone, Offer, Withdrawn
 from torchft.checkpointing.transfers import shut_down
@@ -45,6 +48,7 @@ _IDLE = 60.0
 _MAX_WAIT = 3600.0
 _TICK = 0.02
 _PATH = re.compile(r"/checkpoint/(\d{1,18})/(manifest|data|hashes)")
+_PROBE = re.compile(r"/probe/(\d{1,18})")
 _WAIT = re.compile(r"wait=(\d{1,9}(?:\.\d{1,6})?)")
 _REASONS = {
     200: "OK",
@@ -87,6 +91,15 @@ class Connection:
         self.dropped = True
         shut_down(self._sock)
 
+    def gone(self) -> bool:
+        """Whether the other end has closed it, which who only sends does not see. Under the server's lock, as above."""
+        try:
+            return not self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def _run(self) -> None:
         try:
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -119,6 +132,9 @@ class Connection:
                 raise Refused(405, "GET is served")
             if not self._server.allows(headers):
                 raise Refused(401, "this source asks for a token: give the transport the job's token=")
+            if (probe := _PROBE.fullmatch(target)) is not None:
+                self._probe(int(probe[1]), method)
+                return headers.get("connection", "").lower() != "close"
             path = _PATH.fullmatch(target)
             if path is None:
                 raise Refused(
@@ -144,6 +160,13 @@ class Connection:
             if e.status == 400:
                 return False
         return headers.get("connection", "").lower() != "close"
+
+    def _probe(self, nbytes: int, method: str) -> None:
+        if nbytes > MAX_PROBE:
+            raise Refused(416, f"a probe has at most {MAX_PROBE} bytes")
+        head = _head(200, {"Content-Type": "application/octet-stream"}, nbytes)
+        body = noise(nbytes) if method == "GET" else []
+        send_views(self._sock, [memoryview(head), *body], self._server.stall)
 
     def _document(self, offer: Offer, document: bytes, method: str) -> None:
         fields = {**_etag(offer), "Content-Type": "application/json"}

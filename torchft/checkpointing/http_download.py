@@ -53,6 +53,8 @@ _PATIENCE = 0.5
 """Seconds that the assigned source has for its manifest before the others are asked as well."""
 _SOON = 0.3
 """Seconds: what one source will have sent by then needs no other."""
+_SILENT = 1.0
+"""Seconds that a source has for its hashes at least, when all data and another source's hashes are there."""
 _END = 10.0
 
 
@@ -66,6 +68,8 @@ class Download:
         deadline: until when all must be done.
         transfer: that this is.
         connections: to each source.
+        unmeasured: nothing is known about the way to the sources, and others wait: what is far too slow is given up at
+            once.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class Download:
         deadline: Deadline,
         transfer: Transfer,
         connections: int = 2,
+        unmeasured: bool = False,
     ) -> None:
         self._look = sources
         self._token = token
@@ -83,6 +88,7 @@ class Download:
         self._deadline = deadline
         self._transfer = transfer
         self._connections = connections
+        self._unmeasured = unmeasured
         self._receiver = uuid.uuid4().hex
         self._changed = threading.Condition()
         self._over = False
@@ -184,11 +190,16 @@ class Download:
                 if self._more_sources_pay():
                     self._open(self._sources)
                 self._ask_for_seals()
-                if self.progress.hopeless(self._received(), self._deadline.remaining()):
+                received, left = self._received(), self._deadline.remaining()
+                if self.progress.hopeless(received, left) or (
+                    self._unmeasured and self.progress.far_too_slow(received, left)
+                ):
                     raise TooSlow(
                         f"step {self._step} comes too slowly from source {', '.join(map(str, self._sources))}: "
-                        f"{self.progress} after {self.progress.elapsed:.1f}s, and {self._deadline.remaining():.0f}s "
-                        "are left for the rest. A longer timeout lets the other groups wait longer for this one"
+                        f"{received / 1e6:.1f} of {self.progress.total / 1e6:.0f} MB came in "
+                        f"{self.progress.elapsed:.2f}s, and {left:.0f}s are left for the rest. A longer timeout lets "
+                        "the other groups wait longer for this one",
+                        self.progress.total,
                     )
                 self.progress.tell(self._received(), sum(s.usable for s in self._sources))
 
@@ -228,8 +239,8 @@ class Download:
         ready = [s for s in self._sources if s.usable]
         if self._kept or len(ready) > 1 or len(self._used()) > 1:
             for source in ready:
-                if not source.asked_for_seal:
-                    source.asked_for_seal = True
+                if source.asked_for_seal is None:
+                    source.asked_for_seal = time.monotonic()
                     self._start("seal", self._fetch_seal, source)
 
     @property
@@ -248,6 +259,7 @@ class Download:
         if not self._kept and len(self._used()) <= 1:
             return Seal(cut, b"".join(self.verified[i] for i in range(cut.count)), body)
         self._ask_for_seals()
+        self._give_up_the_silent()
         taking_part = [s for s in self._sources if s.usable]
         if not taking_part or any(s.seal is None for s in taking_part):
             return None
@@ -272,6 +284,19 @@ class Download:
             del self.verified[index]
         self._plan.revoke(wrong)
         return seal if self._plan.finished else None
+
+    def _give_up_the_silent(self) -> None:
+        """All is there, and some say what it should be: who does not is not waited for much longer than for those."""
+        usable = [s for s in self._sources if s.usable]
+        told = [s.seal_took for s in usable if s.seal is not None]
+        if not told:
+            return
+        patience, now = max(_SILENT, 3 * max(told)), time.monotonic()
+        for source in usable:
+            asked = source.asked_for_seal
+            if source.seal is None and asked is not None and now - asked > patience:
+                logger.warning("%s does not tell its hashes: what it gave is compared with the others'", source)
+                source.end(SourceLost(f"{source} did not tell its hashes within {patience:.1f}s"))
 
     # -------------------------------------------------------------- the threads
 
@@ -339,7 +364,8 @@ class Download:
         with self._changed:
             if (seal.cut, seal.body) != (self._layout[0], self._layout[2]):
                 raise IntegrityError(f"{source} replaced its state of step {self._step} while it was read: try again")
-            source.seal = seal
+            assert source.asked_for_seal is not None
+            source.seal, source.seal_took = seal, time.monotonic() - source.asked_for_seal
 
     def _staff(self, source: HTTPSource) -> None:
         assert self._plan is not None

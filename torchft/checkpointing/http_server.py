@@ -84,6 +84,13 @@ class SnapshotServer:
                 reader.cut()
             self._changed.notify_all()
 
+    def drop_gone(self) -> None:
+        """Cuts off readers that have closed their end: they need nothing any more. Returns at once."""
+        with self._changed:
+            for reader in () if self._offer is None else self._offer.readers:
+                if not reader.dropped and reader.gone():
+                    reader.cut()
+
     def withdraw(self, deadline: Deadline) -> bool:
         """Cuts readers off. True: nobody reads the snapshot's memory any more."""
         with self._changed:

@@ -37,7 +37,10 @@ class HTTPSource:
     """On which the manifest came, for the first worker."""
     seal: Seal | None = None
     """Its hashes of all chunks, when asked for and there."""
-    asked_for_seal: bool = False
+    asked_for_seal: float | None = None
+    """When."""
+    seal_took: float = 0.0
+    """Seconds until it was there."""
     workers: dict[int, SourceConnection] = field(default_factory=dict)
     closed: int = 0
     """Bytes that came on connections that are closed."""

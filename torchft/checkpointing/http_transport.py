@@ -28,6 +28,7 @@ import concurrent.futures
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -40,8 +41,10 @@ from torchft.checkpointing import metrics
 from torchft.checkpointing.chunks import Cut
 from torchft.checkpointing.destination import Destination
 from torchft.checkpointing.fetch_progress import FetchProgress
+from torchft.checkpointing.http_client import SourceConnection
 from torchft.checkpointing.http_download import Download
 from torchft.checkpointing.http_partial import Partial
+from torchft.checkpointing.http_probe import sum_of_rates
 from torchft.checkpointing.http_server import SnapshotServer
 from torchft.checkpointing.manifest import Manifest, describe
 from torchft.checkpointing.offer import Offer
@@ -66,6 +69,7 @@ logger = SpeakerLogger(__name__)
 _PROTOCOL = "torchft-http/1"
 _DROP = 10.0
 _WINDOW = 0.05
+_GLANCE = 0.005
 _WORTH_WAITING = 1.5e9
 """Bytes a second: a copy into memory that is not there yet is hardly faster."""
 
@@ -91,6 +95,7 @@ class HTTPTransport(CheckpointTransport[T]):
 
     takes_many_sources = True
     receives_beside_collectives = True
+    measures = True
 
     def __init__(
         self,
@@ -230,23 +235,29 @@ class HTTPTransport(CheckpointTransport[T]):
         """Waits for readers as long as they are about as fast as a copy would be; whether they are done."""
         if not self._live:
             return self._server.wait_for_readers(Deadline(0))
-        before = offer.bytes_sent
-        while not self._server.wait_for_readers(Deadline(_WINDOW)):
-            now = offer.bytes_sent
-            if now - before < _WORTH_WAITING * _WINDOW:
-                return False
-            before = now
+        before, window = offer.bytes_sent, Deadline(_WINDOW)
+        while not self._server.wait_for_readers(Deadline(_GLANCE)):
+            self._server.drop_gone()  # one that gave up is not waited for, and nothing is copied for it
+            if window.expired:
+                now = offer.bytes_sent
+                if now - before < _WORTH_WAITING * _WINDOW:
+                    return False
+                before, window = now, Deadline(_WINDOW)
         return True
 
     def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> T:
         return self.recv_from_many([(src_rank, metadata)], step, timeout)
 
-    def recv_from_many(self, sources: Sequence[tuple[int, str]], step: int, timeout: timedelta) -> T:
+    def recv_from_many(
+        self, sources: Sequence[tuple[int, str]], step: int, timeout: timedelta, *, unmeasured: bool = False
+    ) -> T:
         deadline = Deadline(timeout)
         started = time.perf_counter()
         _addresses_in(sources[0][1])  # a source that does not speak this is an error, not one less
         with self._receiving.begin() as transfer:
-            download = Download(lambda: _named(sources), self._token, step, deadline, transfer, self._connections)
+            download = Download(
+                lambda: _named(sources), self._token, step, deadline, transfer, self._connections, unmeasured
+            )
             self.last_receive = download.progress
             with download:
                 self._waiting = download
@@ -291,6 +302,26 @@ class HTTPTransport(CheckpointTransport[T]):
             before=None if before is None or before.cut != cut else before.destination,
         )
         return destination, {} if before is None else before.still_in(destination, cut)
+
+    def measure(self, sources: Sequence[tuple[int, str]], timeout: timedelta) -> float:
+        deadline, receiver = Deadline(timeout), uuid.uuid4().hex
+
+        with self._receiving.begin() as transfer:
+
+            def probe(addresses: Sequence[str]) -> float:
+                connection = SourceConnection(addresses, self._token, deadline, transfer, receiver)
+                try:
+                    return connection.probe()
+                finally:
+                    connection.close()
+
+            probes = [partial(probe, addresses) for _, addresses in _named(sources) if addresses]
+            if not probes:
+                raise CheckpointError("none of the sources speaks HTTP as this transport does")
+            try:
+                return sum_of_rates(probes, deadline.remaining())
+            finally:
+                transfer.finish()
 
     def abort(self, reason: str = "the caller gave it up") -> None:
         self._receiving.abort(reason)

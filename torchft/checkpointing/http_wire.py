@@ -37,6 +37,9 @@ _TIMEVAL = struct.Struct("@ll")
 _IOV = 256
 _SMALL = 64 << 10
 _CHECK = 0.1
+_EAGER = 1 << 20
+"""The first bytes of a connection are handed on as they come, whole pieces afterwards: who watches a slow one knows at
+once how slow it is."""
 
 PIECE = 512 << 10
 """Bytes that are hashed and moved at a time: they stay in the second level's cache in between."""
@@ -165,6 +168,7 @@ class BodyReader:
         self._reader = reader
         self._deadline = deadline
         self._checked = 0.0
+        self._came = 0
         self._bounce: memoryview | None = None
 
     def fill(self, views: Sequence[memoryview], arrived: Callable[[memoryview], object] | None = None) -> None:
@@ -198,20 +202,26 @@ class BodyReader:
         while position < len(view):
             piece = view[position : position + PIECE]
             got = self._reader.take([piece])
+            told = 0
             while got < len(piece):
                 now = time.monotonic()
                 if now - self._checked > _CHECK:  # two system calls for each piece would be felt
                     set_timeout(self._sock, self._deadline)
                     self._checked = now
                 try:
-                    came = self._sock.recv_into(piece[got:], len(piece) - got, socket.MSG_WAITALL)
+                    whole = socket.MSG_WAITALL if self._came >= _EAGER else 0
+                    came = self._sock.recv_into(piece[got:], len(piece) - got, whole)
                 except BlockingIOError as e:
                     raise TimeoutError(f"not all data came within {self._deadline.timeout:g}s") from e
                 if not came:
                     raise WireError("the connection was closed in the middle of the data")
                 got += came
-            if arrived is not None:
-                arrived(piece)
+                self._came += came
+                if arrived is not None and not whole:
+                    arrived(piece[told:got])
+                    told = got
+            if arrived is not None and told < len(piece):
+                arrived(piece[told:])
             position += len(piece)
 
     def _fill_small(self, views: list[memoryview], size: int, arrived: Callable[[memoryview], object] | None) -> None:

@@ -46,6 +46,9 @@ class Reader(Protocol):
     def cut(self) -> None:
         """Makes it stop reading, soon."""
 
+    def gone(self) -> bool:
+        """Whether the receiver has closed it."""
+
 
 class Offer:
     """What a server holds of one snapshot.
@@ -138,7 +141,7 @@ class Offer:
         """Chunks that somebody who reads was not sent."""
         with self._changed:
             out: set[int] = set()
-            for receiver in {r.receiver for r in self.readers}:
+            for receiver in {r.receiver for r in self.readers if not r.dropped}:
                 out |= set(range(self.cut.count)) - self._sent.get(receiver, set())
             return out
 

@@ -79,7 +79,15 @@ class CheckpointTimeout(CheckpointError, TimeoutError):
 
 
 class TooSlow(CheckpointTimeout):
-    """It comes, but so slowly that it cannot be there in the time allowed. Nothing is wrong with the source's state."""
+    """It comes, but so slowly that it cannot be there in the time allowed. Nothing is wrong with the source's state.
+
+    Args:
+        nbytes: of the state; 0: not known.
+    """
+
+    def __init__(self, message: str, nbytes: int = 0) -> None:
+        super().__init__(message)
+        self.nbytes = nbytes
 
 
 class CheckpointTransport(ABC, Generic[T]):
@@ -92,6 +100,10 @@ class CheckpointTransport(ABC, Generic[T]):
     their state where one heals, else only the one that the quorum assigns."""
     receives_beside_collectives: bool = False
     """Whether a receive leaves the process group alone, so that collectives may run meanwhile."""
+
+    measures: bool = False
+    """Whether ``measure`` says how fast sources are, and ``recv_from_many`` takes ``unmeasured=True``: then it is to
+    give up with :class:`TooSlow` within a fraction of a second where it would be far too slow, for others wait."""
 
     @abstractmethod
     def metadata(self) -> str:
@@ -142,12 +154,25 @@ class CheckpointTransport(ABC, Generic[T]):
 
         Args:
             sources: replica rank and ``metadata()`` of each, the assigned one first. It may grow while this runs:
-            further
-                sources are appended as they answer.
+                further sources are appended as they answer.
             step, timeout: as of ``recv_checkpoint``, whose errors this raises.
         """
         rank, metadata = sources[0]
         return self.recv_checkpoint(rank, metadata, step, timeout)
+
+    def measure(self, sources: Sequence[tuple[int, str]], timeout: timedelta) -> float:
+        """How fast a state would come from these sources: bytes a second, without a state's being offered.
+
+        From any thread, beside everything else; where ``measures`` says so.
+
+        Args:
+            sources: as of ``recv_from_many``.
+            timeout: longest that this call may take; it takes a second or two.
+
+        Raises:
+            CheckpointError: none of them can be measured.
+        """
+        raise CheckpointError(f"{type(self).__name__} does not measure")
 
     def abort(self, reason: str = "the caller gave it up") -> None:
         """Ends what this transport is doing at this moment, so that nobody waits for a member that died or hangs.

@@ -51,6 +51,7 @@ class ManagerClient:
         init_sync: bool = True,
         timed_out: bool = False,
         lineage: int = 0,
+        waits: bool = False,
     ) -> types.QuorumResult:
         """Asks for the group's next quorum, with all ranks of the group, and waits for it.
 
@@ -64,6 +65,7 @@ class ManagerClient:
             init_sync: at step 0 all groups take the primary's state.
             timed_out: in its last step it waited for the other groups in vain: those that do not ask soon, hang.
             lineage: the quorum in which its newest step was committed, by it or by whom it healed from; 0: not known.
+            waits: if it needs a state, it does not take one in this step.
 
         Raises:
             TimeoutError: no quorum in time.
@@ -78,6 +80,7 @@ class ManagerClient:
             commit_failures=commit_failures,
             timed_out=timed_out,
             lineage=lineage,
+            waits=waits,
         )
         try:
             response = self._stub.Quorum(request, timeout=seconds(timeout))

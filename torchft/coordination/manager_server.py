@@ -147,6 +147,7 @@ class ManagerServer:
         init_sync: bool = True,
         timed_out: bool = False,
         lineage: int = 0,
+        waits: bool = False,
     ) -> types.QuorumResult:
         """A rank of this process asks for the group's next quorum and waits for it.
 
@@ -161,6 +162,7 @@ class ManagerServer:
             commit_failures=commit_failures,
             timed_out=timed_out,
             lineage=lineage,
+            waits=waits,
         )
         ask = Ask(group_rank, request, Deadline(timeout))
         complete = self._come(ask)
@@ -250,6 +252,7 @@ class ManagerServer:
             commit_failures=max(a.request.commit_failures for a in asks),
             timed_out=any(a.request.timed_out for a in asks),
             seen_step=max(self._seen_step, step),
+            waits=any(a.request.waits for a in asks),
         )
         init_sync = any(a.request.init_sync for a in asks)
         answer = self._lighthouse.quorum(member, init_sync, Deadline(max(a.remaining() for a in asks)))

@@ -122,7 +122,7 @@ class QuorumResult:
     commit_failures: int = 0
     replica_ids: list[str] = field(default_factory=list)
     recover_sources: list[Source] = field(default_factory=list)
-    """Whom this group may take the state from, the assigned one first."""
+    """Whom this group may take the state from, the assigned one first; also if it waits."""
     recovering_replica_ranks: list[int] = field(default_factory=list)
     """All members that heal."""
     names: dict[int, str] = field(default_factory=dict)
@@ -133,6 +133,11 @@ class QuorumResult:
     """The job was at this step, and no member holds its state; 0: nothing is lost."""
     lost_by_survivor: bool = False
     """A member was there when it was."""
+
+    @property
+    def waits(self) -> bool:
+        """This group needs a state, and takes none in this step, as it said itself."""
+        return bool(self.recover_sources) and not self.heal
 
     def name(self, replica_rank: int) -> str:
         """The replica id of a member, as far as it is told: in a large quorum only of those this group deals with."""
@@ -204,6 +209,7 @@ def member_from_wire(member: pb.QuorumMember) -> membership.Member:
         attempt=member.attempt,
         lineage=member.lineage,
         seen_step=member.seen_step,
+        waits=member.waits,
     )
 
 
@@ -221,6 +227,7 @@ def member_to_wire(member: membership.Member) -> pb.QuorumMember:
         attempt=member.attempt,
         lineage=member.lineage,
         seen_step=member.seen_step,
+        waits=member.waits,
     )
 
 

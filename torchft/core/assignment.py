@@ -15,6 +15,8 @@ Rules, with the members sorted by replica id
       rank spreads the load.
     - *Recovering* are the members that are not up to date; and, when ``init_sync`` and ``max_step`` is 0, all but the
       primary, so that all begin from one initialisation.
+    - Of these, who says that it *waits* takes no state in this step: nobody serves it, and it does not count as
+      recovering. It is told whom it may measure the way to.
     - The i-th recovering member is served by ``sources[(i + group_rank) mod n]``, the sources being the
       up-to-date that do not recover themselves.
     - Any source may serve any recovering member: each is told of at most :data:`MAX_SOURCES`, the one that serves
@@ -80,9 +82,9 @@ class View:
     recover_src_manager_address: str
     recover_dst_replica_ranks: tuple[int, ...]
     recover_sources: tuple[Source, ...]
-    """Whom this group may take the state from, the assigned one first; empty when it does not heal."""
+    """Whom this group may take the state from, the assigned one first; not empty when it heals, or waits to."""
     recovering_replica_ranks: tuple[int, ...]
-    """All members that heal."""
+    """All members that heal in this step."""
     lineage: int
     """Of the state that the up-to-date hold, and that whoever heals takes over; 0: not known."""
     commit_failures: int
@@ -153,9 +155,10 @@ class Seating:
         source: int | None = None
         dsts: tuple[int, ...] = ()
         candidates: list[int] = []
-        if (mine := heals.recovering_index.get(me)) is not None:
+        mine = heals.recovering_index.get(me, heals.waiting_index.get(me))
+        if mine is not None:
             candidates = [heals.sources[(mine + group_rank + k) % n] for k in range(min(n, MAX_SOURCES))]
-            source = candidates[0]
+            source = candidates[0] if me in heals.recovering_index else None
         elif (place := heals.sources_index.get(me)) is not None:
             dsts = heals.recovering[(place - group_rank) % n :: n]
         whole = len(self._ids) <= NAMES_OF_ALL
@@ -186,18 +189,22 @@ class Seating:
         heals = self._heals.get(primary)
         if heals is None:
             stay = self._newest_index if primary is None else {primary: 0}
-            recovering = tuple(i for i in range(len(self._ids)) if i not in stay)
-            heals = self._heals[primary] = _Heals(recovering, tuple(i for i in self._newest if i in stay))
+            behind = [i for i in range(len(self._ids)) if i not in stay]
+            waiting = tuple(i for i in behind if self._members[i].waits)
+            recovering = tuple(i for i in behind if not self._members[i].waits)
+            sources = tuple(i for i in self._newest if i in stay)
+            heals = self._heals[primary] = _Heals(recovering, waiting, sources)
         return heals
 
 
 class _Heals:
-    """Who heals in a quorum, and who may serve them."""
+    """Who heals in a quorum, who waits to, and who may serve them."""
 
-    def __init__(self, recovering: tuple[int, ...], sources: tuple[int, ...]) -> None:
+    def __init__(self, recovering: tuple[int, ...], waiting: tuple[int, ...], sources: tuple[int, ...]) -> None:
         self.recovering = recovering
         self.sources = sources
         self.recovering_index = {i: n for n, i in enumerate(recovering)}
+        self.waiting_index = {i: n for n, i in enumerate(waiting)}
         self.sources_index = {i: n for n, i in enumerate(sources)}
 
 

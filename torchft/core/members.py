@@ -34,6 +34,8 @@ class Member:
     """The same when a request is sent again because its answer may have been lost; 0: it has no number."""
     seen_step: int = 0
     """The furthest step it has seen the job at (:mod:`torchft.core.progress`)."""
+    waits: bool = False
+    """If it needs a state, it does not take one in this step: the way to those who have it is too slow."""
     standing: bool = False
     """It has a session and speaks standing quorums."""
     uses: int = 0
