@@ -83,9 +83,9 @@ def test_at_a_glance_far_too_slow_is_what_would_take_several_times_too_long(cloc
 
     assert not judged(0.04, 1_000_000), "too early to say"
     assert judged(0.06, 1_000_000)
-    assert not judged(0.06, 20_000_000)
-    assert judged(0.26, 20_000_000)
-    assert not judged(0.26, 60_000_000)
+    assert not judged(0.06, 30_000_000)
+    assert judged(0.26, 30_000_000)
+    assert not judged(0.26, 120_000_000)
 
 
 def test_a_source_that_stumbles_after_it_gave_most_is_not_given_up(clock: Callable[[float], None]) -> None:
