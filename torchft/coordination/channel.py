@@ -24,6 +24,9 @@ from torchft.runtime.retry import retry
 __all__ = ["connect", "knock", "open_channel", "reason", "server_options", "translate"]
 
 _MAX_MESSAGE = 64 * 1024 * 1024
+_MAX_PENDING = 20_000
+"""Calls that a server has not begun to serve yet. gRPC refuses some beyond 1000 otherwise, drawn by chance: thousands of
+groups come in the same moment when a lighthouse is started again."""
 
 _CLIENT_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.max_receive_message_length", _MAX_MESSAGE),
@@ -43,6 +46,8 @@ _NO_ANSWER = (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE, gr
 _SERVER_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", _MAX_MESSAGE),
     ("grpc.max_send_message_length", _MAX_MESSAGE),
+    ("grpc.server.max_pending_requests", _MAX_PENDING),
+    ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING),
     ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a silent split of its clients
     # Other clients ping as often as they like: never answered with ENHANCE_YOUR_CALM.
     ("grpc.keepalive_permit_without_calls", 1),
