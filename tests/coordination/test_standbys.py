@@ -17,7 +17,8 @@ import grpc
 import pytest
 
 from tests.coordination.test_sessions import Member
-from tests.etcd import Etcd, LighthouseProcess, needs_etcd, running_etcd
+from tests.etcd import Etcd, needs_etcd, running_etcd, standby
+from tests.lighthouse import LighthouseProcess
 from torchft.coordination import LighthouseClient, LighthouseServer, ManagerServer
 from torchft.coordination.channel import open_channel
 from torchft.coordination.election import RegisterError
@@ -461,11 +462,11 @@ def test_killed_and_stopped_leaders_are_replaced_and_fenced_when_they_wake(
 ) -> None:
     """SIGKILL is seen by the kernel's refusal, SIGSTOP by the lease. The one that wakes answers nobody."""
     lease_ms = 1000
-    killed = LighthouseProcess(shared.url("signals"), 30_000)
+    killed = standby(shared.url("signals"), 30_000)
     stopped: LighthouseProcess | None = None
     try:
         wait_until(lambda: killed.epochs() == [1])
-        stopped = LighthouseProcess(shared.url("signals"), lease_ms)
+        stopped = standby(shared.url("signals"), lease_ms)
         wait_until(lambda: stopped.said("standby: "), what="that it stands by")
         with member(f"{killed.address},{stopped.address}") as m:
             assert ask(m) == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.etcd import Etcd, LighthouseProcess, needs_etcd, running_etcd
+from tests.etcd import Etcd, needs_etcd, running_etcd, standby
 from tests.faults.job import Job, Trainer
 from torchft.testing.wait import wait_until
 
@@ -29,11 +29,11 @@ def together(*trainers: Trainer) -> bool:
 def test_no_step_fails_when_the_leader_is_killed_or_stopped_and_groups_join_afterwards(
     etcd: Etcd, tmp_path: Path
 ) -> None:
-    lights = [LighthouseProcess(etcd.url("job"), 1000, *OPTIONS)]
+    lights = [standby(etcd.url("job"), 1000, *OPTIONS)]
     job: Job | None = None
     try:
         wait_until(lambda: lights[0].epochs() == [1], what="that the first one leads")
-        lights.append(LighthouseProcess(etcd.url("job"), 1000, *OPTIONS))
+        lights.append(standby(etcd.url("job"), 1000, *OPTIONS))
         job = Job(tmp_path, addresses=",".join(light.address for light in lights))
         a, b = job.start("a"), job.start("b")
         job.until(lambda: together(a, b), "training together")
@@ -46,7 +46,7 @@ def test_no_step_fails_when_the_leader_is_killed_or_stopped_and_groups_join_afte
         # The first one is back, at its address, and stands by.
         former = lights[0]
         former.process.wait()
-        lights[0] = LighthouseProcess(etcd.url("job"), 1000, *OPTIONS, bind=former.address.removeprefix("http://"))
+        lights[0] = standby(etcd.url("job"), 1000, *OPTIONS, bind=former.bound)
         former.end()
         wait_until(lambda: lights[0].said("standby: "), what="that it stands by")
         at = lights[1].stop()
