@@ -398,7 +398,7 @@ class LighthouseService(pb_grpc.LighthouseServiceServicer):
         if outcome.status is not None:
             logger.debug("%s", outcome.status)
             self._status_since = now
-            self._status_told = outcome.quorum is not None or not self._core.waiting()
+            self._status_told = outcome.quorum is not None or not self._core.somebody_waits()
         elif not self._status_told and now - self._status_since >= _STILL_WAITING:
             self._status_told = True
             logger.info("no quorum yet: %s", self._core.membership.status)

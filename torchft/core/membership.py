@@ -200,6 +200,10 @@ class Membership:
         self._since[member.replica_id] = self.previous.quorum_id
         self._roster.admit(member)
 
+    def somebody_waits(self) -> bool:
+        """Whether anybody waits for a quorum."""
+        return bool(self._roster.waiters)
+
     def somebody_new_waits(self) -> bool:
         """Whether a healthy replica that is not in the previous quorum waits for the next one."""
         return self._roster.ready > self._roster.ready_members

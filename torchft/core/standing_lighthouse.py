@@ -199,6 +199,10 @@ class StandingLighthouse:
         """Those that wait for an answer, sorted by replica id."""
         return tuple(sorted((*self.membership.waiting(), *self._parked.values()), key=lambda m: m.replica_id))
 
+    def somebody_waits(self) -> bool:
+        """Whether anybody waits for an answer."""
+        return bool(self._parked) or self.membership.somebody_waits()
+
     # ------------------------------------------------------- planned change
 
     def _member(self, replica_id: str) -> bool:
