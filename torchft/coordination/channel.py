@@ -25,8 +25,8 @@ __all__ = ["connect", "knock", "open_channel", "reason", "server_options", "tran
 
 _MAX_MESSAGE = 64 * 1024 * 1024
 _MAX_PENDING = 20_000
-"""Calls that a server has not begun to serve yet. gRPC refuses some beyond 1000 otherwise, drawn by chance: thousands of
-groups come in the same moment when a lighthouse is started again."""
+"""Calls that a server has not begun to serve yet. Beyond 1000 gRPC refuses some otherwise, drawn by chance; and
+thousands of groups come in the same moment when a lighthouse is started again."""
 
 _CLIENT_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.max_receive_message_length", _MAX_MESSAGE),
