@@ -101,6 +101,25 @@ class Groups:
         futures = [self._pool.submit(call) for call in calls]
         return [f.result(timeout=60) for f in futures]
 
+    def train_together(self, *loops: tuple[Manager, Callable[[], object]], steps: int = 3, groups: int = 2) -> int:
+        """Takes steps in all the loops until they have taken ``steps`` more than the first that ``groups`` groups took
+        part in; they end at the same step, which is returned.
+
+        Nobody waits for a group that is on its way to the others, so those train on until it takes part.
+        """
+        goal: list[int] = []
+        lock = threading.Lock()
+
+        def loop(manager: Manager, step: Callable[[], object]) -> None:
+            while not goal or manager.current_step() < goal[0]:
+                step()
+                with lock:
+                    if not goal and manager.num_participants() == groups:
+                        goal.append(manager.current_step() + steps)  # the others are here, or one step behind
+
+        self.together(*(lambda m=m, s=s: loop(m, s) for m, s in loops))
+        return goal[0]
+
     def close(self) -> None:
         for replica in self._replicas:
             replica.manager.shutdown(wait=False)

@@ -110,12 +110,7 @@ def test_a_late_joiner_has_the_buckets_of_those_that_trained_before(groups: Grou
     for _ in range(4):
         a.step(torch.randn(2, 8))
     b = Trainee(groups, "b", mlp(2), bucket_cap_mb=0.0001)
-
-    def train(t: Trainee) -> None:
-        while t.manager.current_step() < 200:  # alone, it goes through some while the other is taken in
-            t.step(torch.randn(2, 8))
-
-    groups.together(lambda: train(a), lambda: train(b))
+    groups.train_together(*((t.manager, lambda t=t: t.step(torch.randn(2, 8))) for t in (a, b)), steps=20)
     assert a.weights() == b.weights()
 
 
@@ -174,14 +169,13 @@ def test_a_model_whose_forward_pass_writes_buffers_heals_while_it_computes(group
     b = make("b")
     for _ in range(3):  # it heals in its first step, while both forward passes write their statistics
 
-        def train(t: Trainee, until: int = a.manager.current_step() + 12) -> None:
-            while t.manager.current_step() < until:
-                t.optimizer.zero_grad()
-                for _ in range(20):
-                    out = t.model(torch.randn(8, 8))
-                out.square().mean().backward()
-                t.optimizer.step()
+        def step(t: Trainee) -> None:
+            t.optimizer.zero_grad()
+            for _ in range(20):
+                out = t.model(torch.randn(8, 8))
+            out.square().mean().backward()
+            t.optimizer.step()
 
-        groups.together(lambda f=train: f(a), lambda f=train: f(b))
+        groups.train_together(*((t.manager, lambda t=t: step(t)) for t in (a, b)), steps=12)
         assert a.weights() == b.weights()
     assert b.manager.errored() is None

@@ -64,10 +64,6 @@ def test_without_init_sync_nobody_heals_at_step_0(pair: Groups) -> None:
     assert a.manager.num_participants() == 2
 
 
-STEPS = 300
-"""Of a fraction of a millisecond: alone, a group goes through some of them while another one is taken in."""
-
-
 @pytest.mark.parametrize("transport", ["http", "pg", "pg in place"])
 @pytest.mark.parametrize("use_async_quorum", [True, False])
 def test_a_late_joiner_gets_the_live_state(groups: Groups, use_async_quorum: bool, transport: str) -> None:
@@ -89,14 +85,12 @@ def test_a_late_joiner_gets_the_live_state(groups: Groups, use_async_quorum: boo
     b = make("b", 2)
     participants: list[int] = []
 
-    def train(r: Replica) -> None:
-        while r.manager.current_step() < STEPS:
-            r.step()
-            if r is b:
-                participants.append(r.manager.num_participants())
+    def step_of_b() -> None:
+        b.step()
+        participants.append(b.manager.num_participants())
 
-    groups.together(lambda: train(a), lambda: train(b))
-    assert a.manager.current_step() == b.manager.current_step() == STEPS
+    end = groups.train_together((a.manager, a.step), (b.manager, step_of_b), steps=50)
+    assert a.manager.current_step() == b.manager.current_step() == end
     assert a.weights() == b.weights()
     assert a.manager.batches_committed() == b.manager.batches_committed()
     # The joiner's first step: beside its forward pass it heals and is not counted; healed before it, it is.
@@ -379,9 +373,9 @@ def test_two_groups_of_two_ranks_train_and_a_group_of_them_heals(groups: Groups)
     groups.together(*(lambda r=r: train(r, 4) for r in a))
     b = make_group("b", 2)
     assert b[0].manager.replica_id() == b[1].manager.replica_id()
-    groups.together(*(lambda r=r: train(r, 100) for r in [*a, *b]))
+    end = groups.train_together(*((r.manager, r.step) for r in [*a, *b]), steps=50)
     assert {r.weights() for r in [*a, *b]} == {a[0].weights()}
-    assert {r.manager.current_step() for r in [*a, *b]} == {100}
+    assert {r.manager.current_step() for r in [*a, *b]} == {end}
 
 
 def test_a_broken_in_place_heal_leaves_a_replica_that_asks_as_one_without_state(groups: Groups) -> None:
@@ -413,11 +407,7 @@ def test_a_broken_in_place_heal_leaves_a_replica_that_asks_as_one_without_state(
 
     b.manager._group.client._quorum = spy  # type: ignore[method-assign]
 
-    def train(r: Replica) -> None:
-        while r.manager.current_step() < STEPS:
-            r.step()
-
-    groups.together(lambda: train(a), lambda: train(b))
+    groups.train_together((a.manager, a.step), (b.manager, b.step))
     assert asked[:2] == [0, -1]
     assert a.weights() == b.weights()
 
@@ -466,11 +456,7 @@ def test_every_registered_piece_of_state_is_healed(groups: Groups) -> None:
     b = groups.replica("b", seed=9)
     b.manager.register_state_dict_fn("loader", seen.update, dict)
 
-    def train(r: Replica) -> None:
-        while r.manager.current_step() < STEPS:
-            r.step()
-
-    groups.together(lambda: train(a), lambda: train(b))
+    groups.train_together((a.manager, a.step), (b.manager, b.step))
     assert seen == {"position": 41, "name": "train"}
 
 

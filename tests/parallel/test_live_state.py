@@ -160,13 +160,7 @@ def test_shards_heal_into_a_joiner_that_has_never_stepped(
     for _ in range(3):
         a.step()
     b = Group("b", 2)
-    target = a.manager.current_step() + 3
-
-    def train(group: Group) -> None:
-        while group.manager.current_step() < target:
-            group.step()
-
-    groups.together(lambda: train(a), lambda: train(b))
+    groups.train_together((a.manager, a.step), (b.manager, b.step))
     assert b.manager.errored() is None
     theirs, mine = a.tensors(), b.tensors()
     assert theirs.keys() == mine.keys()
