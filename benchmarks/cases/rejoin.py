@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
 
 from benchmarks.cases.base import Case, Figures, Run
 from benchmarks.cases.training import SETTLED, commit_without, longest_gap, together, train
-from benchmarks.processes import Cluster
+from benchmarks.processes import Child, Cluster
 
 __all__ = ["CASES"]
 
@@ -40,6 +42,58 @@ def _rejoin(run: Run, mib: int, transport: str) -> Figures:
             "process spawn to first commit, s": first["t"] - joiner.spawned,
             "survivor's longest gap between commits, s": longest_gap(survivor, asked, first["t"]),
         }
+
+
+def _slow_joiner(run: Run) -> Figures:
+    """A group joins whose state comes at 1 MB/s: what the others feel of it."""
+    with Cluster() as cluster:
+        lighthouse = cluster.lighthouse(run.impl)
+        args = ("--state-mb", 64 if run.quick else 256, "--link", "--timeout", 20)
+        others = [train(cluster, run.impl, i, lighthouse, *args) for i in range(2)]
+        for child in others:
+            child.hello()
+        together(others, 2)
+        since = time.monotonic()
+        _train_on(others, 5 * SETTLED)
+        alone = since, time.monotonic()
+        for child in others:
+            child.tell("limit 500000")
+        joiner = train(cluster, run.impl, 2, lighthouse, *args)
+        joiner.hello()
+        asked = joiner.wait("quorum", 60)["t"]
+        tried = joiner.wait("step", 60)["t"]
+        _train_on(others, 2)
+        since = time.monotonic()
+        _train_on(others, 5 * SETTLED)
+        waiting = since, time.monotonic()
+        if any(e["committed"] for e in joiner.all("step")):
+            raise RuntimeError("the joiner healed although its state came at 1 MB/s")
+        for child in others:
+            child.tell("limit 0")
+        faster = time.monotonic()
+        healed = joiner.wait("step", 60, lambda e: e["committed"])["t"]
+
+        def longest(span: tuple[float, float]) -> float:
+            return max(longest_gap(child, *span) for child in others)
+
+        def median(span: tuple[float, float]) -> float:
+            times = [e["t"] for e in others[0].all("step") if span[0] <= e["t"] <= span[1]]
+            return statistics.median(b - a for a, b in itertools.pairwise(times))
+
+        return {
+            "others' longest gap between commits before, s": longest(alone),
+            "in the step of the first try, s": longest((asked, tried)),
+            "while the joiner waits, s": longest(waiting),
+            "others' median step before, s": median(alone),
+            "while the joiner waits (median), s": median(waiting),
+            "limit lifted to healed, s": healed - faster,
+        }
+
+
+def _train_on(children: list[Child], steps: int) -> None:
+    goals = [child.all("step")[-1]["step"] + steps for child in children]
+    for child, goal in zip(children, goals, strict=True):
+        child.wait("step", 60, lambda e, goal=goal: e["step"] >= goal)
 
 
 def _rejoin_case(mib: int, transport: str) -> Case:
@@ -82,5 +136,11 @@ CASES = (
         patience=PATIENCE,
         target="1 s",
         most_peer=1,
+    ),
+    Case(
+        "slow-joiner",
+        "a third group joins whose 256 MiB of state come at 1 MB/s, timeout 20 s: what the others feel of it",
+        _slow_joiner,
+        only_ours=True,
     ),
 )

@@ -7,14 +7,19 @@ the manager's step, whether it committed and with how many participants.
 
 Each process has data of its own, so groups are equal only if what they exchange makes them equal.
 
+With `--link` its state is read through a link of the fault injector in this process, which `limit N` makes N bytes a
+second slow (this implementation alone has it).
+
 It does what it is told between two steps: `stop`, or `until N` (train to step N, say `end` with a hash of the model,
 and wait for `stop`), `raise` (an exception that nobody catches) and `leave`.
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -58,11 +63,14 @@ class Orders:
     def __init__(self) -> None:
         self.until: int | None = None
         self.act = ""
+        self.limit: Callable[[float | None], None] = lambda rate: None
 
     def hear(self, line: str) -> None:
         word, _, number = line.partition(" ")
         if word == "until":
             self.until = int(number)
+        elif word == "limit":
+            self.limit(float(number) or None)
         else:
             self.act = word
 
@@ -79,6 +87,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--step-ms", type=float, default=20.0)
     parser.add_argument("--state-mb", type=int, default=0)
     parser.add_argument("--transport", choices=("http", "pg"), default="http")
+    parser.add_argument("--link", action="store_true", help="the state is read through a link that can be limited")
     parser.add_argument("--timeout", type=float, default=0.0, help="of everything, seconds; 0: the defaults")
     return parser.parse_args()
 
@@ -99,6 +108,18 @@ def main() -> None:
         limits = {"timeout": timeout, "quorum_timeout": timeout}
     pg = ProcessGroupGloo(timeout=timeout) if args.timeout else ProcessGroupGloo()
     transport = None  # the manager's default: HTTP
+    links = contextlib.ExitStack()
+    if args.link:
+        from torchft.checkpointing import HTTPTransport
+        from torchft.testing.faults import Link
+
+        def all_state() -> dict[str, object]:
+            return {"user": {"default": state.save()}, "torchft": manager.state_dict()}
+
+        transport = HTTPTransport(timeout, snapshot="lock", hostname="127.0.0.1", state_dict=all_state)
+        link = links.enter_context(Link(transport.metadata().rpartition("http://")[2]))
+        orders.limit = link.throttle
+        transport.metadata = lambda: f"torchft-http/1 http://{link.address}"
     if args.transport == "pg":
 
         def receive_into() -> dict[str, object]:
@@ -152,6 +173,7 @@ def main() -> None:
             participants=manager.num_participants(),
         )
     manager.shutdown()
+    links.close()
 
 
 if __name__ == "__main__":
