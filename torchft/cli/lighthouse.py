@@ -106,6 +106,14 @@ def default_state_file(bind: str) -> Path | None:
     help="With --ha: how long a leader that is not heard of keeps the others from leading.",
 )
 @click.option(
+    "--forget",
+    type=click.IntRange(1),
+    metavar="QUORUM_ID",
+    show_default=False,
+    help="The members of the last quorum, which has this id by the log, are gone for good: those of them that cannot "
+    "be reached are not waited for. Does nothing when the last quorum is another one.",
+)
+@click.option(
     "--end_when_idle_sec",
     "--end-when-idle-sec",
     type=click.FloatRange(0, min_open=True),
@@ -124,6 +132,7 @@ def lighthouse(
     state_file: str | None,
     ha: str | None,
     ha_lease_ms: int,
+    forget: int | None,
     end_when_idle_sec: float | None,
     verbose: bool,
 ) -> None:
@@ -153,6 +162,7 @@ def lighthouse(
             state_file=kept,
             ha=ha,
             ha_lease_ms=ha_lease_ms,
+            forget=forget,
         )
     except (RuntimeError, ValueError) as e:
         raise click.ClickException(str(e)) from e

@@ -40,6 +40,8 @@ class LighthouseServer:
         ha: ``etcd://host:port[,host:port][/job]``: this is one of several lighthouses of the job, which elect there the
             one that leads. It remembers the ids, too. See docs/high_availability.md.
         ha_lease_ms: how long a leader that is no longer heard of keeps the others from leading.
+        forget: the id of a quorum, as the log names it: an operator says that its members are gone. If it is the last
+            one that the record knows, those of them that cannot be reached are not waited for.
 
     Raises:
         RuntimeError: the port is taken, the state file cannot be used, or etcd's client is not installed.
@@ -58,13 +60,16 @@ class LighthouseServer:
         state_file: str | os.PathLike[str] | None = None,
         ha: str | None = None,
         ha_lease_ms: int = 5000,
+        forget: int | None = None,
     ) -> None:
         if quorum_tick_ms <= 0 or failure_tick_ms <= 0:
             raise ValueError("quorum_tick_ms and failure_tick_ms must be positive")
         options = Options(min_replicas, join_timeout_ms / 1000, heartbeat_timeout_ms / 1000)
         if ha is not None and state_file is not None:
             raise ValueError("with ha= etcd remembers the epochs: leave state_file= away")
-        self._service = LighthouseService(options, min(quorum_tick_ms, failure_tick_ms) / 1000)
+        if forget is not None and ha is None and state_file is None:
+            raise ValueError("forget= needs a record of quorums to forget: state_file= or ha=")
+        self._service = LighthouseService(options, min(quorum_tick_ms, failure_tick_ms) / 1000, forget)
         self._seat = self._sit(state_file, ha, LeaseOptions(ha_lease_ms / 1000))
         try:
             self._server = GrpcServer(bind, self._service.register, "lighthouse", options.heartbeat_timeout)
@@ -109,6 +114,10 @@ class LighthouseServer:
     def counters(self) -> Counters:
         """What it has done so far."""
         return dataclasses.replace(self._service.counters)
+
+    def status(self) -> str:
+        """Why there is, or is not yet, a quorum, in words."""
+        return loop.submit(self._service.told_status()).result(timeout=10)
 
     def inject_failure(self, replica_id: str) -> None:
         """Declares a replica dead, as if it had been seen to die. Subscribers are told."""

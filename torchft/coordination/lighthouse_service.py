@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Iterable
@@ -20,6 +19,7 @@ import grpc.aio
 
 from torchft.coordination import types
 from torchft.coordination.election import Seat
+from torchft.coordination.last_members import LastMembers
 from torchft.coordination.lighthouse_askers import Answers, Asker, Call, Question
 from torchft.coordination.lighthouse_orders import OrderQueue, Pending, quorum_of
 from torchft.coordination.proto import session_pb2, session_pb2_grpc
@@ -33,7 +33,7 @@ from torchft.core.membership import Quorum as FormedQuorum
 from torchft.core.standing import Orders
 from torchft.core.standing_lighthouse import StandingLighthouse
 from torchft.runtime import loop
-from torchft.runtime.life import Sign, examine, life_address
+from torchft.runtime.life import life_address
 
 __all__ = ["Counters", "LighthouseService"]
 
@@ -41,9 +41,8 @@ logger = logging.getLogger(__name__)
 
 _STILL_WAITING = 1.0
 """Seconds after which a reason for "not yet" is worth a line at INFO."""
-_LOOKS = (0.0, 0.1, 0.3, 1.0, 3.0)
-"""Pauses in seconds between the looks at those of an earlier reign's quorum that do not come."""
-_LOOKED_AT_ONCE = 64
+_REMINDED = 60.0
+"""Seconds until it is said again, while it stands."""
 
 
 @dataclass
@@ -63,7 +62,8 @@ class LighthouseService(pb_grpc.LighthouseServiceServicer):
 
     seat: Seat
 
-    def __init__(self, options: Options, tick: float) -> None:
+    def __init__(self, options: Options, tick: float, forget: int | None = None) -> None:
+        self._forget = forget
         self._core = StandingLighthouse(options, now=time.monotonic())
         self.counters = Counters()
         self._tick = tick
@@ -71,8 +71,7 @@ class LighthouseService(pb_grpc.LighthouseServiceServicer):
         self._find_dead: concurrent.futures.Future[None] | None = None
         self._answers: dict[str, Asker] = {}
         self._subscribers: set[asyncio.Queue[pb.FailureNotification | None]] = set()
-        self._status_since = 0.0
-        self._status_told = True
+        self._tell_status_at: float | None = None
         self._announced_id = 0
         self._last_event = time.monotonic()
         self._life_address = life_address()
@@ -95,8 +94,22 @@ class LighthouseService(pb_grpc.LighthouseServiceServicer):
             last=None if last is None else quorum_of(last),
         )
         self._orders.begin(last, self.seat.durable)
+        if self._forget is not None and (last is None or last.quorum_id != self._forget):
+            known = "none is known" if last is None else f"that was {last.quorum_id}"
+            logger.info("quorum %d is not the last one, %s: nothing is forgotten", self._forget, known)
         if last is not None:
-            self._find_dead = loop.submit(self._look_for(last, self._core))
+            self._look_for(last, self._core)
+
+    def _look_for(self, last: LastQuorum, core: StandingLighthouse) -> None:
+        search = LastMembers(
+            last,
+            patience=core.options.lease + core.options.heartbeat_timeout,
+            forget=last.quorum_id == self._forget,
+            missing=lambda replica_id: core is self._core and self.sessions.link(replica_id) is None,
+            gone=lambda replica_id, cause: self._carry_out(core.failed(replica_id, cause, self._now())),
+        )
+        search.announce()
+        self._find_dead = loop.submit(search.run())
 
     def end(self, leader: str) -> None:
         """It no longer leads: nobody waits here in vain."""
@@ -123,6 +136,9 @@ class LighthouseService(pb_grpc.LighthouseServiceServicer):
             raise ValueError(f"epoch {epoch} is far beyond what is known here, {self.seat.highest}")
         if epoch > self.seat.epoch:
             await self.seat.told(epoch)
+
+    async def told_status(self) -> str:
+        return self.status()
 
     async def healthy(self) -> tuple[str, ...]:
         return self._core.membership.healthy()
@@ -333,24 +349,6 @@ class LighthouseService(pb_grpc.LighthouseServiceServicer):
         await self.seat.remember(last)
         return last
 
-    async def _look_for(self, last: LastQuorum, core: StandingLighthouse) -> None:
-        """Members of the last quorum of an earlier reign whose processes have ended need not be waited for."""
-        missing = {rid: life for rid, life in last.members if life}
-        until = time.monotonic() + core.options.lease + core.options.heartbeat_timeout
-        for pause in itertools.chain(_LOOKS, itertools.repeat(_LOOKS[-1])):
-            await asyncio.sleep(pause)
-            missing = {rid: life for rid, life in missing.items() if self.sessions.link(rid) is None}
-            if not missing or core is not self._core or time.monotonic() > until:
-                return
-            looking = list(missing.items())
-            for some in (looking[i : i + _LOOKED_AT_ONCE] for i in range(0, len(looking), _LOOKED_AT_ONCE)):
-                signs = await asyncio.gather(*(examine(life) for _, life in some))
-                for (replica_id, _), sign in zip(some, signs, strict=True):
-                    if sign is Sign.GONE and core is self._core and self.sessions.link(replica_id) is None:
-                        del missing[replica_id]
-                        logger.info("replica %s of the last quorum is gone: its process has ended", replica_id)
-                        self._carry_out(core.failed(replica_id, "its process has ended", self._now()))
-
     def _carry_out_one(self, outcome: Outcome, asked: str) -> None:
         if outcome.again is not None:
             logger.info("replica %s asks again: the answer was lost on the way", asked)
@@ -397,11 +395,23 @@ class LighthouseService(pb_grpc.LighthouseServiceServicer):
         now = time.monotonic()
         if outcome.status is not None:
             logger.debug("%s", outcome.status)
-            self._status_since = now
-            self._status_told = outcome.quorum is not None or not self._core.somebody_waits()
-        elif not self._status_told and now - self._status_since >= _STILL_WAITING:
-            self._status_told = True
-            logger.info("no quorum yet: %s", self._core.membership.status)
+            waits = outcome.quorum is None and self._core.somebody_waits()
+            self._tell_status_at = now + _STILL_WAITING if waits else None
+        elif self._tell_status_at is not None and now >= self._tell_status_at:
+            self._tell_status_at = now + _REMINDED
+            logger.info("no quorum yet: %s", self.status())
+
+    def status(self) -> str:
+        """Why there is, or is not yet, a quorum; for how long, and what to do, where that is known."""
+        membership = self._core.membership
+        until, last = membership.takeover_at, membership.previous
+        if until is None or last is None:
+            return membership.status
+        left = max(0.0, until - time.monotonic())
+        hint = ""
+        if self.seat.durable:
+            hint = f". If you know that they are gone, start this lighthouse again with --forget {last.quorum_id}"
+        return f"{membership.status}. That is in {left:.0f} s{hint}"
 
 
 def _put(queue: asyncio.Queue[pb.FailureNotification | None], notice: pb.FailureNotification | None) -> None:

@@ -200,6 +200,11 @@ class Membership:
         self._since[member.replica_id] = self.previous.quorum_id
         self._roster.admit(member)
 
+    @property
+    def takeover_at(self) -> float | None:
+        """When those that ask need not wait for the silent members of the last quorum any more; None: they do not."""
+        return self._takeover
+
     def somebody_waits(self) -> bool:
         """Whether anybody waits for a quorum."""
         return bool(self._roster.waiters)
