@@ -49,10 +49,14 @@ class Session:
         self._stream = session_pb2_grpc.SessionServiceStub(channel).Session()
         self._name = name
         self._answered: asyncio.Future[session_pb2.Answer] = asyncio.get_running_loop().create_future()
-        self.decided: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.decided = self._undecided()
         self._writing = asyncio.Lock()  # a stream takes one message at a time
         self._uses = 0
         self.step = 0
+
+    @staticmethod
+    def _undecided() -> asyncio.Future[int]:
+        return asyncio.get_running_loop().create_future()
 
     async def begin(self) -> None:
         hello = session_pb2.Hello(replica_id=member(self._name, 0).replica_id, standing=True)
@@ -70,6 +74,7 @@ class Session:
             raise RuntimeError(answer.error)
         self._uses = answer.grant.views[0].quorum_id if answer.grant.stands else 0
         self.step = step
+        self.decided = self._undecided()
 
     async def _write(self, message: session_pb2.SessionUp) -> None:
         async with self._writing:
@@ -95,34 +100,50 @@ class Session:
                 self.decided.set_result(message.decide.step)
 
 
-async def run(address: str, groups: int, standing: bool, stand: float) -> None:
-    options = (("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1))
-    channels = [grpc.aio.insecure_channel(address.removeprefix("http://"), options=options) for _ in range(CHANNELS)]
-    if not standing:
-        asking = Asking(channels)
-        names = [f"g{i}" for i in range(groups)]
-        await asyncio.gather(*(asking.ask(i, name, 5) for i, name in enumerate(names)))
-        joiner = asyncio.ensure_future(asking.ask(groups, "joiner", 0))
+async def by_calls(channels: list[grpc.aio.Channel], groups: int, changes: int) -> None:
+    asking = Asking(channels)
+    names = [f"g{i}" for i in range(groups)]
+    step = 5
+    await asyncio.gather(*(asking.ask(i, name, step) for i, name in enumerate(names)))
+    for change in range(changes):
+        joiner = asyncio.ensure_future(asking.ask(groups, f"joiner{change}", 0))
         await asyncio.sleep(0.2)
+        step += 1
         began = time.monotonic()
-        await asyncio.gather(joiner, *(asking.ask(i, name, 6) for i, name in enumerate(names)))
+        await asyncio.gather(joiner, *(asking.ask(i, name, step) for i, name in enumerate(names)))
         say("change", standstill=time.monotonic() - began, joining=None)
-        return
+        names.append(f"joiner{change}")
+
+
+async def by_sessions(channels: list[grpc.aio.Channel], groups: int, stand: float, changes: int) -> None:
     sessions = [Session(channels[i % CHANNELS], f"g{i}") for i in range(groups)]
     await asyncio.gather(*(s.begin() for s in sessions))
     await asyncio.gather(*(s.ask(5) for s in sessions))
     say("stands")
     await asyncio.sleep(stand)
     say("stood")
-    newcomer = Session(channels[0], "joiner")
-    await newcomer.begin()
-    joining = time.monotonic()
-    joiner = asyncio.ensure_future(newcomer.ask(0))
-    steps = await asyncio.gather(*(s.decided for s in sessions))
-    began = time.monotonic()
-    await asyncio.gather(joiner, *(s.ask(step) for s, step in zip(sessions, steps, strict=True)))
-    ended = time.monotonic()
-    say("change", standstill=ended - began, joining=ended - joining)
+    for change in range(changes):
+        newcomer = Session(channels[change % CHANNELS], f"joiner{change}")
+        await newcomer.begin()
+        joining = time.monotonic()
+        joiner = asyncio.ensure_future(newcomer.ask(0))
+        steps = await asyncio.gather(*(s.decided for s in sessions))
+        began = time.monotonic()
+        await asyncio.gather(joiner, *(s.ask(step) for s, step in zip(sessions, steps, strict=True)))
+        ended = time.monotonic()
+        say("change", standstill=ended - began, joining=ended - joining)
+        sessions.append(newcomer)
+        await asyncio.gather(*(s.ask(max(steps) + 1) for s in sessions))  # it has healed: the next quorum stands
+
+
+async def run(address: str, groups: int, standing: bool, stand: float, changes: int) -> None:
+    options = (("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1))
+    channels = [grpc.aio.insecure_channel(address.removeprefix("http://"), options=options) for _ in range(CHANNELS)]
+    if standing:
+        await by_sessions(channels, groups, stand, changes)
+    else:
+        await by_calls(channels, groups, changes)
+    say("changed")
 
 
 def main() -> None:
@@ -131,9 +152,10 @@ def main() -> None:
     parser.add_argument("--groups", type=int, required=True)
     parser.add_argument("--standing", action="store_true")
     parser.add_argument("--stand", type=float, default=0.0, help="seconds in which nothing happens")
+    parser.add_argument("--changes", type=int, default=1, help="joiners, one after the other")
     args = parser.parse_args()
     stop = hello()
-    asyncio.run(run(args.lighthouse, args.groups, args.standing, args.stand))
+    asyncio.run(run(args.lighthouse, args.groups, args.standing, args.stand, args.changes))
     stop.wait()
 
 
