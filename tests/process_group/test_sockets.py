@@ -8,7 +8,8 @@ import struct
 
 import pytest
 
-from torchft.process_group.sockets import device_address, shut_down_connections
+from torchft.process_group.sockets import device_address, shut_down_connections, unpace_connections
+from torchft.runtime.loopback import paces
 
 
 def _published(host: str, family: int, port: int, address: bytes) -> bytes:
@@ -66,3 +67,18 @@ def test_looking_for_connections_leaks_no_descriptor() -> None:
     for _ in range(20):
         assert shut_down_connections([("127.0.0.1", 1)], [("127.0.0.1", 2)]) == 0
     assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def test_a_groups_connections_on_this_machine_are_not_paced_and_others_keep_what_they_have() -> None:
+    if not paces():
+        pytest.skip("connections are not paced here by default")
+    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+    pairs = [_connect(server) for server in servers]
+    try:
+        ours, theirs, _ = (server.getsockname() for server in servers)
+        assert unpace_connections([ours], [("192.0.2.1", theirs[1])]) == 0, "nobody else is on this machine"
+        assert unpace_connections([ours], [theirs]) == 2
+        assert [paces(s) for pair in pairs for s in pair] == [True, False, False, True, True, True]
+    finally:
+        for s in [*servers, *(s for pair in pairs for s in pair)]:
+            s.close()

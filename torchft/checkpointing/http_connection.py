@@ -36,6 +36,7 @@ from torchft.checkpointing.http_wire import HASHED, PIECE, HeadReader, limit_cal
 from torchft.checkpointing.offer import Gone, Offer, Withdrawn
 from torchft.checkpointing.transfers import shut_down
 from torchft.runtime.deadline import Deadline
+from torchft.runtime.loopback import unpace
 
 if TYPE_CHECKING:
     from torchft.checkpointing.http_server import SnapshotServer
@@ -103,6 +104,7 @@ class Connection:
     def _run(self) -> None:
         try:
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            unpace(self._sock)
             reader = HeadReader(self._sock)
             while self._one(reader):
                 pass

@@ -19,7 +19,13 @@ import logging
 import socket
 import struct
 
-from torchft.process_group.sockets import DeviceAddress, device_address, pair_identifiers, shut_down_connections
+from torchft.process_group.sockets import (
+    DeviceAddress,
+    device_address,
+    pair_identifiers,
+    shut_down_connections,
+    unpace_connections,
+)
 from torchft.runtime.fork import close_in_children
 
 __all__ = ["Devices"]
@@ -65,6 +71,12 @@ class Devices:
     def built(self) -> None:
         """They are built, or never will be."""
         self._building = False
+
+    def unpace(self) -> None:
+        """All are connected: those connections that stay on this machine are not to be held back."""
+        count = unpace_connections(self.own, self.others)
+        if count:
+            logger.debug("%d gloo connections on this machine are not paced", count)
 
     def cut(self) -> None:
         """Ends what waits for other members, at once."""

@@ -51,6 +51,7 @@ class ProcessGroupGloo(BackendProcessGroup):
             backend = TorchGloo(session.store, rank, world_size, timeout)
         finally:
             devices.built()
+        devices.unpace()
         group = torch_group(backend, dist.ProcessGroup.BackendType.GLOO, "cpu", rank, world_size)
         if not devices.own:
             logger.warning(

@@ -21,11 +21,12 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torchft.runtime.fork import DESCRIPTORS, Address, Endpoints, plain_host
+from torchft.runtime.loopback import paces, unpace
 
-__all__ = ["DeviceAddress", "device_address", "pair_identifiers", "shut_down_connections"]
+__all__ = ["DeviceAddress", "device_address", "pair_identifiers", "shut_down_connections", "unpace_connections"]
 
 
 DeviceAddress = Address
@@ -78,23 +79,52 @@ def shut_down_connections(own: Iterable[DeviceAddress], others: Iterable[DeviceA
     Returns:
         How many connections were shut down.
     """
+    return sum(1 for connection in _connections(own, others) if _shut_down(connection))
+
+
+def unpace_connections(own: Iterable[DeviceAddress], others: Iterable[DeviceAddress]) -> int:
+    """Lets this process's connections of a group that stay on this machine send as fast as bytes are copied.
+
+    Args:
+        own: addresses of the caller's devices.
+        others: addresses of the other members' devices.
+
+    Returns:
+        How many connections that changed.
+    """
+    own = tuple(own)
+    hosts = {host for host, _ in own}
+    others = tuple(address for address in others if address[0] in hosts)
+    if not others or not paces():
+        return 0
+    return sum(1 for connection in _connections(own, others) if unpace(connection))
+
+
+def _connections(own: Iterable[DeviceAddress], others: Iterable[DeviceAddress]) -> Iterator[socket.socket]:
+    """This process's connected sockets that have one of ``own`` here or one of ``others`` there, in turn."""
     endpoints = Endpoints(own, others)
     if not endpoints:
-        return 0
-    count = 0
+        return
     for name in os.listdir(DESCRIPTORS):
         duplicate = _duplicate(int(name))
         if duplicate is None:
             continue
         with duplicate:
             try:
-                if endpoints.fit(duplicate):
-                    duplicate.getpeername()  # fails for the listening socket
-                    duplicate.shutdown(socket.SHUT_RDWR)
-                    count += 1
+                if not endpoints.fit(duplicate):
+                    continue
+                duplicate.getpeername()  # fails for the listening socket
             except OSError:
                 continue  # not connected: a listening socket, or one that has ended already
-    return count
+            yield duplicate
+
+
+def _shut_down(connection: socket.socket) -> bool:
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        return False  # it has ended already
+    return True
 
 
 def _duplicate(descriptor: int) -> socket.socket | None:
