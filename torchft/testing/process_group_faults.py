@@ -145,4 +145,5 @@ class FaultsSuite(GroupSuite):
         self.meet_members(store, pair)
         pair[1].stop()
         pair[0].tell("issue_and_exit")
-        assert pair[0].wait(deadline=60) == 7
+        code = pair[0].wait(deadline=60)
+        assert code == 7, f"exit code {code}"

@@ -10,10 +10,13 @@ Rules
        answer for the timeout and a grace is killed.
     3. Nobody waits for a child except for its answers: sending to one that takes nothing ends after the timeout.
     4. The reading thread is the only one that touches what a collective has written, and it ends with the child.
+    5. It has ended before the interpreter is taken apart: a thread that comes back from torch to an interpreter that is
+       gone ends the process by ``std::terminate``.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -44,6 +47,7 @@ GRACE = 1.0
 """Seconds beyond the timeout after which an answer is not late but missing."""
 
 _BURIAL = 5.0  # seconds in which a killed process is gone, unless the kernel holds it
+_AT_EXIT = 2.0  # seconds for the last answers
 
 
 class Carrier:
@@ -97,7 +101,9 @@ class Carrier:
         self.issue: dict[str, Callable[..., BabyWork]] = {op: partial(self._issue, op) for op in COLLECTIVES}
         """The collectives by name."""
         self.rank = 0
-        threading.Thread(target=self._read, name="torchft-baby", daemon=True).start()
+        self._reader = threading.Thread(target=self._read, name="torchft-baby", daemon=True)
+        self._reader.start()
+        _living.add(self)
 
     @property
     def pid(self) -> int:
@@ -123,6 +129,10 @@ class Carrier:
             return
         self._process.signal(signal.SIGKILL)
         self._channel.hang_up()  # the reading thread need not wait for the kernel to take the process apart
+
+    def join(self, deadline: Deadline) -> None:
+        """Waits until all that it was asked has an answer, after :meth:`kill`."""
+        self._reader.join(deadline.remaining())
 
     # ----------------------------------------------------------------------------------------------- asking
 
@@ -271,3 +281,17 @@ class Carrier:
 
 def _nobody() -> None:
     return None
+
+
+def _end_all() -> None:
+    deadline = Deadline(_AT_EXIT)
+    carriers = list(_living)
+    for carrier in carriers:
+        carrier.kill("the process ends")
+    for carrier in carriers:
+        carrier.join(deadline)
+
+
+_living: weakref.WeakSet[Carrier] = weakref.WeakSet()
+atexit.register(_end_all)
+os.register_at_fork(after_in_child=_living.clear)  # they are the parent's
