@@ -50,6 +50,9 @@ class Asker(Protocol):
 
     def fail(self, cause: str) -> None: ...
 
+    def not_yet(self, why: str) -> None:
+        """There is no quorum yet; it waits on."""
+
     def moved(self) -> None:
         """Another lighthouse has to be asked."""
 
@@ -70,6 +73,9 @@ class Call:
     def fail(self, cause: str) -> None:
         if not self.answer.done():
             self.answer.set_exception(RuntimeError(cause))
+
+    def not_yet(self, why: str) -> None:
+        """A call has one answer."""
 
     def moved(self) -> None:
         self.fail("this lighthouse no longer leads")
@@ -100,6 +106,9 @@ class Question:
 
     def fail(self, cause: str) -> None:
         self._send(session_pb2.Answer(request_id=self.request_id, error=cause))
+
+    def not_yet(self, why: str) -> None:
+        self.link.send(session_pb2.SessionDown(waiting=session_pb2.Waiting(why=why)))
 
     def moved(self) -> None:
         """The end of the session says it."""

@@ -72,6 +72,7 @@ class LighthouseService(pb_grpc.LighthouseServiceServicer):
         self._answers: dict[str, Asker] = {}
         self._subscribers: set[asyncio.Queue[pb.FailureNotification | None]] = set()
         self._tell_status_at: float | None = None
+        self._status_told = False
         self._announced_id = 0
         self._last_event = time.monotonic()
         self._life_address = life_address()
@@ -209,6 +210,8 @@ class LighthouseService(pb_grpc.LighthouseServiceServicer):
         self._answers[member.replica_id] = asker
         self.counters.quorum_requests += 1
         self._carry_out(self._core.request(member, self._now()), member.replica_id)
+        if self._status_told and self._answers.get(member.replica_id) is asker:
+            asker.not_yet(self.status())  # it comes to those who have been told already
 
     def _tell(self, death: Death, lives: bool = False) -> None:
         notice = types.Notice(death.replica_id, death.cause, death.quorum_id, death.step, lives, death.since)
@@ -397,9 +400,14 @@ class LighthouseService(pb_grpc.LighthouseServiceServicer):
             logger.debug("%s", outcome.status)
             waits = outcome.quorum is None and self._core.somebody_waits()
             self._tell_status_at = now + _STILL_WAITING if waits else None
+            self._status_told = False
         elif self._tell_status_at is not None and now >= self._tell_status_at:
             self._tell_status_at = now + _REMINDED
-            logger.info("no quorum yet: %s", self.status())
+            self._status_told = True
+            why = self.status()
+            logger.info("no quorum yet: %s", why)
+            for asker in self._answers.values():
+                asker.not_yet(why)
 
     def status(self) -> str:
         """Why there is, or is not yet, a quorum; for how long, and what to do, where that is known."""

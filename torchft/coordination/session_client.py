@@ -17,6 +17,7 @@ Rules
 from __future__ import annotations
 
 import concurrent.futures
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -38,6 +39,8 @@ __all__ = ["OneServer", "Servers", "SessionClient", "SessionEvents", "SessionLos
 
 _BEATS = 5
 """Signs of life per heartbeat timeout."""
+_MAX_WHY = 4096
+"""Characters of a reason, at most."""
 
 
 class SessionLost(RuntimeError):
@@ -135,6 +138,8 @@ class SessionClient:
         self._lock = threading.Lock()
         self._request_id = 0
         self._answers: dict[int, concurrent.futures.Future[pb.Answer]] = {}
+        self._not_yet = ""  # why there is no answer, as the server said last
+        self._not_yet_told = ""
         self._outbox: queue.SimpleQueue[pb.SessionUp | None] = queue.SimpleQueue()
         self._call: Any = None
         self._stands = threading.Event()
@@ -175,6 +180,7 @@ class SessionClient:
             if not self._stands.is_set():
                 raise SessionLost(f"there is no session with the {self._server} right now")
             self._answers[request_id] = answer
+            self._not_yet = ""
             outbox = self._outbox
         ready.request_id = request_id
         outbox.put(pb.SessionUp(ready=ready))
@@ -184,7 +190,8 @@ class SessionClient:
             if answer.done():
                 raise
             outbox.put(pb.SessionUp(withdraw=pb.Withdraw(request_id=request_id)))
-            raise TimeoutError(f"no answer within {deadline.timeout:g} s") from None
+            why = f": {self._not_yet}" if self._not_yet else ""
+            raise TimeoutError(f"no answer within {deadline.timeout:g} s{why}") from None
         finally:
             with self._lock:
                 self._answers.pop(request_id, None)
@@ -304,6 +311,11 @@ class SessionClient:
             self._events.notice(Notice.from_wire(message.notice))
         elif kind == "left":
             self._left.set()
+        elif kind == "waiting":
+            why = self._not_yet = message.waiting.why[:_MAX_WHY]
+            level = logging.DEBUG if why == self._not_yet_told else logging.INFO
+            self._not_yet_told = why
+            self._log.log(level, "the %s has no quorum yet: %s", self._server, why)
         elif kind == "welcome":
             welcome = message.welcome
             self._interval = max(0.01, welcome.heartbeat_timeout_ms / 1000 / _BEATS)

@@ -213,8 +213,14 @@ class Answer(_message.Message):
     go_on: int
     def __init__(self, request_id: _Optional[int] = ..., quorum: _Optional[_Union[_torchft_pb2.Quorum, _Mapping]] = ..., error: _Optional[str] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., go_on: _Optional[int] = ...) -> None: ...
 
+class Waiting(_message.Message):
+    __slots__ = ("why",)
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    why: str
+    def __init__(self, why: _Optional[str] = ...) -> None: ...
+
 class SessionDown(_message.Message):
-    __slots__ = ("welcome", "notice", "left", "answer", "heard", "prepare", "decide", "over", "redirect")
+    __slots__ = ("welcome", "notice", "left", "answer", "heard", "prepare", "decide", "over", "waiting", "redirect")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     NOTICE_FIELD_NUMBER: _ClassVar[int]
     LEFT_FIELD_NUMBER: _ClassVar[int]
@@ -223,6 +229,7 @@ class SessionDown(_message.Message):
     PREPARE_FIELD_NUMBER: _ClassVar[int]
     DECIDE_FIELD_NUMBER: _ClassVar[int]
     OVER_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
     REDIRECT_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     notice: Notice
@@ -232,8 +239,9 @@ class SessionDown(_message.Message):
     prepare: Prepare
     decide: Decide
     over: Over
+    waiting: Waiting
     redirect: Redirect
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ..., left: _Optional[_Union[Left, _Mapping]] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., heard: _Optional[_Union[Heard, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., decide: _Optional[_Union[Decide, _Mapping]] = ..., over: _Optional[_Union[Over, _Mapping]] = ..., redirect: _Optional[_Union[Redirect, _Mapping]] = ...) -> None: ...
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ..., left: _Optional[_Union[Left, _Mapping]] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., heard: _Optional[_Union[Heard, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., decide: _Optional[_Union[Decide, _Mapping]] = ..., over: _Optional[_Union[Over, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ..., redirect: _Optional[_Union[Redirect, _Mapping]] = ...) -> None: ...
 
 class ReportAnswer(_message.Message):
     __slots__ = ("known",)
