@@ -1,26 +1,29 @@
 """Messages to one member of a process group, or from it: many on their way at a time, in order, before one deadline.
 
 The idea
-    Waiting for a message costs a change of threads, so messages are waited for in *groups*: for the last of those that
-    make :data:`GROUP` bytes. Messages between two members under one tag complete in the order they were issued in.
+    Waiting for a message costs a change of threads, so small messages are waited for in *groups*: for the last of those
+    that make :data:`GROUP` bytes. Messages between two members under one tag complete in the order they were issued in.
 
 Rules
     - Every wait is bounded by the deadline, and none begins once the transfer is aborted.
     - A message and its work are kept until their group has been waited for: a backend drops what nobody holds.
     - Messages that are not a tensor's own memory lie in buffers, which are lent and kept for the next time.
-    - A link belongs to one thread. Links of several threads may share their buffers and the process group.
+    - A link belongs to one thread, or to the lane that stands in for it (:meth:`Link.apart`). Links of several threads
+      may share their buffers and the process group.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Protocol
 
 import torch
 from torch.distributed import Work
 
+from torchft.checkpointing.pg_lane import Ending, Lane, Lost, ending_of
 from torchft.checkpointing.pg_stream import BUCKET, DEVICE_BUCKET
 from torchft.checkpointing.transfers import Transfer
 from torchft.checkpointing.transport import CheckpointError, CheckpointTimeout, SourceLost
@@ -108,6 +111,24 @@ class Link:
         self._groups: deque[int] = deque()
         """How many messages each group that is on its way has."""
         self._open_messages = self._open_bytes = 0
+        self._ending: Ending | None = None
+        self._lane: Lane | None = None
+
+    def apart(self, job: Callable[[], None]) -> None:
+        """Runs ``job``, which waits for many messages of this link, where waiting costs least. After the first message.
+
+        Raises:
+            Lost: the process group gave its works up. The cause says why.
+            Exception: what the job raised.
+        """
+        if self._ending is None:
+            job()
+            return
+        self._lane = Lane(self._ending)
+        try:
+            self._lane.run(job, f"torchft-transfer-{self._rank}")
+        finally:
+            self._lane = None
 
     def buffer(self, length: int) -> torch.Tensor:
         """Memory for one message; given back by :meth:`done_with`, or when the message is sent."""
@@ -134,7 +155,9 @@ class Link:
     def send(self, message: torch.Tensor) -> None:
         """Returns when few enough messages are on their way."""
         message = message if message.device.type == self._device.type else message.to(self._device)
-        self._under_way.append((message, self._pg.send([message], self._rank, _TAG)))
+        work = self._pg.send([message], self._rank, _TAG)
+        self._ending = ending_of(work)
+        self._under_way.append((message, work))
         self._open_messages += 1
         self._open_bytes += message.numel()
         if self._open_bytes >= GROUP:
@@ -174,18 +197,32 @@ class Link:
         except Exception as e:
             raise self._lost(e) from e
 
+    def receive_apart(self, job: Callable[[], None]) -> None:
+        """:meth:`apart`, for a receiver.
+
+        Raises:
+            SourceLost: the process group gave its works up.
+            Exception: what the job raised.
+        """
+        try:
+            self.apart(job)
+        except Lost as e:
+            raise self._lost(e) from e
+
     def recv(self, message: torch.Tensor) -> None:
         """Announces a message."""
         try:
-            self._under_way.append((message, self._pg.recv([message], self._rank, _TAG)))
+            work = self._pg.recv([message], self._rank, _TAG)
         except Exception as e:
             raise self._lost(e) from e
+        self._ending = ending_of(work)
+        self._under_way.append((message, work))
 
     def await_first(self, count: int = 1) -> None:
         """Returns when the oldest ``count`` messages have come."""
         try:
             self._wait(self._under_way[count - 1][1])
-        except CheckpointError:
+        except (CheckpointError, Lost):
             raise
         except Exception as e:
             raise self._lost(e) from e
@@ -203,8 +240,14 @@ class Link:
         left = self._deadline.remaining()
         try:
             if left > 0:
-                work.wait(timedelta(seconds=max(0.001, left)))
+                limit = timedelta(seconds=max(0.001, left))
+                if self._lane is None:
+                    work.wait(limit)
+                else:
+                    self._lane.wait(work, limit)
                 return
+        except Lost:
+            raise
         except Exception as e:
             if not self._deadline.expired:
                 raise
@@ -218,7 +261,7 @@ class Link:
             "died; a longer timeout allows for a larger state"
         )
 
-    def _lost(self, cause: Exception) -> SourceLost:
+    def _lost(self, cause: BaseException) -> SourceLost:
         return SourceLost(f"replica rank {self._rank}, the source, was lost: {cause}")
 
 

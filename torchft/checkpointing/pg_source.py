@@ -90,16 +90,19 @@ class Outgoing:
         self._log.info(
             "send manifest took %.3fs (%d bytes to replica rank %d)", ready - began, len(self._manifest.body), rank
         )
-        for bucket in buckets(self._manifest.extents, self._prologue.bucket):
-            self._hash_to(bucket.stop)
-            link.send(self._message(bucket, link.buffer))
-        link.send(message_of(self._sealed()))
-        link.drain()
+        link.apart(lambda: self._data_to(link))
         took = max(time.perf_counter() - ready, 1e-9)
         total = self._manifest.total
         self._log.info(
             "send tensors took %.3fs (%d bytes to replica rank %d, %.2f GB/s)", took, total, rank, total / took / 1e9
         )
+
+    def _data_to(self, link: Link) -> None:
+        for bucket in buckets(self._manifest.extents, self._prologue.bucket):
+            self._hash_to(bucket.stop)
+            link.send(self._message(bucket, link.buffer))
+        link.send(message_of(self._sealed()))
+        link.drain()
 
     def _hash_to(self, stop: int) -> None:
         with self._hashing:

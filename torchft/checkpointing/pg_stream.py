@@ -32,9 +32,10 @@ _MAGIC = b"TORCHFT\x01"
 _VERSION = 2
 _FORMAT = struct.Struct("<8sIqQQQQ?")
 PROLOGUE_BYTES = 64
-BUCKET = 2 << 20
+BUCKET = 4 << 20
 """Most bytes of one message between hosts. Small enough to be in the cache still when it is sent after it was hashed,
-and hashed after it came; large enough that a message's own cost does not matter."""
+and hashed after it came; large enough that a message's own cost does not matter: to announce one takes a system call
+here and another there, some ten microseconds each."""
 DEVICE_BUCKET = 32 << 20
 """The same where messages go from device to device: each costs more there, and the cache has no part in it."""
 _DIRECT = 1 << 20

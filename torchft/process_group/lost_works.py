@@ -194,7 +194,7 @@ class LosablePointToPoint(Work):
         self._work = work
         self._tensors = tensors
         self._failed = failed
-        self._ending = ending
+        self.ending = ending
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._error: Exception | None = None
@@ -212,6 +212,16 @@ class LosablePointToPoint(Work):
         if self._error is not None:
             raise self._error
         return True
+
+    def wait_here(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
+        """As :meth:`wait`, but on the calling thread alone, and as long as the backend waits, whatever becomes of the
+        group: for a thread that nobody waits for once :attr:`ending` has told that the works are given up.
+        """
+        with self._lock:
+            begun, self._begun = self._begun, True
+        if not begun:
+            self._run(timeout)
+        return self.wait(timeout)
 
     def is_completed(self) -> bool:
         return self._over.is_set()
@@ -237,7 +247,7 @@ class LosablePointToPoint(Work):
             if self._begun:
                 return
             self._begun = True
-        self._ending.listen(self._finish)
+        self.ending.listen(self._finish)
         _in_background(lambda: self._run(timeout))
 
     def _run(self, timeout: timedelta) -> None:
@@ -246,7 +256,7 @@ class LosablePointToPoint(Work):
             self._work.wait(timeout) if timeout > _NO_TIMEOUT else self._work.wait()
         except Exception as e:
             error = e
-        self._ending.leave(self._finish)
+        self.ending.leave(self._finish)
         self._finish(error)
 
     def _finish(self, error: Exception | None) -> None:
