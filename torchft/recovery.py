@@ -270,13 +270,10 @@ class Recovery:
         # Who learns of the source's death sets the error first and then looks for a source: one of us sees it.
         if error.current is not None:
             raise error.current
-        # A source that died since the quorum must not cost the whole timeout: the others wait for this replica.
-        limit = min(self._connect_timeout, self._timeout)
-        for rank in heal.ids:
-            threading.Thread(
-                target=heal.ask, args=(rank, self._group_rank, limit), name="torchft-ask-source", daemon=True
-            ).start()
-        source, metadata = heal.first(assigned, _PATIENCE, seconds(limit))
+        if getattr(self.transport, "needs_metadata", True):
+            source, metadata = self._ask(heal, assigned)
+        else:
+            source, metadata = assigned, self.transport.metadata()
         self._log.info(
             "fetching checkpoint from recover_src_replica_rank=%d with checkpoint_metadata=%r", source, metadata
         )
@@ -293,3 +290,13 @@ class Recovery:
         if torchft.get("step") != step:
             raise RuntimeError(f"the source sent its state of step {torchft.get('step')}, the quorum is at {step}")
         return torchft
+
+    def _ask(self, heal: _Heal, assigned: int) -> tuple[int, str]:
+        """A source that tells how to reach its state, if possible the assigned one, and what it tells."""
+        # A source that died since the quorum must not cost the whole timeout: the others wait for this replica.
+        limit = min(self._connect_timeout, self._timeout)
+        for rank in heal.ids:
+            threading.Thread(
+                target=heal.ask, args=(rank, self._group_rank, limit), name="torchft-ask-source", daemon=True
+            ).start()
+        return heal.first(assigned, _PATIENCE, seconds(limit))

@@ -76,6 +76,8 @@ class PGTransport(CheckpointTransport[T]):
         copy_below: bytes; smaller storages are copied on both sides, see ``COPY_BELOW``.
     """
 
+    needs_metadata = False
+
     def __init__(
         self,
         pg: SendRecv,

@@ -100,6 +100,9 @@ class CheckpointTransport(ABC, Generic[T]):
     their state where one heals, else only the one that the quorum assigns."""
     receives_beside_collectives: bool = False
     """Whether a receive leaves the process group alone, so that collectives may run meanwhile."""
+    needs_metadata: bool = True
+    """Whether a receiver must be told what the source's ``metadata`` returns. If not, it gets its own's, and the source
+    is not asked: a connection less before the first byte."""
 
     measures: bool = False
     """Whether ``measure`` says how fast sources are, and ``recv_from_many`` takes ``unmeasured=True``: then it is to
