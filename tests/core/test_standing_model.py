@@ -125,6 +125,20 @@ def test_joiner_is_in_within_two_steps_of_asking_and_nobody_fails_for_it() -> No
     assert a.failures == b.failures == joiner.failures == 0
 
 
+def test_joiner_of_a_member_alone_is_in_at_the_next_step() -> None:
+    world = settled("A")
+    (a,) = world.nodes.values()
+    world.nodes["B"] = joiner = Node("B")
+    step = a.step
+    for _ in range(12):
+        one_round(world, 0.01)
+        if joiner.working is not None:
+            break
+    assert joiner.working is not None
+    assert joiner.working.participants[0].step <= step + 1  # the one after that under way
+    assert a.failures == joiner.failures == 0
+
+
 def test_restarted_lighthouse_costs_no_step_and_takes_a_joiner_in() -> None:
     world = settled("AB")
     a, b = world.nodes.values()

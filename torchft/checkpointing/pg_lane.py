@@ -17,7 +17,7 @@ import contextvars
 import threading
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from torch.distributed import Work
 
@@ -90,7 +90,7 @@ class Lane:
         """
         self._turn.release()
         try:
-            cast(Any, work).wait_here(timeout)
+            getattr(work, "wait_here", work.wait)(timeout)  # what wraps a group may wrap some of its works
         finally:
             self._turn.acquire()
             if self._left:

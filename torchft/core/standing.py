@@ -16,7 +16,8 @@ Rules
        to be dead, or has been silent for ``lease + heartbeat_timeout`` (a last quorum of one: ``heartbeat_timeout``).
     4. *Planned change.* To take somebody in, the lighthouse sends *prepare* to all members. Each answers with the
        newest step s that it has started, and promises to start none beyond s+1 before a decision. With all answers
-       in, it sends *decide*: S = max(s) + 2. Steps below S stand; at S all ask.
+       in, it sends *decide*: S = max(s) + 2. Steps below S stand; at S all ask. A member alone has nobody to keep
+       in step with: it promises to start none beyond s, and S = s + 1.
     5. A member whose session ends forgets promise and decision. If it so passes S, it says so when it hears of S
        again, and the change begins anew: those who wait at S are told to go on.
     6. A member that asks although its quorum stands is part of a planned change that its asking begins.
@@ -67,7 +68,7 @@ class Ack:
 
     change: int
     step: int
-    """The newest step it has started. It starts none beyond the next one before it hears a decision."""
+    """The newest step it has started. It starts none beyond the next one before it hears a decision; alone, none."""
 
 
 @dataclass(frozen=True, slots=True)

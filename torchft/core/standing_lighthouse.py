@@ -228,6 +228,7 @@ class StandingLighthouse:
         self._change = _Change(self._changes, {rid: m.step - 1 for rid, m in self._parked.items()})
 
     def _prepare(self) -> list[tuple[str, Message]]:
+        """What is to be said of the change, to those who do not ask already."""
         assert self._change is not None
         return [(rid, self._say(self._change)) for rid in self._members if rid not in self._parked]
 
@@ -316,10 +317,10 @@ class StandingLighthouse:
             elif (
                 self._change is not None and self._change.step is None and len(self._change.acks) == len(self._members)
             ):
-                self._change.step = max(self._change.acks.values()) + 2
-                tell += [(rid, self._say(self._change)) for rid in self._members]
-                released += self._parked
-                self._parked = {}
+                step = self._change.step = max(self._change.acks.values()) + (2 if len(self._members) > 1 else 1)
+                released += [rid for rid, member in self._parked.items() if member.step < step]
+                self._parked = {rid: member for rid, member in self._parked.items() if member.step >= step}
+                tell += self._prepare()
             elif self._stands and self._change is None and self._wanted():
                 self._begin_change()
                 tell += self._prepare()

@@ -7,7 +7,7 @@ own: ``now`` is in seconds on the member's monotonic clock.
 Invariants
     - A step is started standing at most once, and only right after the one before it committed.
     - Between an :class:`Ack` and what follows it (a decision, the end of the session) no step beyond the acked one's
-      next is started.
+      next is started; by a member alone, none beyond the acked one.
     - Nothing of a fenced quorum is started or committed after the lease.
 """
 
@@ -212,7 +212,7 @@ class StandingMember:
             return "the step before it did not commit"
         if self._until is not None and step >= self._until:
             return f"the members change at step {self._until}"
-        if self._promise is not None and step > self._promise + 1:
+        if self._promise is not None and step > self._promise + (grant.size > 1):
             return "a change of the members is being agreed on"
         if self._remaining(now) < 0:
             return f"the lighthouse has not answered for {now - self._lease_from:.1f} s"
