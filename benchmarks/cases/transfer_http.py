@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
-
 from benchmarks.cases.base import Case, Figures, Run
+from benchmarks.cases.ends import Ends
 from benchmarks.processes import CHILDREN, Cluster
 
 __all__ = ["CASES"]
@@ -13,45 +12,26 @@ _ROUNDS = 4
 
 
 def _transfer(run: Run, mib: int, count: int) -> Figures:
-    rounds = 2 if run.quick else _ROUNDS
-    if run.quick:
-        mib, count = min(mib, 64), min(count, 20)
-    script = CHILDREN / "transfer_http.py"
-    args = ("--mib", mib, "--count", count, "--rounds", rounds)
-    with Cluster() as cluster:
-        source = cluster.spawn(run.impl, script, "--rank", 0, *args, name="source")
-        source.hello()
-        port = source.wait("store", 30)["port"]
-        receiver = cluster.spawn(run.impl, script, "--rank", 1, "--port", port, *args, name="receiver")
-        receiver.hello()
-        total = float(receiver.wait("over", 280)["total"])
-        source.wait("over", 30)
-        for child in (source, receiver):
-            child.tell("stop")
-        for child in (source, receiver):
-            if child.end(60) != 0:
-                raise child.error("failed at its end")
-        took: dict[str, list[float]] = {}
-        for e in receiver.all("moved"):
-            took.setdefault(e["way"], []).append(e["seconds"])
-        speed = {way: total / statistics.median(seconds[1:]) / 1e9 for way, seconds in took.items()}
-        ends = {"source": source, "receiver": receiver}
-        extra = {(end, e["way"]): e["beyond"] / total for end, c in ends.items() for e in c.all("memory")}
-        best = max(v for way, v in speed.items() if not way.startswith("raw"))
-        figures: Figures = {
-            "best way, GB/s": best,
-            "not in place, GB/s": max(speed["fresh"], speed["chunks"]),
-            "one TCP stream, GB/s": speed["raw1"],
-            "two TCP streams, GB/s": speed["raw2"],
-            "of two TCP streams, fraction": best / speed["raw2"],
-        }
-        if "place" in speed:
-            figures["in place, GB/s"] = speed["place"]
-        way = "place" if "place" in speed else "fresh"
-        figures[f"receiver's memory ({way}), states"] = 1 + extra["receiver", way] - (0 if way == "place" else 1)
-        figures[f"source's memory ({way}), states"] = 1 + extra["source", way]
-        figures["source's memory (fresh), states"] = 1 + extra["source", "fresh"]
-        return figures
+    ends = Ends(run, "transfer_http.py", mib, count, _ROUNDS)
+    speed = ends.speed(warm=1)
+    best = max(v for way, v in speed.items() if not way.startswith("raw"))
+    figures: Figures = {
+        "best way, GB/s": best,
+        "not in place, GB/s": max(speed["fresh"], speed["chunks"]),
+        "one TCP stream, GB/s": speed["raw1"],
+        "two TCP streams, GB/s": speed["raw2"],
+        "two TCP streams not paced, GB/s": speed["raw2 unpaced"],
+        "of two TCP streams, fraction": best / speed["raw2"],
+        "of two not paced, fraction": best / speed["raw2 unpaced"],
+    }
+    if "place" in speed:
+        figures["in place, GB/s"] = speed["place"]
+    way = "place" if "place" in speed else "fresh"
+    extra = ends.beyond(way) / ends.total
+    figures[f"receiver's memory ({way}), states"] = 1 + extra - (0 if way == "place" else 1)
+    figures[f"source's memory ({way}), states"] = 1 + ends.beyond(way, of_source=True) / ends.total
+    figures["source's memory (fresh), states"] = 1 + ends.beyond("fresh", of_source=True) / ends.total
+    return figures
 
 
 def _sources(run: Run) -> Figures:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
-
 from benchmarks.cases.base import Case, Figures, Run
-from benchmarks.processes import CHILDREN, Cluster
+from benchmarks.cases.ends import Ends
 
 __all__ = ["CASES"]
 
@@ -13,31 +11,14 @@ _ROUNDS = 5
 
 
 def _transfer(run: Run, mib: int, count: int) -> Figures:
-    rounds = 2 if run.quick else _ROUNDS
-    if run.quick:
-        mib, count = min(mib, 64), min(count, 20)
-    script = CHILDREN / "transfer_pg.py"
-    args = ("--mib", mib, "--count", count, "--rounds", rounds)
-    with Cluster() as cluster:
-        source = cluster.spawn(run.impl, script, "--rank", 0, *args, name="source")
-        source.hello()
-        port = source.wait("store", 30)["port"]
-        receiver = cluster.spawn(run.impl, script, "--rank", 1, "--port", port, *args, name="receiver")
-        receiver.hello()
-        memory = receiver.wait("memory", 200)
-        for child in (source, receiver):
-            child.tell("stop")
-        for child in (source, receiver):
-            if child.end(60) != 0:
-                raise child.error("failed at its end")
-        total = float(memory["total"])
-        seconds = {k: statistics.median(e["seconds"] for e in receiver.all(k)) for k in ("transport", "bare")}
-        return {
-            "in place, GB/s": total / seconds["transport"] / 1e9,
-            "gloo alone, GB/s": total / seconds["bare"] / 1e9,
-            "of gloo alone, fraction": seconds["bare"] / seconds["transport"],
-            "receiver's memory beyond the state, MB": memory["beyond"] / 1e6,
-        }
+    ends = Ends(run, "transfer_pg.py", mib, count, _ROUNDS)
+    speed = ends.speed()
+    return {
+        "in place, GB/s": speed["place"],
+        "gloo alone, GB/s": speed["bare"],
+        "of gloo alone, fraction": speed["place"] / speed["bare"],
+        "receiver's memory beyond the state, MB": ends.beyond("place") / 1e6,
+    }
 
 
 def _case(name: str, mib: int, count: int) -> Case:

@@ -3,41 +3,23 @@
 The state is `--count` tensors of `--mib` MiB in all. Each round moves it in every way that the implementation has: into
 fresh memory (without and with `num_chunks`), and, where `HTTPTransport` takes a `state_dict`, into the receiver's own
 tensors. Beside it, `recv_into` of 1 MiB from one and from two TCP streams into those same tensors, checked by nobody:
-what the kernel gives. The receiver tells the seconds of each, from when the source may begin until everything is there,
+what the kernel gives; and from two whose congestion control does not pace (`reno`), where the default one may. The
+receiver tells the seconds of each, from when the source may begin until everything is there,
 and both what their memory peaked at beyond what they held before.
 """
 
-import argparse
 import inspect
 import socket
 import threading
 import time
-from datetime import timedelta
-from pathlib import Path
 
-import torch
-from report import hello, say
-from torch.distributed import TCPStore
+from ends import MIB, TIMEOUT, End, State, check, peak, peak_anew, run
+from report import say
 
 from torchft.checkpointing import HTTPTransport
 
-TIMEOUT = timedelta(seconds=60)
-MIB = 1 << 20
-State = dict[str, torch.Tensor]
-
-
-def memory(field: str) -> int:
-    """Bytes, of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) << 10
-    raise RuntimeError(f"the system does not tell {field}")
-
-
-def peak_anew() -> int:
-    """From here on the peak is counted anew; what is held now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return memory("VmRSS")
+RAW = {"raw1": slice(0, 1), "raw2": slice(0, 2), "raw2 unpaced": slice(2, 4)}
+"""The ways without a transport, and which of the sockets each takes."""
 
 
 def views_of(state: State, streams: int) -> list[list[memoryview]]:
@@ -80,86 +62,69 @@ def transports(state: State | None) -> dict[str, HTTPTransport]:
     return out
 
 
-def serve(store: TCPStore, state: State, rounds: int) -> None:
+def serve(end: End) -> None:
+    store, state = end.store, end.state
     ways = transports(None)
     listener = socket.create_server(("127.0.0.1", 0))
     store.set("port", str(listener.getsockname()[1]))
-    sockets = [listener.accept()[0] for _ in range(2)]
+    sockets = [listener.accept()[0] for _ in range(4)]
+    for sock in sockets[2:]:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
     step = 0
     beyond: dict[str, int] = {}
-    for n in range(rounds):
+    for n in range(end.rounds):
         for way, transport in ways.items():
             step += 1
-            for tensor in state.values():
-                tensor[0] = tensor[-1] = float(step)
-            held = peak_anew()
+            end.mark(float(step))
+            before = peak_anew()
             store.set(f"metadata{step}", transport.metadata())
             store.wait([f"go{step}"], TIMEOUT)
             transport.send_checkpoint([1], step, state, TIMEOUT)
             store.wait([f"done{step}"], TIMEOUT)
             transport.disallow_checkpoint()
-            beyond[way] = max(beyond.get(way, 0), memory("VmHWM") - held)
-        for streams in (1, 2):
-            store.wait([f"raw{n}.{streams}"], TIMEOUT)
-            at_once(send_all, sockets[:streams], state)
-    for way, nbytes in beyond.items():
-        say("memory", way=way, beyond=nbytes)
-    for transport in ways.values():
-        transport.shutdown()
+            beyond[way] = max(beyond.get(way, 0), peak() - before)
+        for way, streams in RAW.items():
+            store.wait([f"{way}.{n}"], TIMEOUT)
+            at_once(send_all, sockets[streams], state)
+    finish(ways, beyond)
 
 
-def receive(store: TCPStore, state: State, rounds: int) -> None:
+def receive(end: End) -> None:
+    store, state = end.store, end.state
     ways = transports(state)
     store.wait(["port"], TIMEOUT)
-    sockets = [socket.create_connection(("127.0.0.1", int(store.get("port")))) for _ in range(2)]
+    sockets = [socket.create_connection(("127.0.0.1", int(store.get("port")))) for _ in range(4)]
     step = 0
     beyond: dict[str, int] = {}
-    for n in range(rounds):
+    for n in range(end.rounds):
         for way, transport in ways.items():
             step += 1
             store.wait([f"metadata{step}"], TIMEOUT)
             metadata = store.get(f"metadata{step}").decode()
-            held = peak_anew()
+            before = peak_anew()
             began = time.perf_counter()
             store.set(f"go{step}", "")
             got = transport.recv_checkpoint(0, metadata, step, TIMEOUT)
             took = time.perf_counter() - began
-            beyond[way] = max(beyond.get(way, 0), memory("VmHWM") - held)
+            beyond[way] = max(beyond.get(way, 0), peak() - before)
             store.set(f"done{step}", "")
-            wrong = [k for k, t in got.items() if float(t[0]) != step or float(t[-1]) != step]
-            if wrong:
-                raise RuntimeError(f"step {step}: {wrong[:5]} are not what was sent")
+            check(got, step, f"step {step}")
             del got
             say("moved", way=way, seconds=took)
-        for streams in (1, 2):
+        for way, streams in RAW.items():
             began = time.perf_counter()
-            store.set(f"raw{n}.{streams}", "")
-            at_once(receive_all, sockets[:streams], state)
-            say("moved", way=f"raw{streams}", seconds=time.perf_counter() - began)
+            store.set(f"{way}.{n}", "")
+            at_once(receive_all, sockets[streams], state)
+            say("moved", way=way, seconds=time.perf_counter() - began)
+    finish(ways, beyond)
+
+
+def finish(ways: dict[str, HTTPTransport], beyond: dict[str, int]) -> None:
     for way, nbytes in beyond.items():
         say("memory", way=way, beyond=nbytes)
     for transport in ways.values():
         transport.shutdown()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rank", type=int, required=True, help="0: the source, which hosts the store")
-    parser.add_argument("--port", type=int, default=0, help="of the store")
-    parser.add_argument("--mib", type=int, required=True)
-    parser.add_argument("--count", type=int, required=True)
-    parser.add_argument("--rounds", type=int, required=True)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    stop = hello()
-    store = TCPStore("127.0.0.1", args.port, is_master=args.rank == 0, wait_for_workers=False)
-    if args.rank == 0:
-        say("store", port=store.port)
-    state = {f"tensor{i}": torch.zeros(args.mib * MIB // args.count // 4) for i in range(args.count)}
-    (serve if args.rank == 0 else receive)(store, state, args.rounds)
-    say("over", total=sum(t.nbytes for t in state.values()))
-    stop.wait()
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, lambda end: serve(end) if end.sends else receive(end))
