@@ -14,6 +14,7 @@ Rules
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -240,7 +241,7 @@ class Link:
         left = self._deadline.remaining()
         try:
             if left > 0:
-                limit = timedelta(seconds=max(0.001, left))
+                limit = timedelta(milliseconds=math.ceil(left * 1000) + 1)  # gloo's are whole: no earlier than ours
                 if self._lane is None:
                     work.wait(limit)
                 else:
