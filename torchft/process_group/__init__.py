@@ -7,6 +7,7 @@
   hangs must be ended whatever it does: it runs in a child process, which an abort kills;
 - :class:`ManagedProcessGroup` where torch wants a group and a Manager is to do the work, and
   :func:`ft_init_device_mesh` where it wants a device mesh;
+- not :class:`ProcessGroupTorchComms` yet: it says what is missing;
 - :class:`ErrorSwallowingProcessGroupWrapper`, :class:`FakeProcessGroupWrapper` and :class:`ProcessGroupDummy`
   around or instead of one of these.
 """
@@ -23,6 +24,7 @@ from torchft.process_group.fake import FakeProcessGroupWrapper
 from torchft.process_group.gloo import ProcessGroupGloo
 from torchft.process_group.managed import ManagedProcessGroup, ManagerLike
 from torchft.process_group.nccl import ProcessGroupNCCL
+from torchft.process_group.torchcomms import ProcessGroupTorchComms
 from torchft.process_group.wrapper import ProcessGroupWrapper
 from torchft.process_group.xccl import ProcessGroupXCCL
 
@@ -41,6 +43,7 @@ __all__ = [
     "ProcessGroupError",
     "ProcessGroupGloo",
     "ProcessGroupNCCL",
+    "ProcessGroupTorchComms",
     "ProcessGroupWrapper",
     "ProcessGroupXCCL",
     "Reduction",
