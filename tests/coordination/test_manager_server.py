@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 
 import grpc
 import pytest
@@ -115,15 +116,16 @@ def test_all_ranks_of_all_groups_get_their_own_view_of_one_quorum(start: Start, 
 def test_of_two_groups_at_one_step_with_different_histories_the_older_heals(
     start: Start, pool: ThreadPoolExecutor
 ) -> None:
-    a, b = start("a"), start("b", world_size=2)
-    client = ManagerClient(b.address(), WAIT)
+    a, b = start("a", world_size=2), start("b", world_size=2)
+    others = [ManagerClient(server.address(), WAIT) for server in (a, b)]
     futures = [
-        pool.submit(lambda: a._quorum(0, 8, "", False, WAIT, 0, lineage=4)),
-        pool.submit(lambda: b._quorum(0, 8, "", False, WAIT, 0, lineage=5)),
-        pool.submit(lambda: client._quorum(1, 8, "", False, WAIT, 0, lineage=5)),
+        pool.submit(partial(rank._quorum, r, 8, "", False, WAIT, 0, lineage=lineage))
+        for server, other, lineage in ((a, others[0], 4), (b, others[1], 5))
+        for r, rank in enumerate((server, other))
     ]
     views = [f.result(10) for f in futures]
     assert [(v.heal, v.lineage, v.max_step, v.max_world_size) for v in views] == [
+        (True, 5, 8, 1),
         (True, 5, 8, 1),
         (False, 5, 8, 1),
         (False, 5, 8, 1),
@@ -133,12 +135,31 @@ def test_of_two_groups_at_one_step_with_different_histories_the_older_heals(
 
 @pytest.mark.parametrize("lighthouse", [2], indirect=True)
 def test_a_group_whose_ranks_are_at_different_steps_heals_all_of_them(start: Start, pool: ThreadPoolExecutor) -> None:
-    a, b = start("a", world_size=2), start("b")
-    ahead = ask(pool, b, 0, step=4)
+    a, b = start("a", world_size=2), start("b", world_size=2)
+    ahead = [ask(pool, b, 0, step=4), ask(pool, ManagerClient(b.address(), WAIT), 1, step=4)]
     one = ask(pool, ManagerClient(a.address(), WAIT), 1, step=4)
     zero = ask(pool, a, 0, step=5)
-    views = [f.result(10) for f in (zero, one, ahead)]
-    assert [(v.heal, v.max_step) for v in views] == [(True, 4), (True, 4), (False, 4)]
+    views = [f.result(10) for f in (zero, one, *ahead)]
+    assert [(v.heal, v.max_step) for v in views] == [(True, 4), (True, 4), (False, 4), (False, 4)]
+
+
+@pytest.mark.parametrize("lighthouse", [1], indirect=True)
+def test_a_group_with_another_number_of_ranks_is_refused_and_not_waited_for(
+    start: Start, pool: ThreadPoolExecutor
+) -> None:
+    a, b = start("a", world_size=2), start("b")
+    rank1 = ManagerClient(a.address(), WAIT)
+
+    def step(number: int) -> list[list[str]]:
+        return [f.result(10).replica_ids for f in (ask(pool, a, 0, step=number), ask(pool, rank1, 1, step=number))]
+
+    assert step(1) == [["a"], ["a"]]
+    with pytest.raises(RuntimeError, match=r"group b has 1 rank\(s\), and a, which is there already, has 2"):
+        b._quorum(0, 0, "", False, WAIT, 0)
+    assert step(2) == [["a"], ["a"]]  # b lives, has asked, and holds nobody up
+    rank1.close()
+    assert a.leave("done", 3, WAIT)
+    assert b._quorum(0, 0, "", False, WAIT, 0).replica_ids == ["b"]
 
 
 def test_a_failed_lighthouse_call_reaches_every_waiting_rank_with_address_and_cause(

@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 
 from report import hello, say
 
@@ -102,7 +103,9 @@ FIELDS = [
 
 def managers(addresses: dict[str, str]) -> dict[str, object]:
     names = {address: f"<{name}>" for name, address in addresses.items()}
-    x, y, rank0, rank1 = (ManagerClient(addresses[n], LONG) for n in ("x", "y", "pair", "pair"))
+    groups = [[ManagerClient(addresses[n], LONG) for _ in range(2)] for n in ("x", "y", "z")]
+    rank0, rank1 = groups[2]
+    single = ManagerClient(addresses["single"], LONG)
     ids = []
 
     def ask(client: ManagerClient, rank: int, step: int, failures: int = 0, **more: object) -> object:
@@ -122,10 +125,11 @@ def managers(addresses: dict[str, str]) -> dict[str, object]:
 
     def all_ask(steps: tuple[int, int, int], failures: int = 0, **more: object) -> object:
         return together(
-            lambda: ask(x, 0, steps[0], failures, **more),
-            lambda: ask(y, 0, steps[1], failures, **more),
-            lambda: ask(rank0, 0, steps[2], failures, **more),
-            lambda: ask(rank1, 1, steps[2], failures, **more),
+            *(
+                partial(ask, client, rank, step, failures, **more)
+                for clients, step in zip(groups, steps, strict=True)
+                for rank, client in enumerate(clients)
+            )
         )
 
     answers: dict[str, object] = {}
@@ -139,7 +143,7 @@ def managers(addresses: dict[str, str]) -> dict[str, object]:
     answers["the id grows after a failed step"] = max(ids) > same
     answers["metadata"] = outcome(lambda: rank0._checkpoint_metadata(1, LONG))
     answers["metadata of no rank"] = outcome(lambda: rank0._checkpoint_metadata(9, LONG))
-    answers["vote of one"] = [x.should_commit(0, 8, v, LONG) for v in (True, False)]
+    answers["vote of one"] = [single.should_commit(0, 8, v, LONG) for v in (True, False)]
     for first, second in ((True, True), (True, False), (False, False)):
         answers[f"vote {first} {second}"] = together(
             lambda v=first: rank0.should_commit(0, 8, v, LONG), lambda v=second: rank1.should_commit(1, 8, v, LONG)

@@ -1,7 +1,8 @@
 """Lighthouses and manager servers in one process, for `wire_clients.py` of either implementation to talk to.
 
 One lighthouse, which wants two replicas, is asked directly. Another, which wants three, serves the managers of three
-groups: `x` and `y` of one rank, `pair` of two. (With fewer, who is in the first quorum would be a race.)
+groups of two ranks, `x`, `y` and `z`. (With fewer, who is in the first quorum would be a race.) A third one is there
+for `single`, a group of one rank that only votes.
 """
 
 import logging
@@ -17,8 +18,9 @@ def main() -> None:
     stop = hello()
     asked = LighthouseServer(bind="[::]:0", min_replicas=2, join_timeout_ms=1000, heartbeat_timeout_ms=5000)
     lighthouse = LighthouseServer(bind="[::]:0", min_replicas=3)
+    another = LighthouseServer(bind="[::]:0", min_replicas=1)
 
-    def manager(replica_id: str, world_size: int) -> ManagerServer:
+    def manager(replica_id: str, world_size: int, lighthouse: LighthouseServer = lighthouse) -> ManagerServer:
         return ManagerServer(
             replica_id=replica_id,
             lighthouse_addr=lighthouse.address(),
@@ -31,10 +33,11 @@ def main() -> None:
             quorum_retries=0,
         )
 
-    managers = {name: manager(name, world_size) for name, world_size in (("x", 1), ("y", 1), ("pair", 2))}
+    managers = {name: manager(name, 2) for name in ("x", "y", "z")}
+    managers["single"] = manager("single", 1, another)
     say("address", lighthouse=asked.address(), managers={name: m.address() for name, m in managers.items()})
     stop.wait()
-    for server in (*managers.values(), lighthouse, asked):
+    for server in (*managers.values(), another, lighthouse, asked):
         server.shutdown()
     say("end")
 

@@ -204,6 +204,9 @@ class LighthouseService(pb_grpc.LighthouseServiceServicer):
         if not self.seat.leads():
             asker.moved()
             return
+        if (other := self._core.membership.misfits.refuse(member)) is not None:
+            asker.fail(_misfit(member, other))
+            return
         earlier = self._answers.pop(member.replica_id, None)
         if earlier is not None:
             earlier.fail(f"replica {member.replica_id} asked again")
@@ -420,6 +423,16 @@ class LighthouseService(pb_grpc.LighthouseServiceServicer):
         if self.seat.durable:
             hint = f". If you know that they are gone, start this lighthouse again with --forget {last.quorum_id}"
         return f"{membership.status}. That is in {left:.0f} s{hint}"
+
+
+def _misfit(member: Member, other: Member) -> str:
+    refusal = (
+        f"the group {member.replica_id} has {member.world_size} rank(s), and {other.replica_id}, which is there "
+        f"already, has {other.world_size}: all groups of a job have the same number. Start this one with that many "
+        f"(torchrun --nproc-per-node), or all of them anew"
+    )
+    logger.warning("refused: %s", refusal)
+    return refusal
 
 
 def _put(queue: asyncio.Queue[pb.FailureNotification | None], notice: pb.FailureNotification | None) -> None:

@@ -20,8 +20,8 @@ class Member:
     """The newest step it has committed; below 0: it holds no usable state."""
     lineage: int = 0
     """Id of the quorum in which it, or whom it healed from, committed the newest step; 0: none, or not known."""
-    world_size: int = 1
-    """Ranks in the group."""
+    world_size: int = 0
+    """Ranks in the group; 0: not known."""
     shrink_only: bool = False
     """It asks that nobody new is taken in."""
     data: str = ""

@@ -21,6 +21,7 @@ Rules, checked after each request and each tick, with H = the healthy who wait, 
        known to be dead, or has been silent for ``lease + heartbeat_timeout``; after a quorum of one, for
        ``heartbeat_timeout``.
     7. No quorum of members that hold no state forms while a living replica holds one (:mod:`torchft.core.progress`).
+    8. A group with another number of ranks than those that are there is refused (:mod:`torchft.core.misfits`).
 
 Invariants
     - A replica is healthy from its last sign of life until ``heartbeat_timeout`` after it, or until it is known
@@ -38,6 +39,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from torchft.core.members import Death, Member, Options, Outcome, Quorum
+from torchft.core.misfits import Misfits
 from torchft.core.progress import JobProgress
 from torchft.core.roster import Roster
 
@@ -59,6 +61,8 @@ class Membership:
         self.quorum_id = quorum_id
         self.previous: Quorum | None = None
         self._roster = Roster()
+        self.misfits = Misfits(self._roster)
+        """Ask it before a request."""
         self._progress = JobProgress()
         self._dead: dict[str, None] = {}  # in the order of their deaths
         self._broken = False
@@ -74,7 +78,8 @@ class Membership:
 
     def heartbeat(self, replica_id: str, now: float) -> Outcome:
         """A sign of life. It can only ever make others wait, so nothing is decided here."""
-        self._roster.sign(replica_id, now)
+        if replica_id not in self.misfits:
+            self._roster.sign(replica_id, now)
         return Outcome()
 
     def attach(self, replica_id: str, active: bool, now: float) -> Outcome:
@@ -84,7 +89,8 @@ class Membership:
             active: it says that it has asked for a quorum before: it counts, unless it was declared dead since.
         """
         self._roster.open(replica_id)
-        if replica_id in self._roster.last_sign or (active and replica_id not in self._dead):
+        counts = active and replica_id not in self._dead and replica_id not in self.misfits
+        if counts or replica_id in self._roster.last_sign:
             self._roster.sign(replica_id, now)
         return Outcome()
 
