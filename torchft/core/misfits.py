@@ -7,7 +7,8 @@ The idea
 
 Invariants
     - Who is refused is not waited for, however much it shows that it lives.
-    - A group whose number is not known (0: an adopted quorum's) is never refused, and nobody because of it.
+    - A group whose number is not known (0: an adopted quorum's) is never refused, and nobody because of it. Neither is
+      who asks without a session: of those nobody knows whether they train together.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class Misfits:
         roster, me = self._roster, member.replica_id
         there = islice(chain(roster.members.values(), (m for m, _ in roster.waiters.values())), _LOOKED_AT)
         living = (m for m in there if m.replica_id in roster.last_sign and m.replica_id != me)
-        other = next((m for m in living if m.world_size), None)
-        if other is None or member.world_size in (0, other.world_size):
+        other = next((m for m in living if m.standing and m.world_size), None)
+        if other is None or not member.standing or member.world_size in (0, other.world_size):
             self._refused.pop(me, None)
             return None
         self._refused[me] = None
