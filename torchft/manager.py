@@ -29,10 +29,12 @@ from torchft import config
 from torchft.agreement import Agreement
 from torchft.checkpointing import Checkpoints, CheckpointTransport, HTTPTransport
 from torchft.collectives import check_quantizable
+from torchft.commit_phase import CommitPhase
 from torchft.coordination.types import Notice
-from torchft.departure import Drained, drain_requested, forget, leave_at_the_end, listen_for_sigterm
+from torchft.departure import Drained, forget, leave_at_the_end, listen_for_sigterm
 from torchft.group import join_group
 from torchft.group_loss import GroupLoss
+from torchft.leaving import Leaving
 from torchft.persistence import Persistence
 from torchft.process_group import ProcessGroup, Reduction
 from torchft.quorum_phase import NOBODY, Progress, QuorumPhase
@@ -42,7 +44,7 @@ from torchft.restoring import Restoring
 from torchft.runtime.deadline import Deadline, seconds
 from torchft.runtime.logs import RankLogger
 from torchft.state import ReplicaState
-from torchft.step_error import StepError, waited_in_vain
+from torchft.step_error import StepError
 from torchft.step_start import StepStart
 from torchft.telemetry import telemetry_of
 from torchft.timeouts import Timeouts, effective
@@ -53,10 +55,6 @@ __all__ = ["Manager", "WorldSizeMode"]
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-
-_LEAVE_TIMEOUT = timedelta(seconds=1)
-_DRAIN_TIMEOUT = 10.0
-"""Seconds that a group which was asked to drain trains on until the others can do without it."""
 
 
 class WorldSizeMode(Enum):
@@ -155,9 +153,7 @@ class Manager:
         retries = config.QUORUM_RETRIES.read()
         self._proactive = config.PROACTIVE_RECOVERY.read() if proactive_recovery is None else proactive_recovery
         self._pg = pg
-        self._min_replica_size = min_replica_size
         self._use_async_quorum = use_async_quorum
-        self._max_retries = max_retries
 
         self._state = ReplicaState()
         if (load_state_dict is None) != (state_dict is None):
@@ -167,13 +163,10 @@ class Manager:
 
         self._progress = Progress()
         self._error = StepError(self._on_first_error)
-        self._voted = True
         self._start = StepStart(beside=use_async_quorum)
-        self._drain_until: Deadline | None = None
         self._works = StepFutures(self._error)
-        self._left: str | None = None
-        self._drain = config.DRAIN.read() if config.DRAIN.is_set() else drain
-        if self._drain:
+        drain = config.DRAIN.read() if config.DRAIN.is_set() else drain
+        if drain:
             listen_for_sigterm()
 
         self._group = join_group(
@@ -191,6 +184,7 @@ class Manager:
             sessions=self._proactive,
         )
         self._log = RankLogger(logger, self._group.replica_id, self._group.rank, lambda: self._progress.step)
+        self._leaving = Leaving(self._group, self._progress, drain, self._log)
         self._telemetry = telemetry_of(self._group.replica_id, self._group.rank, lambda: self._progress.step)
         self._transport = checkpoint_transport or self._default_transport()
         agreement = Agreement(
@@ -241,6 +235,22 @@ class Manager:
             saved=(lambda _: 0) if restoring is None else restoring.newest,
         )
         self._persistence = Persistence(restoring, self._progress, self._begin, self._log)
+        self._commit = CommitPhase(
+            group=self._group,
+            pg=pg,
+            transport=self._transport,
+            begin=self._begin,
+            works=self._works,
+            progress=self._progress,
+            error=self._error,
+            persistence=self._persistence,
+            log=self._log,
+            telemetry=self._telemetry,
+            min_replica_size=min_replica_size,
+            max_retries=max_retries,
+            timeout=self._timeout,
+            voted=self._all_voted,
+        )
         self._loss: GroupLoss | None = None
         self._group.listen(self._hear, self._check_timeouts)
         leave_at_the_end(self)
@@ -250,6 +260,11 @@ class Manager:
         self._begin.hear(notice)
         if self._loss is not None:
             self._loss.hear(notice)
+
+    def _all_voted(self) -> None:
+        """All ranks of the group are there."""
+        if self._loss is not None:
+            self._loss.whole()
 
     def _check_timeouts(self, heartbeat_timeout: timedelta, join_timeout: timedelta) -> None:
         """The lighthouse has told its own."""
@@ -356,15 +371,12 @@ class Manager:
         self._persistence.settle_loss()
         self._persistence.between_steps()
         self._begin.clear()
-        draining = self._drain and drain_requested()
-        if draining and not self._waits_to_drain():
+        draining = self._leaving.asked
+        if draining and not self._leaving.waits():
             self._leave_drained()
-        if self._left is not None:
-            raise RuntimeError(f"this group has left the job ({self._left}): there is no further step")
-        if not self._voted and self._error.current is not None:
-            self._progress.failures += 1  # the loop left the last step without a vote
-            self._progress.breaks += 1
-        self._voted = False
+        if self._leaving.left is not None:
+            raise RuntimeError(f"this group has left the job ({self._leaving.left}): there is no further step")
+        self._commit.step_begins()
         self._error.begin()
         self._works.clear()
         deadline = Deadline(timeout or self._quorum_timeout)
@@ -399,12 +411,6 @@ class Manager:
                 self.report_error(RuntimeError("this group fell behind in mid-step and has healed: the step is lost"))
 
         return run
-
-    def _waits_to_drain(self) -> bool:
-        """Whether the others are being asked to let this group go between two steps."""
-        if self._drain_until is None and self._group.drain():
-            self._drain_until = Deadline(_DRAIN_TIMEOUT)
-        return self._drain_until is not None and not self._drain_until.expired
 
     def _leave_drained(self) -> NoReturn:
         self.leave("drained on SIGTERM")
@@ -490,53 +496,7 @@ class Manager:
         if not self._start.called:
             raise RuntimeError("no step to commit: call start_quorum() first (the optimizer's zero_grad does)")
         self._start.wait()
-        self._works.wait(self._timeout, self._pg.abort)
-        if self._begin.loads:
-            self._begin.apply_healed_state()
-        if (broken := self._pg.errored()) is not None:
-            self.report_error(broken)
-        self._begin.watch.exit()  # all it had to say is said: who dies or leaves from now on is no matter of this step
-        participants = self.num_participants()
-        few = participants < self._min_replica_size
-        mine = self.errored() is None and not few
-        try:
-            commit = self._group.vote(self._progress.step, mine, timeout or self._vote_timeout)
-            if self._loss is not None:
-                self._loss.whole()
-        except Exception as e:
-            self.report_error(e)
-            commit = False
-        self._transport.disallow_checkpoint()
-        self._voted = True
-        if commit:
-            self._progress.step += 1
-            self._progress.lineage = self._begin.quorum_id
-            self._progress.batches_committed += participants
-            self._progress.failures = self._progress.breaks = 0
-            self._log.debug("committed with %d participants", participants)
-            self._telemetry.commit(participants, self._progress.batches_committed)
-            return True
-        if self._begin.waits and self._error.current is None:
-            self._log.debug("the step is not committed: %s", self._begin.unhealed)  # as was announced: no failure
-            self._persistence.settle_loss()
-            return False
-        self._progress.failures += 1
-        if self._error.current is not None or self._begin.unhealed is None or self._group.world_size > 1:
-            self._progress.breaks += 1
-        if not self._begin.failed:
-            self._progress.timed_out = waited_in_vain(self._error.current)
-        cause: object = self.errored() or "another rank of this group failed"
-        if few and self.errored() is None:
-            cause = f"{participants} participants, min_replica_size is {self._min_replica_size}"
-        self._log.warning("the step is not committed (%d in a row): %s", self._progress.failures, cause)
-        self._telemetry.step_failed(self._progress.failures, cause)
-        self._persistence.settle_loss()
-        if self._max_retries is not None and self._progress.failures > self._max_retries:
-            raise RuntimeError(
-                f"{self._progress.failures} steps in a row were not committed, max_retries is {self._max_retries}. "
-                f"Last cause: {cause}"
-            ) from self._error.current
-        return False
+        return self._commit.run(timeout or self._vote_timeout)
 
     # ----------------------------------------------------------- errors, facts
 
@@ -556,7 +516,7 @@ class Manager:
 
     def errored(self) -> Exception | None:
         """The error of this step, or why this group is not healed in it; None while there is none."""
-        return self._error.current or self._begin.unhealed
+        return self._commit.errored()
 
     @property
     def use_async_quorum(self) -> bool:
@@ -603,14 +563,10 @@ class Manager:
         Returns:
             Whether they were told; False where that was impossible, or this group has left before.
         """
-        if self._left is not None:
-            return False
-        self._left = reason
         forget(self)
         if self._loss is not None:
             self._loss.stop()
-        self._log.info("leaving: %s", reason)
-        return self._group.leave(reason, self._progress.step, _LEAVE_TIMEOUT)
+        return self._leaving.leave(reason)
 
     def end_with_group(self, grace: timedelta = timedelta(seconds=10)) -> None:
         """From now on this process ends when it waits in vain for another rank of its own group.
@@ -624,7 +580,7 @@ class Manager:
                 with exit code 1 and the stacks of its threads on stderr, if it is in the middle of a step and the
                 rank has not come back.
         """
-        self._loss = GroupLoss(self._group.replica_id, seconds(grace), lambda: not self._voted, self._log)
+        self._loss = GroupLoss(self._group.replica_id, seconds(grace), lambda: not self._commit.over, self._log)
 
     def shutdown(self, wait: bool = True) -> None:
         """Leaves, and ends servers, transfers and threads. Idempotent.
