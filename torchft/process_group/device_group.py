@@ -29,7 +29,7 @@ from torchft.process_group.session import Session
 from torchft.process_group.stream_watch import Completes, StreamWatch
 from torchft.runtime.deadline import seconds
 
-__all__ = ["NEVER", "DeviceProcessGroup", "Teardown", "outcome"]
+__all__ = ["NEVER", "DeviceProcessGroup", "Teardown", "check_hardware", "outcome"]
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +105,25 @@ class Teardown:
             self._tear_down()
         except Exception as e:
             logger.warning("%s: tearing the backend down failed: %s", self._name, e)
+
+
+def check_hardware(name: str, library: str, built: bool, device: str, there: bool) -> None:
+    """Says what a group is missing.
+
+    Args:
+        name: of the group's class.
+        library: that carries its collectives.
+        built: whether this torch has it.
+        device: what it works on, with its article.
+        there: whether torch finds one.
+
+    Raises:
+        ProcessGroupError: something is missing.
+    """
+    if not built:
+        raise ProcessGroupError(f"{name} needs a torch built with {library}; this one has none")
+    if not there:
+        raise ProcessGroupError(f"{name} needs {device} device; torch finds none")
 
 
 def outcome(work: Work) -> bool:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from torchft.process_group.backend import torch_group
 from torchft.process_group.base import DEFAULT_TIMEOUT, ProcessGroupError
-from torchft.process_group.device_group import NEVER, DeviceProcessGroup
+from torchft.process_group.device_group import NEVER, DeviceProcessGroup, check_hardware
 from torchft.process_group.session import Session
 
 __all__ = ["ProcessGroupNCCL"]
@@ -38,10 +38,7 @@ class ProcessGroupNCCL(DeviceProcessGroup):
     _module: ClassVar[Any] = torch.cuda
 
     def __init__(self, timeout: timedelta = DEFAULT_TIMEOUT) -> None:
-        if not dist.is_nccl_available():
-            raise ProcessGroupError("ProcessGroupNCCL needs a torch built with NCCL; this one has none")
-        if not torch.cuda.is_available():
-            raise ProcessGroupError("ProcessGroupNCCL needs a CUDA device; torch finds none")
+        check_hardware("ProcessGroupNCCL", "NCCL", dist.is_nccl_available(), "a CUDA", torch.cuda.is_available())
         super().__init__(timeout)
 
     def getBackendName(self) -> str:

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from torchft.process_group.backend import torch_group
-from torchft.process_group.base import DEFAULT_TIMEOUT, ProcessGroupError
-from torchft.process_group.device_group import NEVER, DeviceProcessGroup
+from torchft.process_group.base import DEFAULT_TIMEOUT
+from torchft.process_group.device_group import NEVER, DeviceProcessGroup, check_hardware
 from torchft.process_group.session import Session
 
 __all__ = ["ProcessGroupXCCL"]
@@ -30,10 +30,7 @@ class ProcessGroupXCCL(DeviceProcessGroup):
     _module: ClassVar[Any] = torch.xpu
 
     def __init__(self, timeout: timedelta = DEFAULT_TIMEOUT) -> None:
-        if not c10d.is_xccl_available():
-            raise ProcessGroupError("ProcessGroupXCCL needs a torch built with XCCL; this one has none")
-        if not torch.xpu.is_available():
-            raise ProcessGroupError("ProcessGroupXCCL needs an XPU device; torch finds none")
+        check_hardware("ProcessGroupXCCL", "XCCL", c10d.is_xccl_available(), "an XPU", torch.xpu.is_available())
         super().__init__(timeout)
 
     def getBackendName(self) -> str:

@@ -27,6 +27,7 @@ from torchft.process_group.baby.gpu import GpuBlock
 from torchft.process_group.baby.memory import Block, HostBlock
 from torchft.process_group.backend import BackendProcessGroup, Membership
 from torchft.process_group.base import DEFAULT_TIMEOUT, ProcessGroupError
+from torchft.process_group.device_group import check_hardware
 from torchft.process_group.session import STORE_GRACE, Session, nothing
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.nursery import Nursery, NurseryError
@@ -207,10 +208,7 @@ class ProcessGroupBabyNCCL(_BabyProcessGroup):
     _host = "torchft.process_group.nccl:ProcessGroupNCCL"
 
     def __init__(self, timeout: timedelta = DEFAULT_TIMEOUT) -> None:
-        if not dist.is_nccl_available():
-            raise ProcessGroupError("ProcessGroupBabyNCCL needs a torch built with NCCL; this one has none")
-        if not torch.cuda.is_available():
-            raise ProcessGroupError("ProcessGroupBabyNCCL needs a CUDA device; torch finds none")
+        check_hardware("ProcessGroupBabyNCCL", "NCCL", dist.is_nccl_available(), "a CUDA", torch.cuda.is_available())
         super().__init__(timeout)
 
     def _device(self) -> torch.device:
@@ -237,10 +235,7 @@ class ProcessGroupBabyXCCL(_BabyProcessGroup):
     _host = "torchft.process_group.xccl:ProcessGroupXCCL"
 
     def __init__(self, timeout: timedelta = DEFAULT_TIMEOUT) -> None:
-        if not c10d.is_xccl_available():
-            raise ProcessGroupError("ProcessGroupBabyXCCL needs a torch built with XCCL; this one has none")
-        if not torch.xpu.is_available():
-            raise ProcessGroupError("ProcessGroupBabyXCCL needs an XPU device; torch finds none")
+        check_hardware("ProcessGroupBabyXCCL", "XCCL", c10d.is_xccl_available(), "an XPU", torch.xpu.is_available())
         super().__init__(timeout)
 
     def _device(self) -> torch.device:
