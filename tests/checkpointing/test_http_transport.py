@@ -27,6 +27,7 @@ from torchft.checkpointing import (
 )
 from torchft.checkpointing.chunks import CHUNK_SIZE, read_hashes, read_manifest
 from torchft.checkpointing.http_probe import MAX_PROBE, rate_of
+from torchft.runtime.deadline import Deadline
 from torchft.testing.faults import Link
 
 TIMEOUT = timedelta(seconds=30)
@@ -266,6 +267,23 @@ def test_slow_reader_of_uncopied_state_gets_what_was_offered_in_the_middle_of_a_
         body = reader.body(32 << 20)
         assert body.count(1) == len(body), "what training wrote meanwhile was sent"
         reader.close()
+
+
+def test_a_reader_that_asks_while_its_snapshot_is_withdrawn_is_not_waited_for() -> None:
+    with transport(snapshot="lock") as source:
+        source.send_checkpoint([1], 1, {"w": torch.ones(9)}, TIMEOUT)
+        connection = HTTPConnection("127.0.0.1", port_of(source), timeout=30)
+        connection.request("GET", "/checkpoint/1/manifest")
+        connection.getresponse().read()
+        server, looked = source._server, threading.Event()
+        offer, readable = server.current, server._readable
+        assert offer is not None
+        offer.withdrawn = True  # as `withdraw` does first
+        server._readable = lambda *args: (looked.set(), readable(*args))[1]  # type: ignore[method-assign]
+        connection.request("GET", "/checkpoint/1/data", headers={"Prefer": "wait=3600"})
+        assert looked.wait(30)
+        assert server.withdraw(Deadline(30))
+        connection.close()
 
 
 def test_nothing_is_copied_for_readers_that_have_given_up() -> None:

@@ -24,7 +24,7 @@ import threading
 from torchft.checkpointing.chunks import ByteRun
 from torchft.checkpointing.http_connection import Connection, Refused
 from torchft.checkpointing.manifest import Manifest
-from torchft.checkpointing.offer import Offer
+from torchft.checkpointing.offer import Offer, Withdrawn
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.fork import close_in_children_fd
 
@@ -90,6 +90,7 @@ class SnapshotServer:
             for reader in () if self._offer is None else self._offer.readers:
                 if not reader.dropped and reader.gone():
                     reader.cut()
+                    self._changed.notify_all()
 
     def withdraw(self, deadline: Deadline) -> bool:
         """Cuts readers off. True: nobody reads the snapshot's memory any more."""
@@ -185,10 +186,16 @@ class SnapshotServer:
         """The offer of ``step``; ``connection`` is a reader of it from here on."""
 
         def settled() -> bool:
-            return self._stopping or step < self._newest or self._readable(step, connection) is not None
+            if self._stopping or connection.dropped or step < self._newest:
+                return True
+            return self._readable(step, connection) is not None
 
         with self._changed:
+            if self._offer is not None and self._offer.step != step:
+                self._offer.readers.discard(connection)
             self._changed.wait_for(settled, deadline.remaining())
+            if connection.dropped:  # whoever dropped it waits for it to end
+                raise Withdrawn("this reader was dropped")
             offer = self._readable(step, connection)
             if offer is None:
                 raise self._refusal(step)
