@@ -41,7 +41,7 @@ _EAGER = 1 << 20
 """The first bytes of a connection are handed on as they come, whole pieces afterwards: who watches a slow one knows at
 once how slow it is."""
 
-PIECE = 512 << 10
+PIECE = 1 << 20
 """Bytes that are hashed and moved at a time: they stay in the second level's cache in between."""
 HASHED = "application/x-torchft-hashed"
 """The content type of a body that has each chunk's hash after the chunk."""
