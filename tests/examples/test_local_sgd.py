@@ -68,7 +68,7 @@ def test_torchx_run_in_the_folder_of_local_sgd_trains_two_groups_to_one_state(tm
     with Children() as children:
         job = children.start(
             "torchx",
-            ["sh", "-c", f"cd examples/localsgd && exec {TORCHX} run -- --lighthouse_port={port}"],
+            ["sh", "-c", f"cd examples/localsgd && exec {TORCHX} run -- --lighthouse_port={port} --min_replicas=2"],
             {
                 "QUICK_RUN": "1",
                 "TOTAL_STEPS": "100",

@@ -21,7 +21,7 @@ from typing import Protocol, cast
 
 from torch.distributed import Work
 
-__all__ = ["Lane", "Lost", "ending_of"]
+__all__ = ["Ending", "Lane", "Lost", "ending_of"]
 
 
 class Lost(Exception):

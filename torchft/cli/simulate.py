@@ -177,16 +177,31 @@ def _parts(
         jobs, multiprocessing.get_context("spawn"), _begin_worker, (os.getpid(),)
     )
     try:
-        futures = [pool.submit(run_seeds, chunk, replicas, stories) for chunk in chunks]
+        with _uninterrupted():  # a worker that is half started would be waited for and never told to end
+            futures = [pool.submit(run_seeds, chunk, replicas, stories) for chunk in chunks]
         for future in concurrent.futures.as_completed(futures):
             yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM come after it; processes started in it begin with both held back."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin_worker(parent: int) -> None:
     """A worker leaves Ctrl-C to the main process, and ends with it, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
     with contextlib.suppress(OSError, AttributeError):  # there is no prctl but on Linux
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

@@ -22,6 +22,7 @@ def replica_groups(
     nproc_per_node: int = 1,
     lighthouse: str = "",
     lighthouse_port: int = 29510,
+    min_replicas: int = 1,
     join_timeout_ms: int = 1000,
     max_restarts: int = 3,
     env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
@@ -36,6 +37,7 @@ def replica_groups(
         nproc_per_node: ranks of a group, all on one host
         lighthouse: address of one that runs already; by default one is started beside the groups, on their host
         lighthouse_port: of the lighthouse that is started; it ends when the groups have
+        min_replicas: how many groups it waits for before any of them trains
         join_timeout_ms: how long it waits for groups that have not asked yet
         max_restarts: how often torchrun restarts a group that failed
         env: variables for all groups, A=1,B=2
@@ -44,7 +46,11 @@ def replica_groups(
     roles = []
     if not lighthouse:
         lighthouse = f"http://localhost:{lighthouse_port}"
-        arguments = ["--min_replicas=1", f"--bind=[::]:{lighthouse_port}", f"--join_timeout_ms={join_timeout_ms}"]
+        arguments = [
+            f"--min_replicas={min_replicas}",
+            f"--bind=[::]:{lighthouse_port}",
+            f"--join_timeout_ms={join_timeout_ms}",
+        ]
         roles.append(
             specs.Role(
                 name="lighthouse",
