@@ -13,7 +13,8 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import click
@@ -29,6 +30,8 @@ __all__ = ["simulate"]
 
 _PR_SET_PDEATHSIG = 1
 _CHUNK = 50
+_GLANCE = 0.2
+"""Seconds between two looks whether somebody interrupts."""
 _LINES = 200
 """Of a trace, at most."""
 
@@ -173,24 +176,49 @@ def _parts(
         for chunk in chunks:
             yield run_seeds(chunk, replicas, stories)
         return
-    pool = concurrent.futures.ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), _begin_worker, (os.getpid(),)
-    )
-    try:
-        with _uninterrupted():  # a worker that is half started would be waited for and never told to end
-            futures = [pool.submit(run_seeds, chunk, replicas, stories) for chunk in chunks]
-        for future in concurrent.futures.as_completed(futures):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    left, waiting = iter(chunks), set[concurrent.futures.Future[Summary]]()
+    with _interrupts_noted() as interrupted:
+        pool = concurrent.futures.ProcessPoolExecutor(
+            jobs, multiprocessing.get_context("spawn"), _begin_worker, (os.getpid(),)
+        )
+        try:
+            while True:
+                with _interrupts_held_back():
+                    for chunk in islice(left, 2 * jobs - len(waiting)):
+                        waiting.add(pool.submit(run_seeds, chunk, replicas, stories))
+                if not waiting:
+                    return
+                done, waiting = concurrent.futures.wait(
+                    waiting, _GLANCE, return_when=concurrent.futures.FIRST_COMPLETED
+                )
+                if interrupted():
+                    raise KeyboardInterrupt
+                for future in done:
+                    yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM come after it; processes started in it begin with both held back."""
+def _interrupts_noted() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C, SIGTERM and SIGHUP raise nothing meanwhile; tells whether one came. An exception in the midst of a pool's
+    own code leaves its locks held, or a process that it does not know of: it is waited for without end then.
+    """
+    noted: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: noted.append(n)) for number in _INTERRUPTS}
+    try:
+        yield lambda: bool(noted)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """They come after it; processes started in it begin with both held back, and are not ended by them half begun."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
     try:
         yield
