@@ -7,7 +7,7 @@ of a heal line by line (README, *what the log says*).
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -151,19 +151,18 @@ class Recovery:
         """
         heal = self._heal
         if heal is not None:
-            self._expect_no_offer(heal, f"the step failed: {error}")
-
-    def _expect_no_offer(self, heal: _Heal, reason: str) -> None:
-        """Again and again, as :meth:`_abandon`."""
-        if self._heal is heal:
-            self.transport.expect_no_offer(reason)
-            call_later(0.05, lambda: self._expect_no_offer(heal, reason))
+            self._until_over(heal, lambda: self.transport.expect_no_offer(f"the step failed: {error}"))
 
     def _abandon(self, heal: _Heal, cause: str) -> None:
+        self._until_over(
+            heal, lambda: self.transport.abort(f"the sources {sorted(heal.lost)} are no longer there: {cause}")
+        )
+
+    def _until_over(self, heal: _Heal, act: Callable[[], None]) -> None:
         """Again and again until the heal has ended: it may be between two waits right now."""
         if self._heal is heal:
-            self.transport.abort(f"the sources {sorted(heal.lost)} are no longer there: {cause}")
-            call_later(0.05, lambda: self._abandon(heal, cause))
+            act()
+            call_later(0.05, lambda: self._until_over(heal, act))
 
     def _receivers_of(self, quorum: QuorumResult) -> list[int]:
         """The replica ranks that this one offers its state to."""

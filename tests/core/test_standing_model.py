@@ -110,16 +110,21 @@ def test_standing_steps_need_no_lighthouse() -> None:
     assert a.commits >= before + 50
 
 
-def test_joiner_is_in_within_two_steps_of_asking_and_nobody_fails_for_it() -> None:
-    world = settled("AB")
-    a, b = world.nodes.values()
-    joiner = Node("C")
-    world.nodes["C"] = joiner
-    step = a.step
+def joined(world: World, name: str) -> Node:
+    """A new member, once it works in a quorum, or has had the time to."""
+    world.nodes[name] = joiner = Node(name)
     for _ in range(12):
         one_round(world, 0.01)
         if joiner.working is not None:
             break
+    return joiner
+
+
+def test_joiner_is_in_within_two_steps_of_asking_and_nobody_fails_for_it() -> None:
+    world = settled("AB")
+    a, b = world.nodes.values()
+    step = a.step
+    joiner = joined(world, "C")
     assert joiner.working is not None
     assert joiner.working.participants[0].step <= step + 3  # two after the one that was under way
     assert a.failures == b.failures == joiner.failures == 0
@@ -128,12 +133,8 @@ def test_joiner_is_in_within_two_steps_of_asking_and_nobody_fails_for_it() -> No
 def test_joiner_of_a_member_alone_is_in_at_the_next_step() -> None:
     world = settled("A")
     (a,) = world.nodes.values()
-    world.nodes["B"] = joiner = Node("B")
     step = a.step
-    for _ in range(12):
-        one_round(world, 0.01)
-        if joiner.working is not None:
-            break
+    joiner = joined(world, "B")
     assert joiner.working is not None
     assert joiner.working.participants[0].step <= step + 1  # the one after that under way
     assert a.failures == joiner.failures == 0
