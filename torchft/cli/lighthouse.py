@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import re
-import signal
 import socket
 import time
 from pathlib import Path
-from types import FrameType
 
 import click
 
 from torchft import config
 from torchft.coordination.lighthouse_server import LighthouseServer
 from torchft.runtime.net import split_bind
+from torchft.runtime.signals import EndSignals
 
 __all__ = ["default_state_file", "lighthouse", "main"]
 
@@ -166,31 +164,20 @@ def lighthouse(
         )
     except (RuntimeError, ValueError) as e:
         raise click.ClickException(str(e)) from e
-    ended: queue.SimpleQueue[int] = queue.SimpleQueue()  # an Event's lock could be held where the signal comes
-
-    def end(signum: int, frame: FrameType | None) -> None:
-        ended.put(signum)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
-    click.echo(f"lighthouse at {server.address()} (export TORCHFT_LIGHTHOUSE={server.address()})", err=True)
-    if end_when_idle_sec is None:
-        ended.get()
-    else:
-        _wait_until_idle(server, end_when_idle_sec, ended)
-    click.echo("lighthouse stops", err=True)
-    server.shutdown()
+    with EndSignals() as signals:
+        click.echo(f"lighthouse at {server.address()} (export TORCHFT_LIGHTHOUSE={server.address()})", err=True)
+        if end_when_idle_sec is None:
+            signals.wait()
+        else:
+            _wait_until_idle(server, end_when_idle_sec, signals)
+        click.echo("lighthouse stops", err=True)
+        server.shutdown()
 
 
-def _wait_until_idle(server: LighthouseServer, limit: float, ended: queue.SimpleQueue[int]) -> None:
-    """Until there were groups and for ``limit`` seconds there are none, or ``ended`` holds something."""
+def _wait_until_idle(server: LighthouseServer, limit: float, signals: EndSignals) -> None:
+    """Until there were groups and for ``limit`` seconds there are none, or a signal to end has come."""
     last_seen: float | None = None
-    while True:
-        try:
-            ended.get(timeout=min(0.2, limit / 4))
-            return
-        except queue.Empty:
-            pass
+    while not signals.wait(min(0.2, limit / 4)):
         if server.replicas():
             last_seen = time.monotonic()
         elif last_seen is not None and time.monotonic() - last_seen >= limit:

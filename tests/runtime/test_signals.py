@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from torchft.runtime.signals import EndSignals
+
+DEADLINE = 30.0
+
+pytestmark = pytest.mark.skipif(
+    threading.current_thread() is not threading.main_thread(), reason="signals are for the main thread"
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_wait_ends_it(number: signal.Signals) -> None:
+    with EndSignals() as signals:
+        assert not signals.wait(0)
+        os.kill(os.getpid(), number)
+        assert signals.wait(DEADLINE)
+        assert signals.wait(DEADLINE)  # it has come: that does not change
+
+
+def test_a_signal_that_another_thread_receives_ends_the_wait() -> None:
+    # A lock in its place goes on waiting: only the thread that a signal is given to is taken out of its system call.
+    with EndSignals() as signals:
+        other = threading.Timer(0.2, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM))
+        other.start()
+        assert signals.wait(DEADLINE)
+        other.join()
+
+
+def test_afterwards_all_is_as_before() -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with EndSignals():
+        pass
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_another_thread_is_refused_and_leaves_nothing_open() -> None:
+    refused: list[BaseException] = []
+
+    def enter() -> None:
+        try:
+            with EndSignals():
+                pass
+        except ValueError as e:
+            refused.append(e)
+
+    descriptors = len(os.listdir("/proc/self/fd"))
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert len(refused) == 1
+    assert len(os.listdir("/proc/self/fd")) == descriptors

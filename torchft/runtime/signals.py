@@ -1,0 +1,57 @@
+"""Waiting in the main thread for a signal to end.
+
+A main thread that waits for a lock (``Event.wait``, ``Queue.get``) can miss a signal for good: one that comes between
+Python's last look at its signals and the kernel's wait, or that the kernel hands to another thread, runs its handler
+only when the wait is over. A file descriptor that the C handler writes to has no such gap.
+"""
+
+from __future__ import annotations
+
+import select
+import signal
+import socket
+from types import FrameType, TracebackType
+
+__all__ = ["EndSignals"]
+
+_ENDING = (signal.SIGINT, signal.SIGTERM)
+
+
+class EndSignals:
+    """Inside its ``with`` block SIGINT and SIGTERM interrupt nothing: they end :meth:`wait`.
+
+    Raises:
+        ValueError: entered in another thread than the main one.
+    """
+
+    def __enter__(self) -> EndSignals:
+        self._read, self._write = socket.socketpair()
+        self._read.setblocking(False)
+        self._write.setblocking(False)
+        try:
+            self._former_fd = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        except ValueError:
+            self._close()
+            raise
+        self._former = {number: signal.signal(number, _ignore) for number in _ENDING}
+        return self
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Whether one has come, before or within ``timeout`` seconds."""
+        return bool(select.select([self._read], [], [], timeout)[0])
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        signal.set_wakeup_fd(self._former_fd)
+        self._close()
+
+    def _close(self) -> None:
+        self._read.close()
+        self._write.close()
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """It is in the descriptor. With SIG_IGN it would not be."""
