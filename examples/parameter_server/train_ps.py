@@ -96,7 +96,8 @@ def serve() -> None:
     server = DigitsServer(net, torch.optim.AdamW(net.parameters(), lr=2e-3), metrics, PORT)
     logger.info("workers find the server at %s", server.address())
     metrics.write("serving", address=server.address())
-    server.done.wait()
+    while not server.done.wait(1.0):  # without a limit a lock's wait can miss a Ctrl-C
+        pass
     while server.sessions():  # each worker is told that there is nothing more to do
         time.sleep(0.05)
     share = accuracy(net, held_out, torch.device("cpu"))

@@ -148,7 +148,7 @@ def _search(
     total = Summary()
     interrupted = False
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("schedules", total=seeds)
         try:
             for part in _parts(range(start, start + seeds), replicas, stories, jobs):
@@ -173,8 +173,14 @@ def _parts(
     """The summaries of parts of the work, as they are ready."""
     chunks = [seeds[i : i + _CHUNK] for i in range(0, len(seeds), _CHUNK)]
     if jobs == 1:
-        for chunk in chunks:
-            yield run_seeds(chunk, replicas, stories)
+        with _interrupts_noted() as interrupted:
+            for chunk in chunks:
+                part = Summary()
+                for seed in chunk:
+                    part.merge(run_seeds(range(seed, seed + 1), replicas, stories))
+                    if interrupted():
+                        raise KeyboardInterrupt
+                yield part
         return
     left, waiting = iter(chunks), set[concurrent.futures.Future[Summary]]()
     with _interrupts_noted() as interrupted:
@@ -205,7 +211,8 @@ _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 @contextlib.contextmanager
 def _interrupts_noted() -> Iterator[Callable[[], bool]]:
     """Ctrl-C, SIGTERM and SIGHUP raise nothing meanwhile; tells whether one came. An exception in the midst of a pool's
-    own code leaves its locks held, or a process that it does not know of: it is waited for without end then.
+    own code leaves its locks held, or a process that it does not know of: it is waited for without end then. And one
+    that is raised while Python finalizes an object is not raised at all.
     """
     noted: list[int] = []
     before = {number: signal.signal(number, lambda n, _: noted.append(n)) for number in _INTERRUPTS}

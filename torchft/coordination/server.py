@@ -43,7 +43,7 @@ class GrpcServer:
     ) -> None:
         self._host, port = split_bind(bind)
         self._stopped = False
-        self._server, self.port = loop.submit(self._start(port, register, what, heartbeat_timeout)).result(timeout=30)
+        self._server, self.port = loop.submit(self._start(port, register, what, heartbeat_timeout)).result(timeout=60)
         self._in_children = close_in_children(own=[self.port])
         _live.add(self)
 
@@ -85,7 +85,7 @@ class GrpcServer:
         self._in_children.forget()
         if loop.on_loop():
             raise RuntimeError("a server cannot be stopped from the loop it runs on")
-        loop.submit(self._server.stop(grace)).result(timeout=grace + 10)
+        loop.submit(self._server.stop(grace)).result(timeout=grace + 60)
 
 
 @functools.cache

@@ -87,7 +87,7 @@ class Child:
         """The ids of all living processes of the tree, the child itself included."""
         return [pid for pid in _process_ids() if _carries(pid, self._mark)]
 
-    def kill(self, timeout: float = 5.0) -> None:
+    def kill(self, timeout: float = 30.0) -> None:
         """SIGKILL to the whole tree; returns when nothing of it is left.
 
         Raises:
