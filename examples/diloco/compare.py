@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from torchft.runtime.deadline import Deadline
 EXAMPLES = Path(__file__).resolve().parents[1]
 DILOCO = EXAMPLES / "diloco" / "train_diloco.py"
 GROUPS = 2
+_NO_END = 10**9
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,13 @@ class Algorithm:
         """Steps of the Manager in a run."""
         windows = steps // sync_every * int(self.env.get("FRAGMENTS", "1"))
         return steps if self.script.name == "train_data_parallel.py" else windows
+
+    def steps(self, commits: int, sync_every: int) -> int:
+        """Steps of the optimizer in which there are so many commits; a multiple of ``sync_every``."""
+        steps = 0
+        while self.commits(steps, sync_every) < commits:
+            steps += sync_every
+        return steps
 
 
 ALGORITHMS = {
@@ -64,6 +73,8 @@ class Result:
     seconds: float
     alone: int
     """Commits of group 0 without the other."""
+    steps: int
+    """Of the optimizer, that were to be taken; more than asked for where group 1 took long to come back."""
     identical: bool
 
 
@@ -79,13 +90,26 @@ def run(algorithm: Algorithm, options: argparse.Namespace, fault: bool, folder: 
     env = {
         "NUM_REPLICA_GROUPS": str(GROUPS),
         "TORCHFT_LIGHTHOUSE": lighthouse.address(),
-        "TOTAL_STEPS": str(options.steps),
+        "TOTAL_STEPS": f"@{folder / 'total'}",
         "MIN_STEP_SEC": str(options.step_sec),
         "SYNC_EVERY": str(options.sync_every),
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         **algorithm.env,
     }
+
+    def set_total(steps: int) -> None:
+        (folder / "total.new").write_text(str(steps))
+        (folder / "total.new").replace(folder / "total")
+
+    def until(child: Child, watch: Watch, happened: Callable[[], bool]) -> None:
+        while not happened():
+            _check(child, deadline, running=True)
+            child.wait(0.05)
+            watch.look()
+
+    steps: int = options.steps
+    set_total(steps if not fault else _NO_END)
 
     def start(group: int, life: int) -> tuple[Child, Path]:
         metrics = folder / f"group{group}.{life}.jsonl"
@@ -102,14 +126,16 @@ def run(algorithm: Algorithm, options: argparse.Namespace, fault: bool, folder: 
             began = time.monotonic()
             (zero, zero_metrics), (one, one_metrics) = start(0, 0), start(1, 0)
             if fault:
-                watch = Watch(one_metrics)
+                first = Watch(one_metrics)
                 third = algorithm.commits(options.steps, options.sync_every) // 3
-                while watch.step < third:
-                    _check(one, deadline, running=True)
-                    one.wait(0.05)
-                    watch.look()
+                until(one, first, lambda: first.step >= third)
                 one.kill()
                 one, one_metrics = start(1, 1)
+                # Group 0 must not have ended when it is back, however slow this machine is.
+                second = Watch(one_metrics)
+                until(one, second, lambda: any(commit.participants == GROUPS for commit in second.commits))
+                steps = max(steps, algorithm.steps(second.step, options.sync_every) + 2 * options.sync_every)
+                set_total(steps)
             for child in (zero, one):
                 child.wait(deadline.remaining())
                 _check(child, deadline, running=False)
@@ -125,6 +151,7 @@ def run(algorithm: Algorithm, options: argparse.Namespace, fault: bool, folder: 
         seconds=seconds,
         alone=sum(commit.participants < GROUPS for commit in watch.commits),
         identical=ends[0]["state"] == ends[1]["state"],
+        steps=steps,
     )
 
 

@@ -58,7 +58,6 @@ def main() -> None:
     manager.register_state_dict_fn("inner", inner.load_state_dict, inner.state_dict)
 
     # --- Train: an ordinary loop; each SYNC_EVERY steps of the inner optimizer a synchronisation ends ---
-    windows_in_all = settings.total_steps() // settings.sync_every * settings.fragments
     with DiLoCo(
         manager,
         fragments,
@@ -71,6 +70,7 @@ def main() -> None:
     ) as diloco:
         for inputs, targets in stream:
             window = manager.current_step()
+            windows_in_all = settings.total_steps() // settings.sync_every * settings.fragments
             if window >= windows_in_all:
                 break
             began = time.monotonic()

@@ -55,10 +55,10 @@ def main() -> None:
     manager.register_state_dict_fn("optimizer", adamw.load_state_dict, adamw.state_dict)
 
     # --- Train: an ordinary loop; each SYNC_EVERY steps of the optimizer a window ends with an average ---
-    windows_in_all = settings.total_steps() // settings.sync_every
     with LocalSGD(manager, model, adamw, sync_every=settings.sync_every) as local_sgd:
         for inputs, targets in stream:
             window = manager.current_step()
+            windows_in_all = settings.total_steps() // settings.sync_every
             if window >= windows_in_all:
                 break
             began = time.monotonic()

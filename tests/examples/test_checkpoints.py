@@ -32,7 +32,7 @@ def run(lighthouse: str, folder: Path, steps: int) -> list[dict[str, Any]]:
         },
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in metrics.read_text().splitlines()]

@@ -30,7 +30,7 @@ def lighthouse() -> Iterator[str]:
 
 
 def until(watch: Watch, child: Child, happened: Callable[[Watch], bool]) -> None:
-    deadline = Deadline(90)
+    deadline = Deadline(200)
     while not happened(watch):
         assert child.exit_code() is None, "\n".join(child.last_lines(60))
         assert not deadline.expired, "\n".join(child.last_lines(60))
@@ -41,13 +41,17 @@ def until(watch: Watch, child: Child, happened: Callable[[Watch], bool]) -> None
 def second_rank(child: Child) -> int:
     """The process id of a group's rank 1."""
     for pid in child.tree():
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        if b"RANK=1" in environment and b"train_hsdp.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue  # it has just ended
+        if b"RANK=1" in environment and b"train_hsdp.py" in command:
             return pid
     raise AssertionError("there is no rank 1")
 
 
-@pytest.mark.timeout(300)  # it starts six processes under two torchruns
+@pytest.mark.timeout(600)  # it starts six processes under two torchruns
 def test_a_group_that_loses_a_rank_is_restarted_and_heals_while_the_other_trains(
     tmp_path: Path, lighthouse: str
 ) -> None:
@@ -87,7 +91,7 @@ def test_a_group_that_loses_a_rank_is_restarted_and_heals_while_the_other_trains
         new.write_text(str(steps))
         new.replace(total)
         for watch, group in zip(watches, groups, strict=True):
-            assert group.wait(90) == 0, "\n".join(group.last_lines(60))
+            assert group.wait(200) == 0, "\n".join(group.last_lines(60))
             watch.look()
 
     ends = [watch.end for watch in watches]

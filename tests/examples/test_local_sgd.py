@@ -6,7 +6,6 @@ import argparse
 import json
 import re
 import shutil
-import socket
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from examples.characters import CONTEXT, VOCABULARY, CharacterModel, bits_per_character, load_text, windows
 from examples.diloco import compare
 from torchft.launch.processes import Children
+from torchft.testing.ports import ReservedPort
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHX = shutil.which("torchx", path=str(Path(sys.executable).parent))
@@ -63,12 +63,11 @@ def test_a_model_sees_nothing_of_what_it_is_to_guess() -> None:
 
 @pytest.mark.skipif(TORCHX is None, reason="torchx is not installed: pip install torchx")
 def test_torchx_run_in_the_folder_of_local_sgd_trains_two_groups_to_one_state(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with Children() as children:
+    with ReservedPort() as kept, Children() as children:
+        ask = f"--lighthouse_port={kept.port} --min_replicas=2"
         job = children.start(
             "torchx",
-            ["sh", "-c", f"cd examples/localsgd && exec {TORCHX} run -- --lighthouse_port={port} --min_replicas=2"],
+            ["sh", "-c", f"cd examples/localsgd && exec {TORCHX} run -- {ask}"],
             {
                 "QUICK_RUN": "1",
                 "TOTAL_STEPS": "100",
@@ -78,7 +77,7 @@ def test_torchx_run_in_the_folder_of_local_sgd_trains_two_groups_to_one_state(tm
             },
             tmp_path / "torchx.log",
         )
-        assert job.wait(100) == 0, "\n".join(job.last_lines(60))
+        assert job.wait(250) == 0, "\n".join(job.last_lines(60))
     said = (tmp_path / "torchx.log").read_text()
     ends = re.findall(r"done: (\d+) windows, held-out ([\d.]+) bits per character, .* state (\w{32})", said)
     assert len(ends) == 2, said[-3000:]
@@ -89,7 +88,7 @@ def test_torchx_run_in_the_folder_of_local_sgd_trains_two_groups_to_one_state(tm
 
 
 def test_streaming_diloco_survives_a_kill_and_sends_a_fraction_of_data_parallelism(tmp_path: Path) -> None:
-    options = argparse.Namespace(steps=160, step_sec=0.05, sync_every=20, patience=100.0)
+    options = argparse.Namespace(steps=160, step_sec=0.05, sync_every=20, patience=250.0)
     faulty = compare.run(compare.ALGORITHMS["streaming"], options, True, tmp_path / "streaming")
     assert faulty.identical
     assert faulty.alone > 0  # group 1 was away for some of the windows, and the other went on
@@ -100,13 +99,15 @@ def test_streaming_diloco_survives_a_kill_and_sends_a_fraction_of_data_paralleli
     options.steps = 60
     parallel = compare.run(compare.ALGORITHMS["data-parallel"], options, False, tmp_path / "parallel")
     assert parallel.identical
-    assert parallel.megabytes / 60 > 12 * faulty.megabytes / 160  # 20 times, but for steps that were tried again
+    assert (
+        parallel.megabytes / parallel.steps > 12 * faulty.megabytes / faulty.steps
+    )  # 20 times, but for steps that were tried again
     printed = compare.table({("data-parallel", False): parallel, ("streaming", True): faulty})
     assert printed.row_count == 2
 
 
 def test_a_run_whose_group_fails_says_which_and_why(tmp_path: Path) -> None:
     algorithm = compare.Algorithm("too many", compare.DILOCO, {"FRAGMENTS": "9"})
-    options = argparse.Namespace(steps=20, step_sec=0.0, sync_every=20, patience=60.0)
+    options = argparse.Namespace(steps=20, step_sec=0.0, sync_every=20, patience=120.0)
     with pytest.raises(RuntimeError, match=r"(?s)group 0 ended with 1.*FRAGMENTS=9: the model has 4 layers"):
         compare.run(algorithm, options, False, tmp_path / "run")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 from torchft.launch.processes import Child, Children
+from torchft.testing.ports import ReservedPort
 from torchft.testing.wait import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,18 +34,17 @@ def _events(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def test_the_server_trains_on_while_workers_die_and_come(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with Children() as children:
+    with ReservedPort() as kept, Children() as children:
+        port = kept.port
         server = _start(children, tmp_path, "server", "server", port, 0)
         first = _start(children, tmp_path, "first", "worker", port, 1)
         doomed = _start(children, tmp_path, "doomed", "worker", port, 2)
-        wait_until(lambda: len(_events(tmp_path, "doomed")) >= 5, 90, "the doomed worker's fifth gradient")
+        wait_until(lambda: len(_events(tmp_path, "doomed")) >= 5, 200, "the doomed worker's fifth gradient")
         doomed.kill()
         late = _start(children, tmp_path, "late", "worker", port, 2)
-        assert server.wait(90) == 0, "\n".join(server.last_lines(40))
-        assert first.wait(20) == 0, "\n".join(first.last_lines(40))
-        late.wait(20)
+        assert server.wait(200) == 0, "\n".join(server.last_lines(40))
+        assert first.wait(60) == 0, "\n".join(first.last_lines(40))
+        late.wait(60)
 
     events = _events(tmp_path, "server")
     assert events[-1]["event"] == "end"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,9 +15,11 @@ from torchft.coordination.lighthouse_server import LighthouseServer
 from torchft.launch.processes import Child, Children
 from torchft.launch.watch import Watch, transfers
 from torchft.runtime.deadline import Deadline
+from torchft.testing.ports import ReservedPort
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = shutil.which("torchrun", path=str(Path(sys.executable).parent)) or "torchrun"
+_ports: list[ReservedPort] = []
 LCR = ROOT / "examples" / "live_checkpoint_recovery" / "train_ddp_lcr.py"
 
 
@@ -35,7 +36,7 @@ class Group:
     watch: Watch
 
     def until(self, happened: Callable[[Watch], bool]) -> None:
-        deadline = Deadline(90)
+        deadline = Deadline(200)
         while not happened(self.watch):
             assert self.child.exit_code() is None, "\n".join(self.child.last_lines(60))
             assert not deadline.expired, "\n".join(self.child.last_lines(60))
@@ -43,7 +44,7 @@ class Group:
             self.watch.look()
 
     def finish(self) -> None:
-        assert self.child.wait(90) == 0, "\n".join(self.child.last_lines(60))
+        assert self.child.wait(200) == 0, "\n".join(self.child.last_lines(60))
         self.watch.look()
 
 
@@ -87,10 +88,10 @@ def start(children: Children, folder: Path, lighthouse: str, group: int, argv: l
 
 
 def torchrun(script: Path) -> list[str]:
-    """As in the README, on a port that is free."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    return [TORCHRUN, f"--master_port={port}", "--nnodes=1", "--nproc_per_node=1", "--", str(script)]
+    """As in the README, on a port that is free: as long as this process runs, since two of them take a few."""
+    reserved = ReservedPort()
+    _ports.append(reserved)
+    return [TORCHRUN, f"--master_port={reserved.port}", "--nnodes=1", "--nproc_per_node=1", "--", str(script)]
 
 
 def check_ends(groups: list[Group], steps: int) -> None:
