@@ -5,24 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import socket
 import subprocess
+import tempfile
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torchft.testing.ports import ReservedPort
 from torchft.testing.wait import wait_until
 
 __all__ = ["PROGRAM", "Etcd", "running_etcd"]
 
 PROGRAM = shutil.which("etcd")
 """None: there is none on this machine."""
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        return int(s.getsockname()[1])
 
 
 class Etcd:
@@ -32,7 +28,10 @@ class Etcd:
         if PROGRAM is None:
             raise RuntimeError("there is no etcd on this machine (Debian: apt-get install etcd-server)")
         self._folder = folder
-        self.port, self._peer_port = _free_port(), _free_port()
+        # In memory where that is possible: on a disk that others keep busy, each of its syncs takes seconds.
+        self._data = tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else folder)
+        self._reserved = [ReservedPort(), ReservedPort()]
+        self.port, self._peer_port = (reserved.port for reserved in self._reserved)
         self._lives = 0
         self.process = self._start()
 
@@ -44,7 +43,7 @@ class Etcd:
         with open(self._folder / "etcd.log", "ab") as log:
             process = subprocess.Popen(
                 [
-                    *(PROGRAM, "--name", "one", "--data-dir", str(self._folder / f"data{self._lives}")),
+                    *(PROGRAM, "--name", "one", "--data-dir", f"{self._data.name}/data{self._lives}"),
                     *("--listen-client-urls", client, "--advertise-client-urls", client),
                     *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
                     *("--initial-cluster", f"one={peer}"),
@@ -73,6 +72,13 @@ class Etcd:
         self.process.kill()
         self.process.wait()
 
+    def close(self) -> None:
+        """Ends it for good."""
+        self.kill()
+        self._data.cleanup()
+        for reserved in self._reserved:
+            reserved.close()
+
     def start_again(self, with_data: bool = True) -> None:
         """After :meth:`kill`."""
         self._lives += not with_data
@@ -91,4 +97,4 @@ def running_etcd(folder: Path) -> Iterator[Etcd]:
     try:
         yield etcd
     finally:
-        etcd.kill()
+        etcd.close()

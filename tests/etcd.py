@@ -12,6 +12,6 @@ __all__ = ["Etcd", "needs_etcd", "running_etcd", "standby"]
 needs_etcd = pytest.mark.skipif(PROGRAM is None, reason="needs etcd on the PATH (Debian: apt-get install etcd-server)")
 
 
-def standby(ha: str, lease_ms: int, *options: str, bind: str = "127.0.0.1:0") -> LighthouseProcess:
+def standby(ha: str, lease_ms: int, *options: str, former: LighthouseProcess | None = None) -> LighthouseProcess:
     """One of several lighthouses: ``torchft lighthouse --ha``."""
-    return LighthouseProcess("--ha", ha, "--ha_lease_ms", str(lease_ms), *options, bind=bind)
+    return LighthouseProcess("--ha", ha, "--ha_lease_ms", str(lease_ms), *options, former=former)

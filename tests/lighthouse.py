@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+from torchft.testing.ports import ReservedPort
 from torchft.testing.wait import wait_until
 
 __all__ = ["LighthouseProcess"]
@@ -18,11 +19,15 @@ class LighthouseProcess:
 
     Args:
         *options: of the command.
-        bind: where it listens. A later life takes the address that the first one got: see :attr:`bound`.
+        former: whose address it takes; that one has ended.
     """
 
-    def __init__(self, *options: str, bind: str = "127.0.0.1:0") -> None:
+    def __init__(self, *options: str, former: LighthouseProcess | None = None) -> None:
+        self._reserved = ReservedPort() if former is None else former._reserved
+        bind = f"127.0.0.1:{self._reserved.port}"
         command = [sys.executable, "-m", "torchft.cli.lighthouse", "--min_replicas", "1", "--bind", bind]
+        if not {"--state_file", "--ha"} & {*options}:
+            command += ["--state_file", "none"]
         self.lines: list[str] = []
         self.process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -44,11 +49,6 @@ class LighthouseProcess:
 
     def _ended(self) -> bool:
         return self.process.poll() is not None
-
-    @property
-    def bound(self) -> str:
-        """``host:port``."""
-        return self.address.removeprefix("http://")
 
     def said(self, text: str) -> bool:
         return any(text in line for line in list(self.lines))
@@ -80,6 +80,7 @@ class LighthouseProcess:
             self.process.send_signal(signal.SIGCONT)
         self.process.kill()
         self.process.wait()
-        self._reader.join(10)
+        self._reader.join(30)
         assert self.process.stderr is not None
         self.process.stderr.close()
+        self._reserved.close()

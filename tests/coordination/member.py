@@ -33,8 +33,8 @@ class Leaver:
 
 def main() -> None:
     replica_id, lighthouse = sys.argv[1:]
-    ten = timedelta(seconds=10)
-    server = ManagerServer(replica_id, lighthouse, "", "[::]:0", "store:1", 1, timedelta(milliseconds=100), ten, 0)
+    minute = timedelta(minutes=1)
+    server = ManagerServer(replica_id, lighthouse, "", "[::]:0", "store:1", 1, timedelta(milliseconds=100), minute, 0)
     server.listen(lambda n: say("notice", replica=n.replica_id, cause=n.cause, quorum=n.quorum_id, step=n.step))
     leaver = Leaver(server)
     leave_at_the_end(leaver)
@@ -42,7 +42,7 @@ def main() -> None:
     for line in sys.stdin:
         command, _, argument = line.strip().partition(" ")
         if command == "ask":
-            quorum = server._quorum(0, 3, "", False, ten, 0)
+            quorum = server._quorum(0, 3, "", False, minute, 0)
             say("quorum", id=quorum.quorum_id, members=quorum.replica_ids)
         elif command == "hold_gil":
             ctypes.PyDLL(None).usleep(int(float(argument) * 1e6))

@@ -29,7 +29,7 @@ from torchft.runtime.life import life_address
 from torchft.runtime.logs import RankLogger
 from torchft.testing.wait import wait_until
 
-TEN = timedelta(seconds=10)
+MINUTE = timedelta(minutes=1)
 MEMBER = Path(__file__).with_name("member.py")
 
 
@@ -58,7 +58,7 @@ class Member:
 
     def wait(self, event: str, where: Callable[[dict[str, Any]], bool] = lambda _: True) -> dict[str, Any]:
         """The first such event, waiting for it."""
-        deadline = Deadline(20)
+        deadline = Deadline(60)
         with self._changed:
             while True:
                 for e in self.events:
@@ -95,7 +95,7 @@ class Job:
 
     def __init__(self, heartbeat_timeout_ms: int, min_replicas: int = 2) -> None:
         self.lighthouse = LighthouseServer(
-            "127.0.0.1:0", min_replicas, join_timeout_ms=60_000, heartbeat_timeout_ms=heartbeat_timeout_ms
+            "127.0.0.1:0", min_replicas, join_timeout_ms=180_000, heartbeat_timeout_ms=heartbeat_timeout_ms
         )
         self.members: list[Member] = []
 
@@ -130,16 +130,16 @@ def make() -> Iterator[Callable[..., Job]]:
 
 
 def test_a_killed_process_is_known_to_be_dead_long_before_the_heartbeat_timeout(make: Callable[..., Job]) -> None:
-    job = make(heartbeat_timeout_ms=60_000)
+    job = make(heartbeat_timeout_ms=180_000)
     a, b = job.start("a", "b")
-    failures = LighthouseClient(job.lighthouse.address(), TEN).subscribe_failures(timeout=TEN)
-    wait_until(lambda: len(job.lighthouse._service._subscribers) == 1, timeout=10)
+    failures = LighthouseClient(job.lighthouse.address(), MINUTE).subscribe_failures(timeout=MINUTE)
+    wait_until(lambda: len(job.lighthouse._service._subscribers) == 1, timeout=60)
     b.signal(signal.SIGKILL)
     notice = a.wait("notice", lambda e: e["replica"] == "b")
     assert "process has ended" in notice["cause"]
     assert notice["quorum"] == a.wait("quorum")["id"]
     assert next(failures).replica_id == "b"
-    # Nobody waits for the dead: with one heartbeat timeout of a minute and a join timeout of a minute, c and a go on.
+    # Nobody waits for the dead: c and a go on, though the heartbeat timeout and the join timeout are three minutes.
     assert _joined(job, "c", a)["members"] == ["a", "c"]
 
 
@@ -153,7 +153,7 @@ def _joined(job: Job, name: str, other: Member) -> dict[str, Any]:
 
 
 def test_a_forked_child_does_not_hide_the_death_of_its_parent(make: Callable[..., Job]) -> None:
-    job = make(heartbeat_timeout_ms=60_000)
+    job = make(heartbeat_timeout_ms=180_000)
     a, b = job.start("a", "b")
     b.tell("fork")
     child = b.wait("child")["pid"]
@@ -169,11 +169,11 @@ def test_a_forked_child_does_not_hide_the_death_of_its_parent(make: Callable[...
 def test_a_stopped_process_is_dead_after_the_heartbeat_timeout_and_comes_back_by_asking(
     make: Callable[..., Job],
 ) -> None:
-    job = make(heartbeat_timeout_ms=1000)
+    job = make(heartbeat_timeout_ms=2000)
     a, b = job.start("a", "b")
     stopped = b.signal(signal.SIGSTOP)
     notice = a.wait("notice", lambda e: e["replica"] == "b")
-    assert notice["time"] - stopped > 0.5
+    assert notice["time"] - stopped > 1
     b.signal(signal.SIGCONT)
     before = len([e for e in b.events if e["event"] == "quorum"])
     b.tell("ask")
@@ -185,14 +185,14 @@ def test_a_stopped_process_is_dead_after_the_heartbeat_timeout_and_comes_back_by
 
 
 def test_a_process_that_holds_its_gil_is_not_dead(make: Callable[..., Job]) -> None:
-    job = make(heartbeat_timeout_ms=1000)
+    job = make(heartbeat_timeout_ms=2000)
     a, b = job.start("a", "b")
-    b.tell("hold_gil 4")
+    b.tell("hold_gil 6")
     b.tell("leave the GIL is back")
     left = a.wait("notice", lambda e: e["replica"] == "b")
     assert left["cause"] == "it left: the GIL is back"
     held = b.wait("done", lambda e: e["command"] == "hold_gil")["time"] - b.wait("quorum")["time"]
-    assert held > 3.5
+    assert held > 5.5
     assert len(a.notices("b")) == 1
 
 
@@ -213,7 +213,7 @@ def test_an_exception_that_nobody_caught_is_a_leave_with_its_cause(make: Callabl
     a, b = job.start("a", "b")
     b.tell("raise")
     assert a.wait("notice")["cause"] == "it left: ZeroDivisionError: made on purpose"
-    assert b.process.wait(timeout=20) == 1
+    assert b.process.wait(timeout=60) == 1
 
 
 def test_a_program_that_just_ends_leaves(make: Callable[..., Job]) -> None:
@@ -227,7 +227,7 @@ def test_a_program_that_just_ends_leaves(make: Callable[..., Job]) -> None:
 def test_a_supervisor_reports_what_it_knows(make: Callable[..., Job]) -> None:
     job = make()
     a, _ = job.start("a", "b")
-    client = LighthouseClient(job.lighthouse.address(), TEN)
+    client = LighthouseClient(job.lighthouse.address(), MINUTE)
     assert client.report_failure("b", "exit code 7")
     assert a.wait("notice")["cause"] == "exit code 7"
     assert not client.report_failure("b", "exit code 7"), "it is known to be dead"
@@ -238,8 +238,8 @@ def test_a_supervisor_reports_what_it_knows(make: Callable[..., Job]) -> None:
 def test_injected_failures_are_told_on_sessions_and_to_subscribers(make: Callable[..., Job]) -> None:
     job = make()
     a, b = job.start("a", "b")
-    failures = LighthouseClient(job.lighthouse.address(), TEN).subscribe_failures(timeout=TEN)
-    wait_until(lambda: len(job.lighthouse._service._subscribers) == 1, timeout=10)
+    failures = LighthouseClient(job.lighthouse.address(), MINUTE).subscribe_failures(timeout=MINUTE)
+    wait_until(lambda: len(job.lighthouse._service._subscribers) == 1, timeout=60)
     job.lighthouse.inject_failure("b")
     assert a.wait("notice")["cause"] == b.wait("notice")["cause"] == next(failures).error_message
 
@@ -254,7 +254,7 @@ class Session:
         self.notices: list[Notice] = []
         self.welcomes: list[pb.Welcome] = []
         self.gone: list[str] = []
-        self.client = ManagerClient(server, TEN)
+        self.client = ManagerClient(server, MINUTE)
         self.session = SessionClient(
             OneServer(self.client.channel),
             lambda: pb.Hello(replica_id=replica_id, group_rank=rank, **hello),
@@ -262,7 +262,7 @@ class Session:
             server,
             RankLogger(logging.getLogger(__name__), replica_id, rank, lambda: 0),
         )
-        wait_until(lambda: self.session.stands, timeout=10)
+        wait_until(lambda: self.session.stands, timeout=60)
 
     def close(self) -> None:
         self.session.close()
@@ -276,10 +276,10 @@ def test_a_lost_connection_is_no_death_while_the_process_lives() -> None:
     for _ in range(3):
         seen = len(member.welcomes)
         member.session._call.cancel()  # as good as a cut: the stream ends without a word
-        wait_until(lambda s=seen: len(member.welcomes) > s, timeout=10)  # type: ignore[misc]
+        wait_until(lambda s=seen: len(member.welcomes) > s, timeout=60)  # type: ignore[misc]
     assert not watcher.notices
-    member.session.leave("now it does", 5, 5.0)
-    wait_until(lambda: bool(watcher.notices), timeout=10)
+    member.session.leave("now it does", 5, 60.0)
+    wait_until(lambda: bool(watcher.notices), timeout=60)
     assert [(n.replica_id, n.step) for n in watcher.notices] == [("m", 5)]
     member.close()
     watcher.close()
@@ -287,15 +287,15 @@ def test_a_lost_connection_is_no_death_while_the_process_lives() -> None:
 
 
 def test_a_second_session_of_the_same_member_replaces_the_first() -> None:
-    lighthouse = LighthouseServer("127.0.0.1:0", 1, heartbeat_timeout_ms=300)
+    lighthouse = LighthouseServer("127.0.0.1:0", 1, heartbeat_timeout_ms=1000)
     watcher = Session(lighthouse.address(), "watcher")
     first = Session(lighthouse.address(), "m", active=True)
     first.session._events = SessionEvents(first.notices.append)
     second = Session(lighthouse.address(), "m", active=True)
     first.close()
     probe = Session(lighthouse.address(), "p", active=True)
-    probe.close()  # never comes back: dead after 0.3 s, which m would be, too, if the first session's end counted
-    wait_until(lambda: bool(watcher.notices), timeout=10)
+    probe.close()  # never comes back: dead after a second, which m would be, too, if the first session's end counted
+    wait_until(lambda: bool(watcher.notices), timeout=60)
     assert [n.replica_id for n in watcher.notices] == ["p"]
     second.close()
     watcher.close()
@@ -303,7 +303,7 @@ def test_a_second_session_of_the_same_member_replaces_the_first() -> None:
 
 
 def _group(lighthouse: str, world_size: int) -> ManagerServer:
-    return ManagerServer("g", lighthouse, "", "[::]:0", "store:1", world_size, timedelta(seconds=0.1), TEN, 0)
+    return ManagerServer("g", lighthouse, "", "[::]:0", "store:1", world_size, timedelta(seconds=0.1), MINUTE, 0)
 
 
 def test_a_rank_that_dies_ends_what_the_others_wait_for_and_names_itself() -> None:
@@ -330,27 +330,27 @@ def test_a_rank_that_dies_ends_what_the_others_wait_for_and_names_itself() -> No
     assert rank2.stdout is not None
     assert rank2.stdout.readline() == "stands\n"
     with ThreadPoolExecutor(4) as pool:
-        asked = pool.submit(lambda: server._quorum(0, 1, "", False, TEN, 0))
-        asked1 = pool.submit(lambda: rank1.client._quorum(1, 1, "", False, TEN, 0))
-        time_limit = Deadline(8)
-        wait_until(lambda: len(server._gather.waiting) == 2, timeout=8)
+        asked = pool.submit(lambda: server._quorum(0, 1, "", False, MINUTE, 0))
+        asked1 = pool.submit(lambda: rank1.client._quorum(1, 1, "", False, MINUTE, 0))
+        wait_until(lambda: len(server._gather.waiting) == 2, timeout=60)
+        time_limit = Deadline(40)  # less than the timeouts
         rank2.kill()
         for future in (asked, asked1):
             with pytest.raises(RuntimeError, match="rank 2 of this group is no longer there"):
                 future.result(time_limit.remaining())
         for call in (
-            lambda: server.should_commit(0, 1, True, TEN),
-            lambda: rank1.client.should_commit(1, 1, True, TEN),
-            lambda: rank1.client._quorum(1, 1, "", False, TEN, 0),
+            lambda: server.should_commit(0, 1, True, MINUTE),
+            lambda: rank1.client.should_commit(1, 1, True, MINUTE),
+            lambda: rank1.client._quorum(1, 1, "", False, MINUTE, 0),
         ):
             with pytest.raises(RuntimeError, match="rank 2"):
-                pool.submit(call).result(8)
+                pool.submit(call).result(time_limit.remaining())
     rank2.wait()
     for stream in (rank2.stdin, rank2.stdout):
         assert stream is not None
         stream.close()
+    wait_until(lambda: bool(heard) and bool(rank1.notices), timeout=60)
     assert [(n.replica_id, n.quorum_id) for n in heard] == [("g", ANY_QUORUM)]
-    wait_until(lambda: bool(rank1.notices), timeout=10)
     assert not watcher.notices, "a group that never asked was nobody's hope"
     for closing in (rank1, watcher):
         closing.close()
@@ -363,7 +363,7 @@ def test_a_rank_learns_that_its_rank_0_has_died(make: Callable[..., Job]) -> Non
     (a,) = _alone(job)
     rank1 = Session(a.wait("ready")["address"], "a", 1)
     a.signal(signal.SIGKILL)
-    wait_until(lambda: bool(rank1.gone), timeout=10)
+    wait_until(lambda: bool(rank1.gone), timeout=60)
     assert "has ended" in rank1.gone[0]
     rank1.close()
 

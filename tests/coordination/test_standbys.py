@@ -31,7 +31,7 @@ from torchft.core.election import Holder, LastQuorum, LeaseOptions, Register, fi
 from torchft.testing.faults import Link
 from torchft.testing.wait import wait_until
 
-TEN = timedelta(seconds=10)
+MINUTE = timedelta(minutes=1)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,9 @@ def lights() -> Iterator[Lights]:
 @contextmanager
 def member(lighthouses: str, replica_id: str = "a", sessions: bool = True) -> Iterator[ManagerServer]:
     tenth = timedelta(milliseconds=100)
-    server = ManagerServer(replica_id, lighthouses, "", "127.0.0.1:0", "store:1", 1, tenth, TEN, 0, sessions=sessions)
+    server = ManagerServer(
+        replica_id, lighthouses, "", "127.0.0.1:0", "store:1", 1, tenth, MINUTE, 0, sessions=sessions
+    )
     try:
         yield server
     finally:
@@ -90,7 +92,7 @@ def member(lighthouses: str, replica_id: str = "a", sessions: bool = True) -> It
 
 def ask(server: ManagerServer) -> int:
     """The epoch of a new quorum, after an old one broke."""
-    return server._quorum(0, 3, "", False, TEN, 1).quorum_id >> 32
+    return server._quorum(0, 3, "", False, MINUTE, 1).quorum_id >> 32
 
 
 @pytest.fixture
@@ -103,7 +105,7 @@ def call(server: LighthouseServer, epoch: int = 0) -> pb.LighthouseQuorumRespons
     """A bare call at this very lighthouse."""
     with open_channel(server.address()) as channel:
         request = pb.LighthouseQuorumRequest(requester=pb.QuorumMember(replica_id="bare"), epoch=epoch)
-        return pb_grpc.LighthouseServiceStub(channel).Quorum(request, timeout=5, wait_for_ready=True)
+        return pb_grpc.LighthouseServiceStub(channel).Quorum(request, timeout=60, wait_for_ready=True)
 
 
 # --------------------------------------------------------------------------------------------------- who leads
@@ -123,12 +125,12 @@ def test_one_leads_and_the_others_send_everybody_to_it(shared: Etcd, lights: Lig
     assert (LEADER_KEY, leader.address()) in [(k, v) for k, v in e.value.trailing_metadata()]
     with open_channel(standby.address()) as channel:
         hello = session_pb2.SessionUp(hello=session_pb2.Hello(replica_id="a"))
-        answers = list(session_pb2_grpc.SessionServiceStub(channel).Session(iter([hello]), timeout=5))
+        answers = list(session_pb2_grpc.SessionServiceStub(channel).Session(iter([hello]), timeout=60))
     assert [a.redirect.leader for a in answers] == [leader.address()]
 
     # Clients that know only the standby get there by it.
-    client = LighthouseClient(standby.address(), TEN)
-    quorum = client.quorum("a", TEN)
+    client = LighthouseClient(standby.address(), MINUTE)
+    quorum = client.quorum("a", MINUTE)
     assert quorum.quorum_id == first_id(1) + 1
     client.heartbeat("a")
     assert client.report_failure("a", "test")
@@ -140,7 +142,7 @@ def test_one_leads_and_the_others_send_everybody_to_it(shared: Etcd, lights: Lig
 @needs_etcd
 def test_a_leader_that_ends_hands_over_at_once(shared: Etcd, lights: Lights, pool: ThreadPoolExecutor) -> None:
     for _ in range(3):
-        lights.start(shared.url("over"), lease_ms=30_000, min_replicas=2)
+        lights.start(shared.url("over"), lease_ms=300_000, min_replicas=2)
     with member(lights.addresses(), "a") as a, member(lights.addresses(), "b") as b:
         for epoch in (1, 2, 3):
             waiting = pool.submit(ask, a)
@@ -151,7 +153,7 @@ def test_a_leader_that_ends_hands_over_at_once(shared: Etcd, lights: Lights, poo
                 wait_until(lambda: lights.leader()._service._core.waiting(), what="that a asks the next one")
                 assert lights.leader().epoch == epoch + 1
             other = pool.submit(ask, b)
-            assert waiting.result(10) == other.result(10) == min(epoch + 1, 3)
+            assert waiting.result(60) == other.result(60) == min(epoch + 1, 3)
 
 
 @needs_etcd
@@ -164,16 +166,16 @@ def test_jobs_are_apart(shared: Etcd, lights: Lights) -> None:
 @needs_etcd
 def test_a_subscription_goes_on_at_the_next_leader(shared: Etcd, lights: Lights, pool: ThreadPoolExecutor) -> None:
     for _ in range(2):
-        lights.start(shared.url("subscription"), lease_ms=30_000)
-    client = LighthouseClient(lights.addresses(), TEN)
-    notices = client.subscribe_failures(timeout=TEN)
+        lights.start(shared.url("subscription"), lease_ms=300_000)
+    client = LighthouseClient(lights.addresses(), MINUTE)
+    notices = client.subscribe_failures(timeout=MINUTE)
     heard: Future[Any] = pool.submit(next, notices)
     wait_until(lambda: lights.leader()._service._subscribers)
     lights.end(lights.leader())
     wait_until(lambda: lights.leader()._service._subscribers)
     client.heartbeat("x")
     lights.leader().inject_failure("x")
-    assert heard.result(10).replica_id == "x"
+    assert heard.result(60).replica_id == "x"
     client.close()
 
 
@@ -187,11 +189,11 @@ def test_a_leader_without_etcd_goes_on_until_its_lease_ends(
     """etcd is stopped, killed, and started again: with its data the epochs go on, without them as well."""
     caplog.set_level(logging.INFO, "torchft")
     with running_etcd(tmp_path) as etcd:
-        server = lights.start(etcd.url("away"), lease_ms=1000)
+        server = lights.start(etcd.url("away"), lease_ms=3000)
         lights.leader()
         with member(server.address()) as m:
             assert ask(m) == 1
-            client = LighthouseClient(server.address(), TEN)
+            client = LighthouseClient(server.address(), MINUTE)
             etcd.process.send_signal(signal.SIGSTOP)
             client.heartbeat("x")  # it still answers
             client.close()
@@ -204,7 +206,7 @@ def test_a_leader_without_etcd_goes_on_until_its_lease_ends(
             asking.start()
             etcd.kill()
             etcd.start_again()
-            asking.join(10)
+            asking.join(60)
             assert waiting == [2]
 
             etcd.kill()
@@ -322,7 +324,7 @@ def test_nobody_takes_the_place_of_groups_that_may_still_train_until_they_are_kn
     right = {"ha": request.getfixturevalue("shared").url("last")} if ha else {"state_file": tmp_path / "state"}
 
     def start(min_replicas: int, port: int = 0) -> LighthouseServer:
-        server = LighthouseServer(f"127.0.0.1:{port}", min_replicas, 5000, heartbeat_timeout_ms=300, **right)  # type: ignore[arg-type]
+        server = LighthouseServer(f"127.0.0.1:{port}", min_replicas, 5000, heartbeat_timeout_ms=1000, **right)  # type: ignore[arg-type]
         wait_until(lambda: server.epoch)
         return server
 
@@ -343,10 +345,10 @@ def test_nobody_takes_the_place_of_groups_that_may_still_train_until_they_are_kn
             asked = pool.submit(ask, c)
             wait_until(server._service._core.waiting)
             with pytest.raises(TimeoutError):
-                asked.result(1.5)  # five heartbeat timeouts
+                asked.result(3)  # three heartbeat timeouts
             for m in members:
                 m.signal(signal.SIGKILL)
-            assert asked.result(10) == 2
+            assert asked.result(60) == 2
     finally:
         for m in members:
             m.end()
@@ -399,8 +401,8 @@ def test_a_deposed_lighthouse_is_refused(alone: Callable[[str], LighthouseServer
         pass
 
     monkeypatch.setattr(old._seat, "told", deaf)
-    client = LighthouseClient(f"{new.address()},{old.address()}", TEN)
-    assert client.quorum("a", TEN).quorum_id >> 32 == 4
+    client = LighthouseClient(f"{new.address()},{old.address()}", MINUTE)
+    assert client.quorum("a", MINUTE).quorum_id >> 32 == 4
     new.shutdown()
     with pytest.raises((RuntimeError, TimeoutError)):
         client.quorum("a", timedelta(seconds=1))
@@ -424,8 +426,8 @@ def test_an_epoch_that_cannot_be_is_refused(alone: Callable[[str], LighthouseSer
 
 def test_several_addresses_are_tried_until_one_answers(alone: Callable[[str], LighthouseServer]) -> None:
     server = alone("x")
-    client = LighthouseClient(f"127.0.0.1:1, http://127.0.0.1:2,{server.address()}", TEN)
-    assert client.quorum("a", TEN).quorum_id == first_id(1) + 1
+    client = LighthouseClient(f"127.0.0.1:1, http://127.0.0.1:2,{server.address()}", MINUTE)
+    assert client.quorum("a", MINUTE).quorum_id == first_id(1) + 1
     client.close()
     with pytest.raises(TimeoutError, match=r"127.0.0.1:1.*127.0.0.1:2.*TORCHFT_LIGHTHOUSE"):
         LighthouseClient("127.0.0.1:1,127.0.0.1:2", timedelta(milliseconds=300))
@@ -434,7 +436,7 @@ def test_several_addresses_are_tried_until_one_answers(alone: Callable[[str], Li
 def test_addresses_that_are_none_are_refused() -> None:
     for text in ("", ",", "a", "a:1,b"):
         with pytest.raises(ValueError, match="is not an address"):
-            LighthouseClient(text, TEN)
+            LighthouseClient(text, MINUTE)
 
 
 def test_a_named_leader_is_followed_and_garbage_is_not() -> None:
@@ -461,8 +463,8 @@ def test_killed_and_stopped_leaders_are_replaced_and_fenced_when_they_wake(
     shared: Etcd, lights: Lights, pool: ThreadPoolExecutor
 ) -> None:
     """SIGKILL is seen by the kernel's refusal, SIGSTOP by the lease. The one that wakes answers nobody."""
-    lease_ms = 1000
-    killed = standby(shared.url("signals"), 30_000)
+    lease_ms = 2000
+    killed = standby(shared.url("signals"), 300_000)
     stopped: LighthouseProcess | None = None
     try:
         wait_until(lambda: killed.epochs() == [1])
@@ -471,8 +473,8 @@ def test_killed_and_stopped_leaders_are_replaced_and_fenced_when_they_wake(
         with member(f"{killed.address},{stopped.address}") as m:
             assert ask(m) == 1
             killed.process.kill()
-            assert ask(m) == 2, "although its lease has 30 s to go"
-            assert stopped.epochs() == [2]
+            assert ask(m) == 2, "although its lease has minutes to go"
+            wait_until(lambda: stopped.epochs() == [2], what="that it says so")
 
             third = lights.start(shared.url("signals"), lease_ms=lease_ms)
             stopped.process.send_signal(signal.SIGSTOP)
@@ -483,10 +485,10 @@ def test_killed_and_stopped_leaders_are_replaced_and_fenced_when_they_wake(
                 with open_channel(stopped.address) as channel:
                     request = pb.LighthouseQuorumRequest(requester=pb.QuorumMember(replica_id="bare"))
                     stub = pb_grpc.LighthouseServiceStub(channel)
-                    answer = pool.submit(lambda: stub.Quorum(request, timeout=20, wait_for_ready=True))
+                    answer = pool.submit(lambda: stub.Quorum(request, timeout=60, wait_for_ready=True))
                     stopped.process.send_signal(signal.SIGCONT)
                     with pytest.raises(grpc.RpcError, match="does not lead"):
-                        answer.result(10)
+                        answer.result(60)
                 wait_until(lambda: stopped.said("no longer leads (epoch 2)"))
                 assert ask(b) == 3
             assert ask(m) == 3, "it is sent there by the one that woke"

@@ -15,6 +15,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from tests.groups import Groups, Replica, running
+from torchft.testing.ports import ReservedPort
 from torchft.testing.wait import wait_until
 
 
@@ -101,7 +102,7 @@ class Loop:
         self._stop_at = at
 
     def join(self) -> None:
-        self._done.result(timeout=60)
+        self._done.result(timeout=100)
 
 
 def end(*loops: Loop) -> None:
@@ -116,7 +117,7 @@ def end(*loops: Loop) -> None:
 
 def test_joiner_enters_within_two_steps_of_asking_and_nobody_fails_for_it(pair: Groups) -> None:
     a, b = (Loop(pair, pair.replica(name)) for name in "ab")
-    wait_until(lambda: a.committed(2) > 20, timeout=30)
+    wait_until(lambda: a.committed(2) > 20, timeout=60)
     before = requests(pair)
     newcomer = pair.replica("c")
     core = pair.lighthouse._service._core
@@ -129,7 +130,7 @@ def test_joiner_enters_within_two_steps_of_asking_and_nobody_fails_for_it(pair: 
 
     core.ack = spy  # type: ignore[method-assign,assignment]
     c = Loop(pair, newcomer)
-    wait_until(lambda: c.committed(3) > 20, timeout=30)
+    wait_until(lambda: c.committed(3) > 20, timeout=60)
     (first, _), *_ = c.participants
     assert first <= max(step for number, step in decided if number == decided[0][0]) + 2
     end(a, b, c)
@@ -142,12 +143,12 @@ def test_a_step_that_has_not_used_its_quorum_yet_is_not_lost_when_a_member_goes(
     with running(min_replicas=1, heartbeat_timeout_ms=5000) as groups:
         a, b = (groups.replica(name, use_async_quorum=use_async_quorum) for name in "ab")
         loops = [Loop(groups, r) for r in (a, b)]
-        wait_until(lambda: loops[0].committed(2) > 3, timeout=30)
+        wait_until(lambda: loops[0].committed(2) > 3, timeout=60)
         end(*loops)
         step = a.manager.current_step()
         a.optimizer.zero_grad()  # it stands: b is in it
         b.manager.shutdown()
-        wait_until(lambda: a.manager._start._used, timeout=10)  # it begins once more
+        wait_until(lambda: a.manager._start._used, timeout=60)  # it begins once more
         a.compute(1.0)
         a.optimizer.step()
         assert a.manager.current_step() == step + 1
@@ -185,7 +186,8 @@ class Lighthouse:
     def __init__(self, state_file: Path) -> None:
         self._state_file = state_file
         self.min_replicas = 2
-        self.port = 0  # any; the one that the first life gets is that of all
+        self._reserved = ReservedPort()
+        self.port = self._reserved.port
         self._process: subprocess.Popen[str] | None = None
         self.start()
 
@@ -196,20 +198,24 @@ class Lighthouse:
         argv = [sys.executable, "-c", SERVE, str(self.port), str(self.min_replicas), str(self._state_file)]
         self._process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
-        self.port = int(self._process.stdout.readline())
+        assert int(self._process.stdout.readline()) == self.port
 
     def kill(self) -> None:
         if self._process is not None:
             self._process.kill()
-            self._process.communicate(timeout=10)
+            self._process.communicate(timeout=60)
             self._process = None
+
+    def close(self) -> None:
+        self.kill()
+        self._reserved.close()
 
 
 @pytest.fixture
 def lighthouse(tmp_path: Path) -> Iterator[Lighthouse]:
     lighthouse = Lighthouse(tmp_path / "lighthouse")
     yield lighthouse
-    lighthouse.kill()
+    lighthouse.close()
 
 
 @pytest.fixture
@@ -223,14 +229,14 @@ def test_no_step_fails_while_the_lighthouse_is_dead_and_a_joiner_gets_in_when_it
     lighthouse: Lighthouse, groups: Groups
 ) -> None:
     a, b = (Loop(groups, groups.replica(name)) for name in "ab")
-    wait_until(lambda: a.committed(2) > 20 and b.committed(2) > 20, timeout=30)
+    wait_until(lambda: a.committed(2) > 20 and b.committed(2) > 20, timeout=60)
     ids = a.replica.manager._begin.quorum_id
     lighthouse.kill()
     before = a.replica.manager.current_step()
-    wait_until(lambda: a.replica.manager.current_step() > before + 100, timeout=30)
+    wait_until(lambda: a.replica.manager.current_step() > before + 100, timeout=60)
     lighthouse.start()
     c = Loop(groups, groups.replica("c"))
-    wait_until(lambda: c.committed(3) > 5, timeout=30)
+    wait_until(lambda: c.committed(3) > 5, timeout=60)
     assert (a.errors, b.errors, c.errors) == ([], [], [])
     assert c.replica.manager._begin.quorum_id > ids
     end(a, b, c)
@@ -239,7 +245,7 @@ def test_no_step_fails_while_the_lighthouse_is_dead_and_a_joiner_gets_in_when_it
 def test_without_a_lighthouse_and_a_member_the_rest_wait_and_the_error_says_for_whom(
     lighthouse: Lighthouse, groups: Groups
 ) -> None:
-    a, b = groups.replica("a", quorum_timeout=timedelta(seconds=2)), groups.replica("b")
+    a, b = groups.replica("a", quorum_timeout=timedelta(seconds=5)), groups.replica("b")
     for _ in range(3):
         groups.together(a.step, b.step)
     assert a.manager.current_step() == b.manager.current_step() == 3
@@ -254,4 +260,4 @@ def test_without_a_lighthouse_and_a_member_the_rest_wait_and_the_error_says_for_
     assert "did not end within" in str(a.manager.errored())
     lighthouse.min_replicas = 1
     lighthouse.start()
-    wait_until(lambda: a.step() or a.manager.current_step() > 4, timeout=30)
+    wait_until(lambda: a.step() or a.manager.current_step() > 4, timeout=60)

@@ -26,14 +26,14 @@ def test_the_lighthouse_is_killed_a_group_joins_when_it_is_back_and_one_that_die
     try:
         a, b = (job.start(name, TORCHFT_QUORUM_TIMEOUT_SEC=PATIENCE) for name in "ab")
         job.until(lambda: together(a, b), "training together")
-        wait_until(lambda: 2 in dict(lights[0].quorums()).values(), timeout=30, what="that it logs their quorum")
+        wait_until(lambda: 2 in dict(lights[0].quorums()).values(), timeout=60, what="that it logs their quorum")
 
         killed = lights[0].kill()
         job.until(lambda: min(len(t.commits_after(killed)) for t in (a, b)) >= 20, "that both train on without it")
         c = job.start("c")
-        lights.append(LighthouseProcess(*options, bind=lights[0].bound))
+        lights.append(LighthouseProcess(*options, former=lights[0]))
         job.until(lambda: together(a, b, c), "that c joins by the one that was started again")
-        wait_until(lambda: 3 in dict(lights[1].quorums()).values(), timeout=30, what="that it logs their quorum")
+        wait_until(lambda: 3 in dict(lights[1].quorums()).values(), timeout=60, what="that it logs their quorum")
         former, now = (light.quorums() for light in lights)
         assert min(i for i, _ in now) > first_id(2) > max(i for i, _ in former), "no id is used twice"
         assert [a.failures(), b.failures()] == [[], []], "nobody's step fails because a lighthouse dies"
@@ -54,10 +54,10 @@ def test_the_lighthouse_is_killed_a_group_joins_when_it_is_back_and_one_that_die
             after = [e["participants"] for e in trainer.of("step") if e["committed"] and e["time"] > c.newest["time"]]
             assert set(after) <= {3}, "nobody goes on without the word that c is dead"
 
-        lights.append(LighthouseProcess(*options, bind=lights[0].bound))
+        lights.append(LighthouseProcess(*options, former=lights[0]))
         job.until(lambda: together(a, b), "that both go on without c")
-        wait_until(lambda: lights[2].said("of the last quorum is gone: its process has ended"), timeout=30)
-        wait_until(lambda: lights[2].quorums(), timeout=30, what="that it logs their quorum")
+        wait_until(lambda: lights[2].said("of the last quorum is gone: its process has ended"), timeout=60)
+        wait_until(lambda: lights[2].quorums(), timeout=60, what="that it logs their quorum")
         assert min(i for i, _ in lights[2].quorums()) > first_id(3)
         ends = job.finish()
         assert len({e["hash"] for e in ends}) == 1

@@ -12,7 +12,8 @@ from tests.etcd import Etcd, needs_etcd, running_etcd, standby
 from tests.faults.job import Job, Trainer
 from torchft.testing.wait import wait_until
 
-OPTIONS = ("--heartbeat_timeout_ms", "1000", "--join_timeout_ms", "1000")
+LEASE_MS = 3000
+OPTIONS = ("--heartbeat_timeout_ms", "3000", "--join_timeout_ms", "1000")
 
 
 @pytest.fixture
@@ -29,11 +30,11 @@ def together(*trainers: Trainer) -> bool:
 def test_no_step_fails_when_the_leader_is_killed_or_stopped_and_groups_join_afterwards(
     etcd: Etcd, tmp_path: Path
 ) -> None:
-    lights = [standby(etcd.url("job"), 1000, *OPTIONS)]
+    lights = [standby(etcd.url("job"), LEASE_MS, *OPTIONS)]
     job: Job | None = None
     try:
         wait_until(lambda: lights[0].epochs() == [1], what="that the first one leads")
-        lights.append(standby(etcd.url("job"), 1000, *OPTIONS))
+        lights.append(standby(etcd.url("job"), LEASE_MS, *OPTIONS))
         job = Job(tmp_path, addresses=",".join(light.address for light in lights))
         a, b = job.start("a"), job.start("b")
         job.until(lambda: together(a, b), "training together")
@@ -46,7 +47,7 @@ def test_no_step_fails_when_the_leader_is_killed_or_stopped_and_groups_join_afte
         # The first one is back, at its address, and stands by.
         former = lights[0]
         former.process.wait()
-        lights[0] = standby(etcd.url("job"), 1000, *OPTIONS, bind=former.bound)
+        lights[0] = standby(etcd.url("job"), LEASE_MS, *OPTIONS, former=former)
         former.end()
         wait_until(lambda: lights[0].said("standby: "), what="that it stands by")
         at = lights[1].stop()
