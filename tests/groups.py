@@ -18,7 +18,7 @@ from torchft.optim import OptimizerWrapper
 from torchft.process_group import ProcessGroupGloo
 
 T = TypeVar("T")
-TIMEOUT = timedelta(seconds=20)
+TIMEOUT = timedelta(seconds=40)
 
 
 class Replica:
@@ -99,7 +99,7 @@ class Groups:
     def together(self, *calls: Callable[[], T]) -> list[T]:
         """Runs the calls at the same time; their results, or the first error."""
         futures = [self._pool.submit(call) for call in calls]
-        return [f.result(timeout=60) for f in futures]
+        return [f.result(timeout=120) for f in futures]
 
     def train_together(self, *loops: tuple[Manager, Callable[[], object]], steps: int = 3, groups: int = 2) -> int:
         """Takes steps in all the loops until they have taken ``steps`` more than the first that ``groups`` groups took

@@ -18,7 +18,7 @@ def ranks() -> Callable[..., list[Agreement]]:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def make(
-        number: int, timeout: float = 20.0, failed: Callable[[], Exception | None] = lambda: None
+        number: int, timeout: float = 60.0, failed: Callable[[], Exception | None] = lambda: None
     ) -> list[Agreement]:
         clients = [TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False) for _ in range(number)]
         return [Agreement(c, "life", rank, number, timeout, failed) for rank, c in enumerate(clients)]
@@ -50,7 +50,7 @@ def test_one_that_does_not_come_keeps_all_back_at_once(ranks: Callable[..., list
     told = outcomes([lambda: a.agree("7"), lambda: b.refuse("7", "no route to the other group"), lambda: c.agree("7")])
     cause = "rank 1 of this group does not come: no route to the other group"
     assert told == [cause, "go", cause]
-    assert time.monotonic() - began < 15.0
+    assert time.monotonic() - began < 30.0
     with pytest.raises(NotAgreed, match="no route"):
         b.agree("7")  # what is decided stays decided
 
@@ -75,10 +75,10 @@ def test_the_end_of_the_step_ends_the_wait(ranks: Callable[..., list[Agreement]]
     a, _ = ranks(2, failed=failed)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(a.agree, "7")
-        assert asked.wait(10)
+        assert asked.wait(60)
         errors.append(RuntimeError("rank 1 of this group is no longer there"))
         with pytest.raises(NotAgreed, match="no longer there"):
-            waiting.result(10)
+            waiting.result(60)
 
 
 def test_alone_there_is_nothing_to_agree(ranks: Callable[..., list[Agreement]]) -> None:

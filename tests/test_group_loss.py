@@ -14,6 +14,7 @@ from torchft.group_loss import EXIT_CODE, GroupLoss
 from torchft.runtime.logs import RankLogger
 
 GRACE = 0.05
+DEADLINE = 60.0
 LOST = Notice("g:1", "rank 1 of this group is no longer there: its process has ended", ANY_QUORUM)
 
 
@@ -35,7 +36,7 @@ class Watched:
 def test_in_the_middle_of_a_step_it_ends_after_the_grace() -> None:
     watched = Watched()
     watched.loss.hear(LOST)
-    assert "rank 1" in watched.ends.get(timeout=5)
+    assert "rank 1" in watched.ends.get(timeout=DEADLINE)
 
 
 @pytest.mark.parametrize(
@@ -58,21 +59,21 @@ def test_between_two_steps_it_waits_for_nobody_and_is_looked_at_again(monkeypatc
     watched = Watched()
     watched.in_step = False
     watched.loss.hear(LOST)
-    assert [watched.looked.get(timeout=5) for _ in range(2)] == [False, False]
+    assert [watched.looked.get(timeout=DEADLINE) for _ in range(2)] == [False, False]
     assert watched.ends.empty()
     watched.in_step = True
-    assert watched.ends.get(timeout=5)
+    assert watched.ends.get(timeout=DEADLINE)
 
 
 @pytest.mark.parametrize("off", ["whole", "stop"])
 def test_a_whole_group_or_an_orderly_end_calls_it_off_and_a_new_loss_counts_again(off: str) -> None:
-    watched = Watched()
+    watched = Watched(grace=1.0)  # long enough to call it off in time
     watched.loss.hear(LOST)
     getattr(watched.loss, off)()
     with pytest.raises(queue.Empty):
-        watched.ends.get(timeout=4 * GRACE)
+        watched.ends.get(timeout=1.5)
     watched.loss.hear(LOST)
-    assert watched.ends.get(timeout=5)
+    assert watched.ends.get(timeout=DEADLINE)
 
 
 def test_the_process_ends_with_the_stacks_of_its_threads() -> None:

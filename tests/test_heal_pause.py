@@ -29,13 +29,13 @@ def pause_of(measure: Callable[[], float], timeout: float = 10.0) -> Iterator[He
         yield pause
     finally:
         pause.close()
-        assert not any(t.name == "torchft-measure" for t in threading.enumerate())
+        assert pause._thread is None or not pause._thread.is_alive()
 
 
 def ended(pause: HealPause) -> bool:
     """Whether it has stopped waiting."""
     assert pause._thread is not None
-    pause._thread.join(30)
+    pause._thread.join(60)
     return not pause.waits
 
 
@@ -55,7 +55,7 @@ def test_waits_until_the_way_is_fast_enough_and_says_once_what_is_wrong(caplog: 
         with pytest.raises(Pausing):
             pause.check()
         for _ in range(5):
-            assert measured.acquire(timeout=30)
+            assert measured.acquire(timeout=60)
         assert pause.waits
         may_go.set()
         assert ended(pause)
@@ -80,7 +80,7 @@ def test_a_measurement_that_was_no_good_is_not_trusted_again_at_once(monkeypatch
 
 
 def test_where_nothing_can_be_measured_it_tries_again_after_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchft.heal_pause._FIRST", 0.05)
+    monkeypatch.setattr("torchft.heal_pause._FIRST", 0.5)
 
     def refuse() -> float:
         raise CheckpointError("this transport does not measure")

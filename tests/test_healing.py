@@ -45,7 +45,7 @@ class Big(Replica):
 
     def train(self, enough: Callable[[], bool] = lambda: False) -> None:
         """Until told to stop, or ``enough``."""
-        limit = Deadline(50)
+        limit = Deadline(150)
         while not self.stop.is_set() and not enough():
             assert not limit.expired, self.manager.errored()
             self.optimizer.zero_grad()
@@ -68,7 +68,7 @@ def jobs(heartbeat_timeout_ms: int = 5000, join_timeout_ms: int = 100) -> Iterat
         yield stack, groups
 
 
-def until(happened: Callable[[], object], seconds: float = 40.0) -> None:
+def until(happened: Callable[[], object], seconds: float = 120.0) -> None:
     limit, pause = Deadline(seconds), threading.Event()
     while not happened():
         assert not limit.expired, "it did not happen"
@@ -85,7 +85,7 @@ def finish(replicas: list[Big], running: list[Any]) -> None:
     for r in replicas:
         r.stop.set()
     for future in running:
-        future.result(30)
+        future.result(60)
     for r in replicas:
         r.stop.clear()
     groups = [threading.Thread(target=r.train, args=(done(r),), daemon=True) for r in replicas]

@@ -179,7 +179,7 @@ def test_more_failures_in_a_row_than_max_retries_end_the_loop(groups: Groups) ->
 
 def test_a_failed_quorum_is_an_error_of_its_step_and_the_next_one_works() -> None:
     first = LighthouseServer("127.0.0.1:0", 1, heartbeat_timeout_ms=500)
-    a = Replica(first.address(), "a", quorum_timeout=timedelta(seconds=0.5))
+    a = Replica(first.address(), "a", quorum_timeout=timedelta(seconds=2))
     second: LighthouseServer | None = None
     try:
         a.step()
@@ -187,7 +187,7 @@ def test_a_failed_quorum_is_an_error_of_its_step_and_the_next_one_works() -> Non
         assert a.manager._group.server is not None
         standing = a.manager._group.server._lighthouse.standing
         # Alone, it could go on for half a heartbeat timeout.
-        wait_until(lambda: standing.may_commit() is not MayCommit.YES, timeout=10)
+        wait_until(lambda: standing.may_commit() is not MayCommit.YES)
         before = a.weights()
         for _ in range(2):
             a.step()  # raises nothing
@@ -343,10 +343,10 @@ def test_wrap_future_gives_the_default_and_costs_the_step(groups: Groups) -> Non
 
 
 def test_an_error_that_comes_after_its_step_does_not_touch_the_next_one(groups: Groups) -> None:
-    a = groups.replica("a", timeout=timedelta(seconds=0.3))
+    a = groups.replica("a", timeout=timedelta(seconds=1))
     a.optimizer.zero_grad()
     late: Future[int] = Future()
-    a.manager.wrap_future(late, 0, timeout=timedelta(seconds=30))
+    a.manager.wrap_future(late, 0, timeout=timedelta(seconds=60))
     assert not a.manager.should_commit()  # it never came
     a.optimizer.zero_grad()
     a.manager.wait_quorum()
@@ -423,7 +423,7 @@ def test_a_replica_without_registered_state_says_so_when_a_peer_needs_it(groups:
             a.step()
         return str(a.manager.errored())
 
-    assert "register_state_dict_fn" in groups.start(until_asked).result(30)
+    assert "register_state_dict_fn" in groups.start(until_asked).result(60)
 
 
 def test_groups_that_register_different_state_say_so(groups: Groups) -> None:
@@ -434,13 +434,11 @@ def test_groups_that_register_different_state_say_so(groups: Groups) -> None:
     errors: list[str] = []
 
     def train(r: Replica) -> None:
-        for _ in range(50):
+        while not errors:
             r.step()
             if r is b and r.manager.errored() is not None:
                 errors.append(str(r.manager.errored()))
-            if errors:
-                r.manager.leave("the test has seen enough")
-                return
+        r.manager.leave("the test has seen enough")
 
     groups.together(lambda: train(a), lambda: train(b))
     assert "['default', 'extra']" in errors[0]

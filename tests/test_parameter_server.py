@@ -21,7 +21,7 @@ from torchft.runtime.deadline import Deadline
 from torchft.runtime.nursery import Nursery
 from torchft.testing.wait import wait_until
 
-TIMEOUT = timedelta(seconds=20)
+TIMEOUT = timedelta(seconds=60)
 
 
 class Adder(ParameterServer):
@@ -73,13 +73,13 @@ def test_clients_come_and_go_and_share_what_the_server_keeps(serve: Callable[...
     assert len(server.sessions()) == 2
     assert [add(one, 1), add(two, 2), add(one, 3)] == [1.0, 3.0, 6.0]
     one.broadcast_one(torch.tensor([-1.0]), 1).wait()
-    wait_until(lambda: len(server.sessions()) == 1, 10, "the end of the session")
+    wait_until(lambda: len(server.sessions()) == 1, 30, "the end of the session")
     three = Adder.new_session(server.address())
     assert [add(three, 4), add(two, 5)] == [10.0, 15.0]
     for pg in (one, two, three):
         pg.shutdown()
-    wait_until(lambda: not server.sessions(), 10, "the end of all sessions")
-    wait_until(lambda: not any("session" in key for key in server._store.list_keys()), 10, "the end of their keys")
+    wait_until(lambda: not server.sessions(), 30, "the end of all sessions")
+    wait_until(lambda: not any("session" in key for key in server._store.list_keys()), 30, "the end of their keys")
 
 
 def client(arguments: dict[str, Any], files: list[int]) -> None:
@@ -101,7 +101,7 @@ def test_a_client_that_is_killed_costs_its_session_and_nobody_else(serve: Callab
         assert os.read(read, 100) == b"2.0"
         assert len(server.sessions()) == 2
         child.signal(signal.SIGKILL)
-        wait_until(lambda: len(server.sessions()) == 1, 10, "the end of the killed client's session")  # timeout: 20
+        wait_until(lambda: len(server.sessions()) == 1, 30, "the end of the killed client's session")  # timeout: 60
         assert add(survivor, 1) == 3.0
     finally:
         nursery.close()
@@ -124,7 +124,7 @@ def test_with_baby_groups_a_client_of_another_opinion_costs_its_session_and_nobo
         survivor, confused = (Adder.new_session(server.address()) for _ in range(2))
         assert [add(survivor, 1), add(confused, 1)] == [1.0, 2.0]
         confused.broadcast_one(torch.zeros(3, dtype=torch.int64), 1).wait()
-        wait_until(lambda: len(server.sessions()) == 1, 10, "the end of the confused client's session")
+        wait_until(lambda: len(server.sessions()) == 1, 30, "the end of the confused client's session")
         assert add(survivor, 1) == 3.0
         for pg in (survivor, confused):
             pg.shutdown()
@@ -136,14 +136,14 @@ def test_a_client_that_asks_and_does_not_come_costs_a_session_until_the_timeout(
     serve: Callable[..., Adder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def short() -> ProcessGroup:
-        return ProcessGroupGloo(timeout=timedelta(seconds=0.3))
+        return ProcessGroupGloo(timeout=timedelta(seconds=2))
 
     server = serve(max_sessions=1)
     monkeypatch.setattr(Adder, "new_process_group", staticmethod(short))
     assert server._open("127.0.0.1") is not None
     with pytest.raises(ParameterServerError, match=r"no room for another session, it has 1.*\(503\)"):
         Adder.new_session(server.address())
-    wait_until(lambda: not server.sessions(), 10, "the end of the session")
+    wait_until(lambda: not server.sessions(), 30, "the end of the session")
     monkeypatch.undo()
     pg = Adder.new_session(server.address())
     assert add(pg, 1) == 1.0
@@ -170,7 +170,7 @@ def test_shutdown_ends_sessions_under_way_and_those_that_wait_for_their_client(s
     begun = time.monotonic()
     server.shutdown()
     server.shutdown()
-    assert time.monotonic() - begun < 15  # the groups' timeout is 20
+    assert time.monotonic() - begun < 30  # the groups' timeout is 60
     assert not any(thread.is_alive() for thread in threads)
     with pytest.raises(RuntimeError):
         add(pg, 1)
@@ -182,7 +182,7 @@ def test_shutdown_ends_sessions_under_way_and_those_that_wait_for_their_client(s
 @pytest.mark.parametrize("nonsense", [b"", b"\0" * 1000, b"GET / HTTP/1.1\r\n\r\n", b"POST " + b"x" * 100_000])
 def test_nonsense_is_answered_or_hung_up_on_and_hurts_nobody(serve: Callable[..., Adder], nonsense: bytes) -> None:
     server = serve()
-    with socket.create_connection(("127.0.0.1", server._server.server_port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", server._server.server_port), timeout=30) as connection:
         try:
             connection.sendall(nonsense)
             connection.shutdown(socket.SHUT_WR)
@@ -215,6 +215,6 @@ def test_what_is_no_parameter_server_is_recognised(answer: bytes) -> None:
         thread.start()
         with pytest.raises(ParameterServerError, match="is no parameter server"):
             Adder.new_session(f"http://127.0.0.1:{other.server_port}/new_session")
-        thread.join(10)
+        thread.join(30)
     with pytest.raises(ParameterServerError, match="is not the address"):
         Adder.new_session("ftp://127.0.0.1/new_session")

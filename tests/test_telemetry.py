@@ -71,7 +71,7 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
     telemetry._provider.cache_clear()
     server.shutdown()
     server.server_close()
-    thread.join(10)
+    thread.join(30)
 
 
 def test_quorums_heals_commits_failures_and_errors_reach_a_collector(collector: Collector, pair: Groups) -> None:
@@ -111,9 +111,9 @@ def test_a_collector_that_is_not_there_holds_nobody_up_at_the_end() -> None:
     assert child.stdout is not None
     assert child.stdout.readline() == b"trained\n"
     since = time.monotonic()
-    child.communicate(timeout=FLUSH_SEC + 20)
+    child.communicate(timeout=FLUSH_SEC + 40)
     assert child.returncode == 0
-    assert time.monotonic() - since < FLUSH_SEC + 10  # OpenTelemetry alone would try for a minute
+    assert time.monotonic() - since < FLUSH_SEC + 20  # OpenTelemetry alone would try for a minute
 
 
 def test_without_the_packages_a_warning_says_what_to_install(

@@ -64,7 +64,7 @@ def test_a_manager_takes_them_and_says_when_its_lighthouse_does_not_fit(caplog: 
             warnings[:] = [r.getMessage() for r in caplog.records if "join_timeout" in r.getMessage()]
             return bool(warnings)
 
-        wait_until(warned, timeout=10)
+        wait_until(warned)
     assert len(warnings) == 1
     assert "--join_timeout_ms" in warnings[0]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from datetime import timedelta
 from typing import Any
@@ -13,6 +12,7 @@ from torch.distributed import TCPStore
 
 from tests.groups import TIMEOUT, Groups, Replica
 from torchft.process_group import ProcessGroupGloo
+from torchft.runtime.deadline import Deadline
 
 SOON = timedelta(seconds=2)
 """Longest wait for a collective inside a group where one is to wait in vain."""
@@ -85,12 +85,11 @@ class Pairs:
         groups = len({r.manager.replica_id() for r in ranks})
         goal: list[int] = []
         lock = threading.Lock()
+        limit = Deadline(60)
 
         def loop(r: Rank) -> None:
-            for attempt in itertools.count():
-                if goal and r.manager.current_step() >= goal[0]:
-                    return
-                assert attempt < until + 300, r.manager.errored()
+            while not goal or r.manager.current_step() < goal[0]:
+                assert not limit.expired, r.manager.errored()
                 r.step()
                 with lock:
                     if not goal and r.manager.is_participating() and r.manager.num_participants() == groups:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torchft.checkpointing import CheckpointError, Checkpoints, DamagedCheckpoint, UnsafeStateError, load_latest, save
 from torchft.checkpointing.dcp import CheckpointReader
 
-LONG = 30.0
+LONG = 60.0
 
 
 def state_of(step: int, elements: int = 5000) -> dict[str, Any]:

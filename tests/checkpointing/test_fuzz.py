@@ -28,7 +28,7 @@ from torchft.checkpointing.pg_stream import Prologue
 from torchft.checkpointing.transport import IntegrityError, ManifestError
 from torchft.runtime.deadline import Deadline
 
-SLOWEST = 10.0
+SLOWEST = 30.0
 """Seconds that a case may take on a busy machine; all are of a few hundred kilobytes at most."""
 MEASURED = 25
 """Of so many cases one is run under tracemalloc, which makes it several times slower."""

@@ -23,7 +23,7 @@ from torchft.checkpointing.http_server import MAX_CONNECTIONS
 from torchft.checkpointing.manifest import describe
 from torchft.testing.wait import wait_until
 
-LONG = timedelta(seconds=20)
+LONG = timedelta(seconds=60)
 SHORT = timedelta(seconds=0.3)
 ANSWERS = 600
 WORKERS = 4
@@ -63,7 +63,7 @@ class HostileServer:
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        self._thread.join(10)
+        self._thread.join(30)
 
 
 def _framed(body: bytes, draw: random.Random, status: str = "200 OK", more: str = "") -> list[bytes]:
@@ -135,7 +135,7 @@ def _receive_from_hostile_servers(numbers: range, into: object) -> int:
                 pass
             except Exception as e:
                 raise AssertionError(f"server {number}: {type(e).__name__}: {e}") from e
-            assert time.monotonic() - began < 15, f"server {number} took {time.monotonic() - began:.1f} s"
+            assert time.monotonic() - began < 30, f"server {number} took {time.monotonic() - began:.1f} s"
     finally:
         server.close()
         receiver.shutdown()
@@ -169,7 +169,7 @@ def test_source_survives_hostile_clients(caplog: pytest.LogCaptureFixture) -> No
         with _no_tracebacks(caplog):
             for number in range(REQUESTS):
                 draw = random_for("client", number)
-                sock = socket.create_connection(("127.0.0.1", port), 5)
+                sock = socket.create_connection(("127.0.0.1", port), 60)
                 try:
                     sock.sendall(_request(draw)[: draw.choice((1 << 30, 1 << 30, 50))])
                     if draw.random() < 0.1:
@@ -202,7 +202,7 @@ def test_connections_that_say_nothing_do_not_keep_a_receiver_out() -> None:
     try:
         source.send_checkpoint([1], 7, {"w": torch.ones(1000)}, LONG)
         for _ in range(MAX_CONNECTIONS + 20):
-            idle.append(socket.create_connection(("127.0.0.1", port), 5))
+            idle.append(socket.create_connection(("127.0.0.1", port), 60))
             idle[-1].sendall(b"G")
         assert float(receiver.recv_checkpoint(0, source.metadata(), 7, LONG)["w"].sum()) == 1000
     finally:

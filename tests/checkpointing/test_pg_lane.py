@@ -13,7 +13,7 @@ from torch.distributed import Work
 from torchft.checkpointing.pg_lane import Lane, Lost
 from torchft.process_group.lost_works import Ending
 
-PLENTY = 30.0
+PLENTY = 60.0
 LIMIT = timedelta(seconds=PLENTY)
 
 

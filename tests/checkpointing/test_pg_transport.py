@@ -24,7 +24,7 @@ from torchft.checkpointing import CheckpointError, ManifestError, PGTransport, T
 from torchft.checkpointing.pg_stream import BUCKET, PROLOGUE_BYTES, ChunkHasher, Prologue, buckets
 from torchft.process_group.gloo import ProcessGroupGloo
 
-TIMEOUT = timedelta(seconds=20)
+TIMEOUT = timedelta(seconds=60)
 CPU = torch.device("cpu")
 SIZES = (1, 100, (1 << 20) - 1, 1 << 20, BUCKET - 1, BUCKET, BUCKET + 1, 3 * BUCKET)
 
@@ -50,9 +50,9 @@ def test_several_receivers_get_the_same_state() -> None:
         transports: list[PGTransport[Any]] = [PGTransport(pg, TIMEOUT, CPU) for pg in pgs]
         sending = pool.submit(transports[1].send_checkpoint, [0, 2], 5, state, TIMEOUT)
         received = [pool.submit(transports[i].recv_checkpoint, 1, "<n/a>", 5, TIMEOUT) for i in (0, 2)]
-        sending.result(30)
+        sending.result(60)
         for future in received:
-            got = future.result(30)
+            got = future.result(60)
             assert torch.equal(got["w"], state["w"])
             assert all(torch.equal(a, b) for a, b in zip(got["small"], state["small"], strict=True))
 
@@ -126,7 +126,7 @@ def test_receiver_that_is_gone_does_not_cost_the_other_its_state() -> None:
         receiving = pool.submit(receiver.recv_checkpoint, 0, "<n/a>", 1, TIMEOUT)
         with pytest.raises(CheckpointError, match="replica rank 2: connection closed"):
             source.send_checkpoint([1, 2], 1, state, TIMEOUT)
-        assert torch.equal(receiving.result(30)["w"], state["w"])
+        assert torch.equal(receiving.result(60)["w"], state["w"])
 
 
 STOPPED = """
@@ -134,7 +134,7 @@ import os, signal, sys, threading, torch
 from datetime import timedelta
 from torchft.checkpointing import PGTransport
 from torchft.process_group.gloo import ProcessGroupGloo
-t = timedelta(seconds=60)
+t = timedelta(seconds=120)
 live = torch.zeros(int(sys.argv[2]), dtype=torch.uint8)
 def stop_when_bytes_came():
     while not live[0]:
@@ -157,14 +157,14 @@ def test_receiver_that_stops_does_not_cost_the_other_its_state() -> None:
         "small": [torch.full((1000,), float(i)) for i in range(99)],
     }
     process = subprocess.Popen([sys.executable, "-c", STOPPED, address, str(size)], cwd=os.getcwd())
-    pgs = [ProcessGroupGloo(timedelta(seconds=60)) for _ in range(2)]
+    pgs = [ProcessGroupGloo(timedelta(seconds=120)) for _ in range(2)]
     try:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda i: pgs[i].configure(address, f"r{i}", i, 3), range(2)))
             source: PGTransport[Any] = PGTransport(pgs[0], TIMEOUT, CPU)
             receiver: PGTransport[Any] = PGTransport(pgs[1], TIMEOUT, CPU)
             sending = pool.submit(source.send_checkpoint, [2, 1], 7, state, TIMEOUT)
-            got = pool.submit(receiver.recv_checkpoint, 0, "<n/a>", 7, TIMEOUT).result(15)
+            got = pool.submit(receiver.recv_checkpoint, 0, "<n/a>", 7, TIMEOUT).result(45)
             assert torch.equal(got["w"], state["w"])
             assert all(torch.equal(a, b) for a, b in zip(got["small"], state["small"], strict=True))
             _, status = os.waitpid(process.pid, os.WUNTRACED)
@@ -173,7 +173,7 @@ def test_receiver_that_stops_does_not_cost_the_other_its_state() -> None:
             source.abort("a member died")
             pgs[0].abort()
             with pytest.raises(TransferAborted, match="a member died"):
-                sending.result(5)
+                sending.result(45)
     finally:
         process.kill()
         process.wait()
@@ -186,7 +186,7 @@ import sys, torch
 from datetime import timedelta
 from torchft.checkpointing import PGTransport
 from torchft.process_group.gloo import ProcessGroupGloo
-t = timedelta(seconds=30)
+t = timedelta(seconds=120)
 pg = ProcessGroupGloo(t)
 pg.configure(sys.argv[1], "source", 0, 2)
 PGTransport(pg, t, torch.device("cpu")).send_checkpoint([1], 7, {"w": torch.ones(256 << 20, dtype=torch.uint8)}, t)
@@ -197,7 +197,7 @@ def test_source_process_dies_mid_transfer() -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     address = f"127.0.0.1:{store.port}/pg"
     process = subprocess.Popen([sys.executable, "-c", MEMBER, address], cwd=os.getcwd())
-    pg = ProcessGroupGloo(timedelta(seconds=40))
+    pg = ProcessGroupGloo(timedelta(seconds=120))
     try:
         pg.configure(address, "receiver", 1, 2)
 
@@ -209,7 +209,7 @@ def test_source_process_dies_mid_transfer() -> None:
         began = time.monotonic()
         with pytest.raises(CheckpointError, match="replica rank 0"):
             receiver.recv_checkpoint(0, "<n/a>", 7, TIMEOUT)
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 40  # the timeout is 60
     finally:
         process.kill()
         process.wait()
@@ -222,7 +222,7 @@ def test_log_lines_keep_their_shape(caplog: pytest.LogCaptureFixture) -> None:
         receiver: PGTransport[Any] = PGTransport(pgs[1], TIMEOUT, CPU)
         sending = pool.submit(source.send_checkpoint, [1], 1, {"w": torch.ones(1000)}, TIMEOUT)
         receiver.recv_checkpoint(0, "<n/a>", 1, TIMEOUT)
-        sending.result(20)
+        sending.result(60)
     lines = [r.getMessage() for r in caplog.records if r.name == "torchft.checkpointing.pg_transport"]
     for shape in ("preparing state_dict took ", "send manifest took ", "send tensors took "):
         assert any(line.startswith(shape) for line in lines), shape

@@ -16,7 +16,7 @@ from torchft.process_group.gloo import ProcessGroupGloo
 from torchft.runtime.deadline import Deadline
 from torchft.testing.transport_suite import Pair, TransportSuite
 
-TIMEOUT = timedelta(seconds=30)
+TIMEOUT = timedelta(seconds=60)
 
 
 class _HTTPSuite(TransportSuite):
@@ -34,7 +34,7 @@ class _HTTPSuite(TransportSuite):
         def corrupt() -> None:
             offer = source._server._offer
             assert offer is not None
-            assert offer.await_seal(Deadline(20)) is not None
+            assert offer.await_seal(Deadline(60)) is not None
             total = offer.cut.total
             with offer.reading(threading.Lock(), total - 1, total) as views:
                 views[0][0] ^= 1

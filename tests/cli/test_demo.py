@@ -86,7 +86,7 @@ def demo(children: Children, folder: Path, fake: str, *options: str) -> Child:
 
 def ended(run: Child) -> tuple[int | None, str]:
     """The exit code and the output of a demo that ends by itself. Nothing that it started still runs then."""
-    code = run.wait(110)
+    code = run.wait(280)
     assert code is not None, run.log.read_text()
     assert run.tree() == []
     return code, run.log.read_text()
@@ -193,7 +193,7 @@ def test_each_closing_check_fails_for_its_own_reason(tmp_path: Path, change: str
 def test_a_signal_ends_all_groups(children: Children, tmp_path: Path, number: signal.Signals) -> None:
     run = demo(children, tmp_path, "hang")
     group = tmp_path / "logs" / "group1-life1.log"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while not group.exists() or "group 1 says hello" not in group.read_text():
         assert run.exit_code() is None, run.log.read_text()
         assert time.monotonic() < deadline

@@ -13,12 +13,12 @@ import pytest
 
 from torchft.coordination import LighthouseClient
 
-SECOND = timedelta(seconds=1)
+MINUTE = timedelta(minutes=1)
 
 
 @pytest.fixture
 def process() -> Iterator[subprocess.Popen[str]]:
-    arguments = ["--min_replicas=1", "--bind=127.0.0.1:0", "--heartbeat_timeout_ms=1000", "--end_when_idle_sec=0.3"]
+    arguments = ["--min_replicas=1", "--bind=127.0.0.1:0", "--heartbeat_timeout_ms=3000", "--end_when_idle_sec=0.3"]
     child = subprocess.Popen(
         [sys.executable, "-m", "torchft.cli.lighthouse", *arguments], stderr=subprocess.PIPE, text=True
     )
@@ -40,8 +40,9 @@ def test_it_ends_by_itself_once_the_last_group_is_gone_and_not_before_the_first_
     reader.start()
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1.0)  # nobody has come yet: it waits
-    client = LighthouseClient(address[1], 10 * SECOND)
-    client.heartbeat("group", SECOND)
-    assert process.wait(20) == 0
-    reader.join(10)
+    client = LighthouseClient(address[1], MINUTE)
+    client.heartbeat("group", MINUTE)
+    client.close()
+    assert process.wait(60) == 0
+    reader.join(30)
     assert any("no group has been there for 0.3 s" in line for line in rest)

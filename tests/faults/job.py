@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -65,6 +66,11 @@ class Trainer:
         steps = self.of("step")
         return int(steps[-1]["step"]) if steps else 0
 
+    def seconds_per_step(self) -> float:
+        """Of its last steps."""
+        times = [e["time"] for e in self.of("step")[-20:]]
+        return max(1e-3, (times[-1] - times[0]) / (len(times) - 1)) if len(times) > 1 else 1.0
+
     @property
     def log(self) -> str:
         self._log.flush()
@@ -93,7 +99,7 @@ class Trainer:
         """Where its threads are, innermost call first; empty if it has ended, is stopped, or does not answer."""
         before = len(self.log)
         self.process.send_signal(signal.SIGUSR1)
-        deadline = Deadline(2.0)
+        deadline = Deadline(5.0)
         while "most recent call first" not in self.log[before:] and not deadline.expired:
             time.sleep(0.05)  # only where a test has failed
         time.sleep(0.2)
@@ -112,7 +118,7 @@ class Trainer:
                 os.kill(forked["pid"], signal.SIGKILL)
             except ProcessLookupError:
                 pass
-        self._reader.join(timeout=10)
+        self._reader.join(timeout=30)
         self._log.close()
 
 
@@ -154,7 +160,7 @@ class Job:
         where["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # it is not rank 0 that hosts it
         return [self.start(name, *args, RANK=str(rank), **where) for rank in range(ranks)]
 
-    def until(self, condition: Callable[[], object], what: str, timeout: float = 60.0) -> None:
+    def until(self, condition: Callable[[], object], what: str, timeout: float = 120.0) -> None:
         """Waits for the trainers' events to make ``condition`` true.
 
         Raises:
@@ -170,10 +176,14 @@ class Job:
                     raise AssertionError(f"{what} did not happen: {cause}\n{logs}")
                 self.changed.wait(min(0.5, deadline.remaining()))
 
-    def finish(self, after: int = 10, timeout: float = 60.0) -> list[dict[str, Any]]:
-        """Lets the living trainers end at one step, ``after`` steps from now, and returns their last events."""
+    def finish(self, timeout: float = 120.0) -> list[dict[str, Any]]:
+        """Lets the living trainers end at one step, and returns their last events.
+
+        They come to that step in about a second: none may be beyond it when it is told, or they end at different ones.
+        """
         living = [t for t in self.trainers if t.process.poll() is None]
-        target = max(t.step for t in living) + after
+        foremost = max(living, key=lambda t: t.step)
+        target = foremost.step + max(10, math.ceil(1.0 / foremost.seconds_per_step()))
         partial = self.stop_file.with_suffix(".partial")
         partial.write_text(str(target))
         partial.rename(self.stop_file)

@@ -61,4 +61,4 @@ def test_three_groups_go_on_when_one_is_killed_in_the_middle_of_backward(job: Jo
     assert_identical(ends, 2)
     for survivor in (a, b):
         failed = [e for e in survivor.of("step") if e["error"] and e["time"] >= victim.of("dies")[0]["time"] - 0.5]
-        assert 1 <= len(failed) <= 2, failed
+        assert len(failed) <= 2, failed  # none where it heard of the death before it used the quorum

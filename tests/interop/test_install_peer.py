@@ -42,7 +42,7 @@ def test_a_folder_is_installed_only_with_the_stamp_of_these_pins(script: ModuleT
 @pytest.mark.usefixtures("cluster")
 def test_a_second_install_does_nothing() -> None:
     before = (PEER.path / "installed.json").stat()
-    done = subprocess.run([sys.executable, str(SCRIPT)], check=True, timeout=60, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(SCRIPT)], check=True, timeout=120, capture_output=True, text=True)
     assert "already has torchft==" in done.stdout
     after = (PEER.path / "installed.json").stat()
     assert (before.st_mtime_ns, before.st_ino) == (after.st_mtime_ns, after.st_ino)

@@ -43,7 +43,7 @@ class Run:
 
 def trains(child: Child, participants: int, after: int = 0) -> Event:
     """Waits for a step that ``child`` commits with that many participants, beyond step ``after``."""
-    return child.wait("step", 60, lambda e: e["committed"] and e["participants"] == participants and e["step"] > after)
+    return child.wait("step", 150, lambda e: e["committed"] and e["participants"] == participants and e["step"] > after)
 
 
 def assert_same_states(*children: Child) -> int:
@@ -72,7 +72,7 @@ def test_two_peer_groups_train_against_our_lighthouse_and_one_rejoins_after_a_ki
     victim.kill()
     alone = trains(survivor, 1, after=step)
     rejoined = run.group(PEER)
-    rejoined.wait("healed", 30)
+    rejoined.wait("healed", 100)
     assert assert_same_states(survivor, rejoined) > alone["step"]
 
 
@@ -81,7 +81,7 @@ def test_two_of_our_groups_train_against_the_peers_lighthouse_and_a_late_joiner_
     first = run.group(OURS, "--ddp")
     alone = trains(first, 1, after=5)
     joiner = run.group(OURS, "--ddp")
-    joiner.wait("healed", 30)
+    joiner.wait("healed", 100)
     assert assert_same_states(first, joiner) > alone["step"]
 
 
@@ -93,14 +93,14 @@ def test_both_kinds_train_together_and_heal_each_other_through_a_shared_transpor
     ours = run.group(OURS)
     step = trains(ours, 1, after=5)["step"]
     peer = run.group(PEER)
-    peer.wait("healed", 30)
+    peer.wait("healed", 100)
     together = assert_same_states(ours, peer)
     assert together > step
 
     ours.kill()
     step = trains(peer, 1, after=together)["step"]
     ours = run.group(OURS)
-    ours.wait("healed", 30)
+    ours.wait("healed", 100)
     together = assert_same_states(ours, peer)
     assert together > step
 
@@ -120,7 +120,7 @@ def test_our_joiner_says_why_it_cannot_heal_from_the_peers_own_transport(
     first = run.group(PEER, *transport)
     trains(first, 1, after=5)
     joiner = run.group(OURS, *transport)
-    failed = joiner.wait("step", 60, lambda e: e["error"] is not None)
+    failed = joiner.wait("step", 150, lambda e: e["error"] is not None)
     assert not failed["committed"]
     assert cause in failed["error"]
     assert "transport" in failed["error"]

@@ -19,7 +19,7 @@ def ask(cluster: Cluster, clients: Implementation, servers: Implementation) -> t
     """Starts clients that ask servers everything. Returns both."""
     server = cluster.spawn(servers, HERE / "wire_servers.py", name=f"{servers.name}-servers")
     server.hello()
-    where = server.wait("address", 30)
+    where = server.wait("address", 90)
     args = ("--lighthouse", where["lighthouse"], "--managers", json.dumps(where["managers"]))
     return server, cluster.spawn(clients, HERE / "wire_clients.py", *args, name=f"{clients.name}-clients")
 
@@ -30,12 +30,12 @@ def test_a_foreign_server_answers_every_call_as_the_own_one_does(
 ) -> None:
     own_server, own_client = ask(cluster, clients, clients)
     server, client = ask(cluster, clients, servers)
-    own, foreign = (c.wait("answers", 60) for c in (own_client, client))
+    own, foreign = (c.wait("answers", 150) for c in (own_client, client))
     assert foreign["lighthouse"] == own["lighthouse"]
     assert foreign["managers"] == own["managers"]
     for each in (server, own_server):
         each.tell("stop")
-        assert each.end(30) == 0
+        assert each.end(90) == 0
 
     lighthouse, managers = foreign["lighthouse"], foreign["managers"]
     assert lighthouse["alone, below min_replicas"] == "TimeoutError"
@@ -53,7 +53,7 @@ def test_our_client_says_that_the_peers_lighthouse_announces_no_failures(cluster
     address = cluster.lighthouse(PEER)
     onlooker = cluster.spawn(OURS, HERE / "wire_clients.py", "--lighthouse", address, "--watch", name="onlooker")
     onlooker.hello()
-    said = onlooker.wait("unsubscribed", 30)
+    said = onlooker.wait("unsubscribed", 90)
     assert said["kind"] == "RuntimeError"
     assert "subscribe_failures" in said["message"]
     assert address.removeprefix("http://") in said["message"]
@@ -62,16 +62,16 @@ def test_our_client_says_that_the_peers_lighthouse_announces_no_failures(cluster
 def test_our_lighthouse_tells_an_onlooker_that_a_peers_replica_has_died(cluster: Cluster) -> None:
     lighthouse = cluster.spawn(OURS, HERE / "wire_servers.py", name="ours-servers")
     lighthouse.hello()
-    address = lighthouse.wait("address", 30)["lighthouse"]
+    address = lighthouse.wait("address", 90)["lighthouse"]
     onlooker = cluster.spawn(OURS, HERE / "wire_clients.py", "--lighthouse", address, "--watch", name="onlooker")
     onlooker.hello()
-    onlooker.wait("watching", 30)
+    onlooker.wait("watching", 90)
     asker = cluster.spawn(PEER, HERE / "wire_clients.py", "--lighthouse", address, name="peer-clients")
     asker.hello()
-    asker.wait("answers", 60)
+    asker.wait("answers", 150)
     asker.kill()
     for replica in "ab":
-        notice = onlooker.wait("failure", 30, partial(_names, replica))
+        notice = onlooker.wait("failure", 90, partial(_names, replica))
         assert "heartbeat" in notice["message"]
 
 

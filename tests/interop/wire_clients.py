@@ -16,7 +16,7 @@ from report import hello, say
 
 from torchft.coordination import LighthouseClient, ManagerClient
 
-LONG = timedelta(seconds=10)
+LONG = timedelta(seconds=30)
 SHORT = timedelta(milliseconds=500)
 
 
@@ -78,7 +78,7 @@ def lighthouse(address: str) -> dict[str, object]:
 def watch(address: str) -> None:
     """Says which failures the lighthouse announces, until the subscription ends."""
     try:
-        notices = LighthouseClient(address, LONG).subscribe_failures(timeout=6 * LONG)
+        notices = LighthouseClient(address, LONG).subscribe_failures(timeout=4 * LONG)
         say("watching")
         for notice in notices:
             say("failure", replica=notice.replica_id, message=notice.error_message)

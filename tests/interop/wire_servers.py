@@ -29,7 +29,7 @@ def main() -> None:
             store_addr=f"store-of-{replica_id}:1",
             world_size=world_size,
             heartbeat_interval=timedelta(milliseconds=100),
-            connect_timeout=timedelta(seconds=10),
+            connect_timeout=timedelta(seconds=30),
             quorum_retries=0,
         )
 

@@ -19,7 +19,7 @@ SLEEPER = """
 import signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print("up", flush=True)
-time.sleep(60)
+time.sleep(300)
 """
 STUBBORN = f"""
 import signal, subprocess, sys, time
@@ -27,13 +27,13 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)
 worker = subprocess.Popen([sys.executable, "-c", {SLEEPER!r}], start_new_session=True)
 if "orphan" in sys.argv:
     sys.exit(3)
-time.sleep(60)
+time.sleep(300)
 """
 
 
 def stubborn(children: Children, log: Path, *arguments: str) -> Child:
     child = children.start("stubborn", [sys.executable, "-c", STUBBORN, *arguments], {}, log)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while "up" not in child.last_lines():
         assert time.monotonic() < deadline, "the grandchild did not come up"
         time.sleep(0.02)
@@ -59,7 +59,7 @@ def test_stop_kills_what_ignores_sigterm(tmp_path: Path) -> None:
 def test_leaving_the_block_ends_a_grandchild_whose_parent_is_gone(tmp_path: Path) -> None:
     with Children(grace=0.2) as children:
         child = stubborn(children, tmp_path / "log", "orphan")
-        assert child.wait(10) == 3
+        assert child.wait(60) == 3
         assert len(child.tree()) == 1
     assert child.tree() == []
 
@@ -106,7 +106,7 @@ def test_output_and_exit_code_are_kept(tmp_path: Path) -> None:
     with Children() as children:
         code = "import sys; [print(i) for i in range(30)]; print('why', file=sys.stderr); sys.exit(7)"
         child = children.start("failing", [sys.executable, "-c", code], {}, tmp_path / "log")
-        assert child.wait(20) == 7
+        assert child.wait(60) == 7
         assert sorted(child.last_lines(40)) == sorted([*map(str, range(30)), "why"])
         assert len(child.last_lines(5)) == 5
 
@@ -116,5 +116,5 @@ def test_a_child_sees_its_own_variables_and_ours(tmp_path: Path, monkeypatch: py
     with Children() as children:
         code = "import os; print(os.environ['OURS'] + os.environ['ITS'])"
         child = children.start("printing", [sys.executable, "-c", code], {"ITS": "2"}, tmp_path / "log")
-        assert child.wait(20) == 0
+        assert child.wait(60) == 0
         assert child.last_lines() == ["12"]

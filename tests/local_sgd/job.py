@@ -17,7 +17,7 @@ from tests.groups import Replica
 from torchft.manager import Manager
 from torchft.work import FutureWork
 
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 
 
 class Exchange:

@@ -285,7 +285,7 @@ def test_an_exception_in_the_loop_ends_what_is_under_way_for_the_others_at_once(
         with b.diloco:
             b.train(2)
             b.step()
-            a_ended.wait(10)
+            a_ended.wait(60)
             b.step()
 
     a_ended = threading.Event()

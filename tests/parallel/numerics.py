@@ -31,7 +31,7 @@ from torchft.process_group import ManagedProcessGroup, ft_init_device_mesh
 
 STEPS = 3
 WIDTH = 10
-TIMEOUT = timedelta(seconds=30)
+TIMEOUT = timedelta(seconds=60)
 
 Sync = Callable[[nn.Module, bool], Any]
 """Called before each micro-batch with whether it is the last one of its step."""

@@ -15,7 +15,7 @@ import pytest
 from tests.faults.job import Job, Trainer
 
 SCRIPT = Path(__file__).with_name("trainer.py")
-SOON = 25.0
+SOON = 45.0
 """Seconds: more than it takes to miss a rank's signs of life (5) and the grace (2), far less than any timeout."""
 
 

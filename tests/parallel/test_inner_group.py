@@ -54,7 +54,7 @@ def test_a_second_life_does_not_find_the_addresses_of_the_first() -> None:
         for rank in (0, 1)
     ]
     try:
-        assert [rank.communicate(timeout=100)[0].split() for rank in ranks] == [["3.0", "3.0"]] * 2
+        assert [rank.communicate(timeout=200)[0].split() for rank in ranks] == [["3.0", "3.0"]] * 2
     finally:
         for rank in ranks:
             rank.kill()

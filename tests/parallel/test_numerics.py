@@ -55,7 +55,7 @@ def results() -> Iterator[Results]:
             )
         found = []
         for process in processes:
-            out, err = process.communicate(timeout=100)
+            out, err = process.communicate(timeout=240)
             assert process.returncode == 0, err[-5000:]
             found.append({line.pop("what"): line for line in map(json.loads, out.splitlines())})
         yield found

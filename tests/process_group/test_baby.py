@@ -75,7 +75,7 @@ class TestProcessGroupBabyGloo(ProcessGroupSuite):
         self.meet(store, groups)
         assert self.children(groups) == first
         groups[0].abort()
-        wait_until(lambda: not _alive(first[0]), 10, "the end of the aborted child")
+        wait_until(lambda: not _alive(first[0]), 30, "the end of the aborted child")
         nursery = _parent(first[1])
         self.meet(store, groups)
         second = self.children(groups)
@@ -91,7 +91,7 @@ class TestProcessGroupBabyGloo(ProcessGroupSuite):
         begun = time.monotonic()
         with pytest.raises(ProcessGroupError, match=r"child process \d+ .*died \(signal 9\)"):
             pending.wait()
-        assert time.monotonic() - begun < 15  # the group's timeout is 30
+        assert time.monotonic() - begun < 20  # the group's timeout is 30
         with pytest.raises(ProcessGroupError, match="died"):
             pending.get_future().wait()
         assert tensor.tolist() == [1.0, 2.0]  # what fails leaves its tensors as they were
@@ -102,7 +102,7 @@ class TestProcessGroupBabyGloo(ProcessGroupSuite):
     def test_the_death_of_an_idle_child_is_an_error_of_the_group(self, store: str, groups: list[ProcessGroup]) -> None:
         assert groups[0].errored() is None
         os.kill(self.children(groups)[0], signal.SIGKILL)
-        wait_until(lambda: groups[0].errored() is not None, 10, "the error")
+        wait_until(lambda: groups[0].errored() is not None, 30, "the error")
         with pytest.raises(ProcessGroupError, match="died"):
             groups[0].allreduce([self.tensor(1)])
         self.meet(store, groups)
@@ -117,7 +117,7 @@ class TestProcessGroupBabyGloo(ProcessGroupSuite):
                 groups[0].allreduce([self.tensor(1)]).wait()
         finally:
             groups[0].set_timeout(timedelta(seconds=30))
-        wait_until(lambda: not _alive(child), 10, "the end of the stopped child")
+        wait_until(lambda: not _alive(child), 30, "the end of the stopped child")
         self.meet(store, groups)
         assert self.sum_of_ranks(groups) == [3.0] * 3
 
@@ -128,7 +128,7 @@ class TestProcessGroupBabyGloo(ProcessGroupSuite):
         groups[0].abort()
         with pytest.raises(ProcessGroupError, match="aborted"):
             pending.wait()
-        wait_until(lambda: not _alive(child), 10, "the end of the stopped child")
+        wait_until(lambda: not _alive(child), 30, "the end of the stopped child")
         self.meet(store, groups)
 
     def test_a_child_holds_none_of_the_trainers_sockets(self, groups: list[ProcessGroup]) -> None:
@@ -142,7 +142,7 @@ class TestProcessGroupBabyGloo(ProcessGroupSuite):
         child = pair[0].ask("child")["value"]
         assert _alive(child)
         pair[0].kill()
-        wait_until(lambda: not _alive(child), 10, "the end of the child")
+        wait_until(lambda: not _alive(child), 30, "the end of the child")
 
     def test_it_meets_a_plain_gloo_group(self, store: str, idle_groups: list[ProcessGroup]) -> None:
         plain = ProcessGroupGloo(timeout=timedelta(seconds=30))
@@ -179,7 +179,7 @@ class TestProcessGroupBabyGloo(ProcessGroupSuite):
             known = dict(pg._carrier._adopted._known)
             del whole, part
             # The thread that carried the last call may hold it for a moment longer.
-            wait_until(lambda: all(reference.expired() for _, reference in known.values()), 10, "nobody holds it")
+            wait_until(lambda: all(reference.expired() for _, reference in known.values()), 30, "nobody holds it")
             pg.broadcast_one(torch.zeros(2).share_memory_(), 0).wait()
             return [*out, len(known), len(pg._carrier._adopted._known)]
 
@@ -191,11 +191,11 @@ class TestProcessGroupBabyGloo(ProcessGroupSuite):
         self.meet(store, pair)
         children = self.children(pair)
         pair.clear()
-        wait_until(lambda: not any(map(_alive, children)), 10, "the end of the children")
+        wait_until(lambda: not any(map(_alive, children)), 30, "the end of the children")
 
     def test_a_nursery_that_is_killed_is_replaced(self, store: str, groups: list[ProcessGroup]) -> None:
         os.kill(groups[0]._children._process.pid, signal.SIGKILL)
-        wait_until(lambda: all(pg.errored() is not None for pg in groups), 10, "the end of the children")
+        wait_until(lambda: all(pg.errored() is not None for pg in groups), 30, "the end of the children")
         self.meet(store, groups)
         assert self.sum_of_ranks(groups) == [3.0] * 3
 

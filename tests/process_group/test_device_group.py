@@ -21,6 +21,7 @@ from torchft.process_group.device_group import NEVER, DeviceProcessGroup
 from torchft.process_group.session import Session
 from torchft.process_group.stream_watch import StreamWatch
 from torchft.testing.process_group_suite import each
+from torchft.testing.wait import wait_until
 
 
 class Event:
@@ -73,8 +74,10 @@ def meet() -> Iterator[Callable[..., list[OverGloo]]]:
     groups: list[OverGloo] = []
 
     def make(timeout: float) -> list[OverGloo]:
-        groups.extend(OverGloo(timedelta(seconds=timeout)) for _ in range(2))
+        groups.extend(OverGloo(timedelta(seconds=30)) for _ in range(2))
         each(list(groups), lambda rank, pg: pg.configure(f"127.0.0.1:{server.port}/x", f"r{rank}", rank, 2))
+        for pg in groups:
+            pg.set_timeout(timedelta(seconds=timeout))
         return groups
 
     yield make
@@ -88,7 +91,7 @@ def test_a_collective_that_runs_too_long_on_the_device_ends_its_session(
     monkeypatch.setenv("TORCHFT_FLIGHT_RECORDER", str(tmp_path / "trace-"))
     pg, other = meet(0.2)
     pg.allreduce([torch.ones(1)])
-    assert pg.torn_down.wait(10)
+    assert pg.torn_down.wait(30)
     assert "allreduce of rank 0 of 2" in str(pg.errored())
     assert "runs on the device for longer than 0.2 s" in str(pg.errored())
     with pytest.raises(ProcessGroupError, match="until it is configured again"):
@@ -111,7 +114,7 @@ def test_what_waits_behind_other_work_of_the_stream_is_not_late(
     assert pg.errored() is None
     pg.allreduce([torch.ones(1)])
     pg.marked[-1].reached = True  # now it reaches a collective to which the other never comes
-    assert pg.torn_down.wait(10)
+    assert pg.torn_down.wait(30)
 
 
 def test_an_abort_returns_while_the_backend_is_still_torn_down(meet: Callable[..., list[OverGloo]]) -> None:
@@ -119,9 +122,9 @@ def test_an_abort_returns_while_the_backend_is_still_torn_down(meet: Callable[..
     released = threading.Event()
     cut: Any = pg._session.cut if pg._session is not None else None
     begun = threading.Event()
-    cut._tear_down = lambda: (begun.set(), released.wait(10))
+    cut._tear_down = lambda: (begun.set(), released.wait(30))
     pg.abort()
-    assert begun.wait(10)
+    assert begun.wait(30)
     assert "aborted" in str(pg.errored())
     pg.abort()
     released.set()
@@ -160,18 +163,19 @@ def test_a_watch_tells_what_a_collective_failed_with() -> None:
         raise RuntimeError("a member is gone")
 
     StreamWatch(tell).watch("it", Event(), fail, 5.0)
-    assert over.wait(10)
+    assert over.wait(30)
     assert [str(e) for e in told] == ["a member is gone"]
 
 
 def test_a_watch_with_nothing_to_watch_has_no_thread() -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     watch = StreamWatch(lambda error: None)
     watch.watch("it", Event(), lambda: True, 0.1)
-    thread = watch._thread
-    if thread is not None:
-        thread.join(10)
-    assert threading.active_count() == before
+
+    def left() -> list[threading.Thread]:
+        return [t for t in threading.enumerate() if t not in before and t.name == "torchft-stream-watch"]
+
+    wait_until(lambda: watch._thread is None and not left(), what="the end of its thread")
 
 
 def test_nccl_is_told_to_leave_errors_and_timeouts_to_us(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,6 +210,6 @@ def test_nccl_is_told_to_leave_errors_and_timeouts_to_us(monkeypatch: pytest.Mon
     ProcessGroup.__init__(pg)
     with pytest.raises(ProcessGroupError, match="was aborted before it met"):
         pg._open(session, 0, 2, timedelta(seconds=5), [4, 7])
-    assert torn_down.wait(10)
+    assert torn_down.wait(30)
     assert seen == {"handling": "0", "timeout": NEVER, "blocking": 0, "ranks": [4, 7], "aborted": True}
     assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"

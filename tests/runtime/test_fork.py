@@ -24,7 +24,7 @@ import json, multiprocessing, os, signal, socket, sys, threading
 from torchft.runtime.fork import close_in_children, close_in_children_fd
 
 kind, by_number, by_name, free = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-socket.setdefaulttimeout(20)  # it must not make sockets non-blocking
+socket.setdefaulttimeout(60)  # it must not make sockets non-blocking
 opened = [socket.create_connection(("127.0.0.1", port)) for port in (by_number, by_name)]
 unregistered = socket.create_connection(("127.0.0.1", free))
 listening = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
@@ -83,13 +83,13 @@ def _family(kind: str) -> Iterator[_Family]:
     with ExitStack() as stack:
         servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
         for server in servers:
-            server.settimeout(30)
+            server.settimeout(60)
         parent = subprocess.Popen(
             [sys.executable, "-c", _PARENT, kind, *(str(s.getsockname()[1]) for s in servers)],
             stdout=subprocess.PIPE,
             text=True,
         )
-        stack.callback(parent.wait, timeout=30)
+        stack.callback(parent.wait, timeout=60)
         stack.callback(parent.kill)
         connections = [stack.enter_context(server.accept()[0]) for server in servers]
         assert parent.stdout is not None
@@ -98,7 +98,7 @@ def _family(kind: str) -> Iterator[_Family]:
         connections.append(stack.enter_context(socket.create_connection(("127.0.0.1", ports[0]))))
         free = connections.pop(2)
         for connection in (*connections, free):
-            connection.settimeout(30)
+            connection.settimeout(60)
         pid, parent_pid, gone = json.loads(free.makefile().readline())
         stack.callback(_kill, pid)
         if kind == "grandchild":
@@ -132,10 +132,10 @@ def test_the_death_of_a_parent_is_seen_while_its_child_lives(kind: str) -> None:
                 assert connection.recv(1) == b""
             except ConnectionResetError:
                 pass
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < 30
         for port in family.ports:
             with pytest.raises(ConnectionRefusedError):
-                socket.create_connection(("127.0.0.1", port), timeout=5).close()
+                socket.create_connection(("127.0.0.1", port), timeout=30).close()
         os.kill(family.child, 0)
         _echo(family.free, b"the child lives on")
 
@@ -260,5 +260,5 @@ def test_a_thousand_other_sockets_do_not_hold_up_a_child() -> None:
             registration = close_in_children(own=[server.getsockname()[1]])
             begun = time.monotonic()
             assert _in_child([server]) == [True]
-            assert time.monotonic() - begun < 10
+            assert time.monotonic() - begun < 30
             registration.forget()

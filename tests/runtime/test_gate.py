@@ -8,7 +8,7 @@ import pytest
 
 from torchft.runtime.gate import Gate
 
-WAIT = 20.0
+WAIT = 60.0
 
 
 def test_readers_read_together_while_it_is_open() -> None:

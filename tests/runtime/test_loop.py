@@ -18,7 +18,7 @@ from torchft.runtime.deadline import Deadline
 from torchft.runtime.loop import Timer, _Timers, call_later, get_loop, on_loop, submit
 from torchft.testing.wait import wait_until
 
-WAIT = 20.0
+WAIT = 60.0
 
 
 def until_loop_is_idle() -> None:
@@ -81,12 +81,19 @@ def test_delay_in_the_past_is_due_now() -> None:
 
 def test_cancelled_timer_is_not_called() -> None:
     called: list[str] = []
-    last = threading.Event()
+    last, go_on = threading.Event(), threading.Event()
+
+    async def hold() -> None:
+        assert go_on.wait(WAIT)  # no timer is called meanwhile, however long this thread takes
+
+    held = submit(hold())
     cancelled = [call_later(0.01, lambda: called.append("cancelled")) for _ in range(10)]
     call_later(0.02, last.set)
     for timer in cancelled:
         timer.cancel()
         timer.cancel()
+    go_on.set()
+    held.result(WAIT)
     assert last.wait(WAIT)
     until_loop_is_idle()
     assert called == []
@@ -220,6 +227,7 @@ def test_forked_child_has_a_loop_of_its_own() -> None:
     if pid == 0:
         code = 1
         try:
+            parents.clear()  # the parent may have been late
             done = threading.Event()
             call_later(0.2, done.set)
             answer = submit(asyncio.sleep(0, "from the child")).result(WAIT)

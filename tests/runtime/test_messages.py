@@ -43,7 +43,7 @@ def test_a_message_longer_than_the_sockets_buffer_arrives() -> None:
     sender = threading.Thread(target=one.send, args=(message,))
     sender.start()
     received = two.receive()
-    sender.join(30)
+    sender.join(60)
     assert received == (message, [])
     one.close()
     two.close()
@@ -65,7 +65,7 @@ def test_hanging_up_ends_a_receive_of_this_end() -> None:
     waiting.start()
     one.hang_up()
     one.hang_up()
-    waiting.join(10)
+    waiting.join(60)
     assert received == ["nothing", None]
     one.close()
     two.close()

@@ -64,7 +64,7 @@ def nursery() -> Iterator[Nursery]:
 
 def _begin(nursery: Nursery, function: str, **arguments: Any) -> tuple[Any, bytes]:
     read, write = os.pipe()
-    child = nursery.spawn(f"tests.runtime.test_nursery:{function}", arguments, [write], Deadline(30))
+    child = nursery.spawn(f"tests.runtime.test_nursery:{function}", arguments, [write], Deadline(60))
     os.close(write)
     said = os.read(read, 65536)
     os.close(read)
@@ -82,8 +82,8 @@ def test_a_child_has_the_imports_the_environment_and_nothing_else(
         "sockets": 0,
         "preloaded": True,
     }
-    assert child.wait(10) == 3
-    assert child.wait(10) == 3  # asked again
+    assert child.wait(60) == 3
+    assert child.wait(60) == 3  # asked again
 
 
 def test_a_child_ignores_the_signals_to_end_and_dies_of_a_kill(nursery: Nursery) -> None:
@@ -93,21 +93,21 @@ def test_a_child_ignores_the_signals_to_end_and_dies_of_a_kill(nursery: Nursery)
     child.signal(signal.SIGINT)
     assert child.wait(0.1) is None
     child.signal(signal.SIGKILL)
-    assert child.wait(10) == -signal.SIGKILL
+    assert child.wait(60) == -signal.SIGKILL
     child.signal(signal.SIGKILL)  # a signal to one that is gone hits nobody
 
 
 def test_children_end_with_the_nursery_and_the_next_one_begins_anew(nursery: Nursery) -> None:
     child, _ = _begin(nursery, "sleep")
     nursery.close()
-    assert child.wait(10) == -signal.SIGKILL
+    assert child.wait(60) == -signal.SIGKILL
     assert _begin(nursery, "report", say="again")[1]
 
 
 def test_waiting_for_a_nursery_ends_when_nobody_wants_the_child_and_at_the_deadline() -> None:
     slow = Nursery(["tests.runtime.test_nursery", "torch"], "slow nursery")
     with pytest.raises(NurseryError, match="not waited for"):
-        slow.spawn("x:y", {}, [], Deadline(30), lambda: False)
+        slow.spawn("x:y", {}, [], Deadline(60), lambda: False)
     with pytest.raises(NurseryError, match=r"within 0\.01 s"):
         slow.spawn("x:y", {}, [], Deadline(0.01))
     slow.close()
@@ -119,7 +119,7 @@ from torchft.runtime.deadline import Deadline
 from torchft.runtime.nursery import Nursery
 nursery = Nursery(["tests.runtime.test_nursery"], "nursery of the owner")
 read, write = os.pipe()
-child = nursery.spawn("tests.runtime.test_nursery:sleep", {}, [write], Deadline(30))
+child = nursery.spawn("tests.runtime.test_nursery:sleep", {}, [write], Deadline(60))
 os.read(read, 10)
 print(nursery._process.pid, child.pid, flush=True)
 if os.fork() == 0:  # a data-loader worker, which lives on
@@ -138,6 +138,6 @@ def test_nobody_outlives_a_killed_owner_even_when_its_forked_workers_do() -> Non
     assert len(pids) == 2
     assert all(map(_alive, pids))
     owner.kill()
-    owner.wait(10)
-    wait_until(lambda: not any(map(_alive, pids)), 10, "the end of the nursery and its child")
-    owner.communicate(timeout=10)  # the worker ends when its input does
+    owner.wait(60)
+    wait_until(lambda: not any(map(_alive, pids)), 60, "the end of the nursery and its child")
+    owner.communicate(timeout=60)  # the worker ends when its input does

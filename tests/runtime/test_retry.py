@@ -80,7 +80,7 @@ def test_deadline_that_has_passed_allows_one_attempt() -> None:
 
 
 def test_no_attempt_is_made_after_the_deadline() -> None:
-    deadline = Deadline(0.05)
+    deadline = Deadline(0.5)
     late: list[int] = []
 
     def attempt() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 
 import pytest
@@ -35,14 +36,21 @@ def test_a_signal_that_another_thread_receives_ends_the_wait() -> None:
 
 def test_afterwards_all_is_as_before() -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    descriptors = len(os.listdir("/proc/self/fd"))
-    with EndSignals():
+    with EndSignals() as signals:
         pass
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert (signals._read.fileno(), signals._write.fileno()) == (-1, -1), "they are closed"
 
 
-def test_another_thread_is_refused_and_leaves_nothing_open() -> None:
+def test_another_thread_is_refused_and_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[socket.socket] = []
+
+    def pair() -> tuple[socket.socket, socket.socket]:
+        made.extend(both := real())
+        return both
+
+    real = socket.socketpair
+    monkeypatch.setattr(socket, "socketpair", pair)
     refused: list[BaseException] = []
 
     def enter() -> None:
@@ -52,9 +60,8 @@ def test_another_thread_is_refused_and_leaves_nothing_open() -> None:
         except ValueError as e:
             refused.append(e)
 
-    descriptors = len(os.listdir("/proc/self/fd"))
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
     assert len(refused) == 1
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert [s.fileno() for s in made] == [-1, -1], "they are closed"

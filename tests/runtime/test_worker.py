@@ -12,7 +12,7 @@ import pytest
 from torchft.runtime.worker import Worker
 
 ROOT = Path(__file__).parents[2]
-WAIT = 20.0
+WAIT = 60.0
 
 
 def test_calls_are_carried_out_in_order_and_errors_carried() -> None:
@@ -69,6 +69,6 @@ def test_cancelled_call_is_not_made() -> None:
 def test_call_that_takes_an_hour_does_not_keep_the_process() -> None:
     code = (
         "import threading; from torchft.runtime.worker import Worker; here = threading.Event();"
-        "Worker('slow').submit(lambda: (here.set(), threading.Event().wait(3600))); assert here.wait(20)"
+        "Worker('slow').submit(lambda: (here.set(), threading.Event().wait(3600))); assert here.wait(60)"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, check=True)

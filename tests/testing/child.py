@@ -32,7 +32,7 @@ class Child:
         self._log = log
         self._buffer = b""
 
-    def event(self, timeout: float = 20.0) -> dict[str, Any]:
+    def event(self, timeout: float = 60.0) -> dict[str, Any]:
         """The next one."""
         deadline = Deadline(timeout)
         assert self.process.stdout is not None
@@ -60,6 +60,14 @@ class Child:
             count += 1
         return count
 
+    def drain(self) -> None:
+        """Forgets what it has said. It stands still: there is no more than that."""
+        assert self.process.stdout is not None
+        while select.select([self.process.stdout], [], [], 0)[0]:
+            if not os.read(self.process.stdout.fileno(), 65536):
+                break
+        self._buffer = b""
+
     @property
     def state(self) -> str:
         """As the kernel has it: R, S, T, Z."""
@@ -69,7 +77,7 @@ class Child:
     def log(self) -> str:
         return self._log.read_text()
 
-    def wait(self, timeout: float = 20.0) -> int:
+    def wait(self, timeout: float = 60.0) -> int:
         return self.process.wait(timeout)
 
 

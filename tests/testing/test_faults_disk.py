@@ -18,7 +18,7 @@ PRIVATE = ["unshare", "--user", "--map-root-user", "--mount"]
 def _can_mount(folder: Path) -> bool:
     try:
         return (
-            subprocess.run([*PRIVATE, "mount", "-t", "tmpfs", "none", str(folder)], capture_output=True, timeout=20)
+            subprocess.run([*PRIVATE, "mount", "-t", "tmpfs", "none", str(folder)], capture_output=True, timeout=60)
         ).returncode == 0
     except OSError:
         return False

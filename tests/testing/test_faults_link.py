@@ -67,7 +67,7 @@ def link(echo: _Echo) -> Iterator[Link]:
         yield made
 
 
-def _connect(link: Link, timeout: float = 10.0) -> socket.socket:
+def _connect(link: Link, timeout: float = 30.0) -> socket.socket:
     host, _, port = link.address.rpartition(":")
     return socket.create_connection((host, int(port)), timeout=timeout)
 
@@ -96,7 +96,7 @@ def _is_silent(s: socket.socket, seconds: float) -> bool:
     except TimeoutError:
         return True
     finally:
-        s.settimeout(10.0)
+        s.settimeout(30.0)
     return False
 
 
@@ -106,7 +106,7 @@ def test_big_transfers_pass_unchanged_both_ways(link: Link) -> None:
         sender = threading.Thread(target=s.sendall, args=(data,))
         sender.start()
         got = _receive(s, len(data))
-        sender.join(10)
+        sender.join(30)
     assert hashlib.sha256(got).digest() == hashlib.sha256(data).digest()
 
 
@@ -173,10 +173,10 @@ def test_blocked_in_the_middle_of_a_transfer_nothing_more_passes(link: Link) -> 
         except TimeoutError:
             pass
         assert rest > 0
-        s.settimeout(10)
+        s.settimeout(30)
         link.restore()
         _receive(s, rest)
-        sender.join(10)
+        sender.join(30)
 
 
 def test_refused_keeps_the_address_and_the_present_connections(link: Link) -> None:
@@ -202,7 +202,7 @@ def test_delayed_bytes_are_late_in_both_directions_but_not_slow(link: Link) -> N
         for i in range(200):
             s.sendall(b"%04d" % i)
         assert _receive(s, 800) == b"".join(b"%04d" % i for i in range(200))
-        assert 0.3 <= time.monotonic() - begin < 15
+        assert 0.3 <= time.monotonic() - begin < 25
         s.sendall(b"soon")
         link.delay(0)
         assert _receive(s, 4) == b"soon"
@@ -259,18 +259,18 @@ def test_grpc_passes_and_sees_the_faults() -> None:
     server = LighthouseServer("127.0.0.1:0", min_replicas=1, join_timeout_ms=100)
     try:
         with Link(server.address()) as link:
-            client = LighthouseClient(f"http://{link.address}", timedelta(seconds=10))
-            client.heartbeat("a", timedelta(seconds=10))
+            client = LighthouseClient(f"http://{link.address}", timedelta(seconds=60))
+            client.heartbeat("a", timedelta(seconds=60))
             link.delay(0.1)
             begin = time.monotonic()
-            client.heartbeat("a", timedelta(seconds=10))
+            client.heartbeat("a", timedelta(seconds=60))
             assert time.monotonic() - begin >= 0.2
             link.restore()
             link.block()
             with pytest.raises(TimeoutError):
                 client.heartbeat("a", timedelta(seconds=0.3))
             link.restore()
-            client.heartbeat("a", timedelta(seconds=10))
+            client.heartbeat("a", timedelta(seconds=60))
     finally:
         server.shutdown()
 
@@ -295,7 +295,7 @@ def test_http_passes() -> None:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         with Link(f"127.0.0.1:{server.server_address[1]}") as link:
-            connection = http.client.HTTPConnection(link.address, timeout=10)
+            connection = http.client.HTTPConnection(link.address, timeout=30)
             for _ in range(3):
                 connection.request("GET", "/")
                 assert connection.getresponse().read() == body

@@ -35,7 +35,7 @@ def test_stopped_stands_still_until_continued(tmp_path: Path) -> None:
         c.event()
         with stop(c.pid) as effect:
             wait_until(lambda: c.state == "T", what="stopped")
-            c.events_for(0.1)  # what was still in the pipe
+            c.drain()
             assert c.events_for(0.2) == 0
             assert effect.active
         c.event()
@@ -50,7 +50,7 @@ def test_stopped_stands_still_until_continued(tmp_path: Path) -> None:
 def test_stopped_for_a_time_goes_on_by_itself(tmp_path: Path) -> None:
     with child(tmp_path, TICKING) as c:
         c.event()
-        effect = stop(c.pid, seconds=0.3)
+        effect = stop(c.pid, seconds=1.5)
         wait_until(lambda: c.state == "T", what="stopped")
         wait_until(lambda: not effect.active, what="the end of the stop")
         wait_until(lambda: c.state != "T", what="continued")
@@ -68,14 +68,14 @@ def test_a_process_stops_itself_for_a_time(tmp_path: Path) -> None:
             time.sleep(0.005)
     threading.Thread(target=tick, daemon=True).start()
     say(ready=True)
-    faults.stop(seconds=0.5)
+    faults.stop(seconds=1.5)
     time.sleep(0.05)
     say(longest=longest[0])
     """
     with child(tmp_path, code) as c:
         c.event()
         wait_until(lambda: c.state == "T", what="stopped")
-        assert c.event()["longest"] >= 0.45
+        assert c.event()["longest"] >= 1.4
         assert c.wait() == 0
 
 

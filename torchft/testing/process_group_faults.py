@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -65,7 +64,7 @@ class FaultsSuite(GroupSuite):
             begun = time.monotonic()
             pair[1].kill()
             assert pair[0].answer()["error"] is not None
-            assert time.monotonic() - begun < 1
+            assert time.monotonic() - begun < 20  # the group's timeout is 30
             for worker in workers:
                 os.kill(worker, 0)  # it lives
         finally:
@@ -79,8 +78,7 @@ class FaultsSuite(GroupSuite):
         address = self.address(store)
         stopped.tell("configure_and_stop", store_addr=address, rank=1, world_size=2)
         stopped.wait_until_stopped()
-        timer = threading.Timer(0.2, groups[0].abort)
-        timer.start()
+        aborting = self.abort_once_it_waits(store, groups[0])
         begun = time.monotonic()
 
         def meet_and_reduce() -> None:
@@ -89,9 +87,9 @@ class FaultsSuite(GroupSuite):
 
         with pytest.raises(RuntimeError):
             meet_and_reduce()
-        assert time.monotonic() - begun < 2  # the group's timeout is 30
+        assert time.monotonic() - begun < 20  # the group's timeout is 30
         assert "aborted" in str(groups[0].errored())
-        timer.join()
+        aborting.join()
         address = self.address(store)
         other.tell("configure", store_addr=address, rank=1, world_size=2)
         groups[0].configure(address, "r", 0, 2)

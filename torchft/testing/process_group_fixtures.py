@@ -16,6 +16,7 @@ import torch
 from torch._C._distributed_c10d import ReduceOp, TCPStore
 
 from torchft.process_group import ProcessGroup
+from torchft.testing.wait import wait_until
 
 __all__ = ["DEADLINE", "GroupSuite", "each"]
 
@@ -109,6 +110,22 @@ class GroupSuite:
     def meet(self, store: str, groups: list[ProcessGroup]) -> None:
         address = self.address(store)
         self.each(groups, lambda rank, pg: pg.configure(address, f"replica{rank}", rank, len(groups)))
+
+    def abort_once_it_waits(self, store: str, pg: ProcessGroup) -> threading.Thread:
+        """Aborts the group, which is going to be configured, from another thread: when it has told the store where it
+        is. Before that there is nothing to abort.
+        """
+        host, _, port = store.rpartition(":")
+        client = TCPStore(host, int(port), is_master=False, wait_for_workers=False)
+        before = client.num_keys()
+
+        def abort() -> None:
+            wait_until(lambda: client.num_keys() > before, DEADLINE, "that the group tells where it is")
+            pg.abort()
+
+        thread = threading.Thread(target=abort, daemon=True)
+        thread.start()
+        return thread
 
     def tensor(self, *values: float) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self.device)

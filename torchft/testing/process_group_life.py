@@ -95,13 +95,12 @@ class LifeSuite(GroupSuite):
             pg.shutdown()
 
     def test_abort_ends_a_configure_that_waits(self, store: str, groups: list[ProcessGroup]) -> None:
-        timer = threading.Timer(0.2, groups[0].abort)
-        timer.start()
+        aborting = self.abort_once_it_waits(store, groups[0])
         begun = time.monotonic()
         with pytest.raises(RuntimeError, match="aborted"):
             groups[0].configure(self.address(store), "r", 0, 2)
         assert time.monotonic() - begun < 20  # the group's timeout is 30
-        timer.join()
+        aborting.join()
         self.meet(store, groups)
         assert self.sum_of_ranks(groups) == [3.0] * 3
 

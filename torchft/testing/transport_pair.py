@@ -18,7 +18,7 @@ from torchft.checkpointing.transport import CheckpointTransport, UnsafeStateErro
 
 __all__ = ["PLENTY", "SHORT", "Pair", "State", "TransportPair", "assert_same", "expect", "transfer"]
 
-PLENTY = timedelta(seconds=30)
+PLENTY = timedelta(seconds=60)
 SHORT = timedelta(seconds=1)
 State = Any
 

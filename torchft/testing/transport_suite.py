@@ -134,7 +134,7 @@ class TransportSuite(TransportFailures):
         live = torch.zeros(big.shape, dtype=torch.uint8)
         pair = self.open(lambda: {"big": live})
         try:
-            received = transfer(pair, {"big": big}, timeout=timedelta(seconds=90))
+            received = transfer(pair, {"big": big}, timeout=timedelta(seconds=240))
         finally:
             pair.close()
         assert received["big"] is live

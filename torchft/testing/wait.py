@@ -10,7 +10,7 @@ from torchft.runtime.deadline import Deadline
 __all__ = ["wait_until"]
 
 
-def wait_until(condition: Callable[[], object], timeout: float = 10.0, what: str = "the condition") -> None:
+def wait_until(condition: Callable[[], object], timeout: float = 30.0, what: str = "the condition") -> None:
     """Returns when ``condition()`` is true; looks every millisecond.
 
     Raises:
