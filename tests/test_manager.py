@@ -497,6 +497,50 @@ def test_a_lighthouse_that_is_not_named_is_a_clear_error(monkeypatch: pytest.Mon
         Manager(ProcessGroupGloo(), None, None, 1, rank=0, world_size=1)
 
 
+def test_what_is_no_process_group_is_refused_at_once() -> None:
+    with pytest.raises(TypeError, match=r"ProcessGroupGloo\(\)"):
+        Manager(ProcessGroupGloo, None, None, 1)  # type: ignore[arg-type]
+
+
+def test_a_step_of_which_nothing_was_used_goes_on_when_it_is_begun_again(pair: Groups) -> None:
+    a, b = pair.replica("a"), pair.replica("b")
+
+    def step(r: Replica, begin: int) -> bool:
+        for _ in range(begin):
+            r.optimizer.zero_grad()
+        r.compute(1.0)
+        return r.manager.should_commit()
+
+    for begin in (1, 2, 3):
+        assert pair.together(lambda n=begin: step(a, n), lambda: step(b, 1)) == [True, True]
+    assert a.manager.current_step() == b.manager.current_step() == 3
+    with pytest.raises(RuntimeError, match="once for each step"):
+        a.manager.should_commit()
+
+
+def test_a_step_left_without_a_vote_is_said_and_costs_no_further_one(
+    groups: Groups, caplog: pytest.LogCaptureFixture
+) -> None:
+    a = groups.replica("a")
+    a.step()
+    for _ in range(2):
+        a.optimizer.zero_grad()
+        a.compute(1.0)
+    a.optimizer.step()
+    assert a.manager.current_step() == 2
+    assert caplog.text.count("left without a vote") == 1
+
+
+def test_a_state_dict_function_that_raises_is_named_with_its_line(pair: Groups) -> None:
+    a, b = pair.replica("a"), pair.replica("b")
+    for r in (a, b):
+        r.manager.register_state_dict_fn("extra", lambda state: None, lambda: {}["sampler"])
+    pair.together(a.step, b.step)  # one is to heal from the other
+    errors = f"{a.manager.errored()} {b.manager.errored()}"
+    assert "state dict function 'extra' raised KeyError: 'sampler'" in errors
+    assert "test_manager.py, line" in errors
+
+
 def test_a_store_that_is_not_there_is_a_clear_error(groups: Groups) -> None:
     with pytest.raises(TimeoutError, match=r"127.0.0.1:1 .*torchrun"):
         groups.replica("a", store_addr="127.0.0.1", store_port=1, connect_timeout=timedelta(seconds=0.5))

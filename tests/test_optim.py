@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.groups import Groups
+from torchft.optim import OptimizerWrapper
 
 
 def test_it_steps_only_when_the_step_is_committed(groups: Groups) -> None:
@@ -35,6 +36,14 @@ def test_it_is_the_wrapped_optimizer_in_everything_else(groups: Groups) -> None:
     assert a.inner.param_groups[0]["lr"] == 0.25
     with pytest.raises(ValueError, match="closure"):
         a.optimizer.step(lambda: 0.0)
+
+
+def test_what_is_wrapped_already_or_no_optimizer_is_refused(groups: Groups) -> None:
+    a = groups.replica("a")
+    with pytest.raises(TypeError, match="wrapped already"):
+        OptimizerWrapper(a.manager, a.optimizer)
+    with pytest.raises(TypeError, match="a Manager, not a torch optimizer"):
+        OptimizerWrapper(a.inner, a.manager)  # type: ignore[arg-type]
 
 
 def test_a_scheduler_on_the_wrapped_optimizer_works(groups: Groups) -> None:

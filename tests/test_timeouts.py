@@ -33,6 +33,11 @@ def test_contradictory_timeouts_are_refused_with_the_reason(given_: dict[str, ti
         Timeouts(**given_)
 
 
+def test_what_is_no_timedelta_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match=r"collective is 5: .*timedelta\(seconds=5\)"):
+        Timeouts(collective=5)  # type: ignore[arg-type]
+
+
 def test_the_vote_outlasts_a_collective_by_default() -> None:
     assert Timeouts(collective=s(10)).commit == s(15)
     assert Timeouts(collective=s(600), quorum=s(700)).commit == s(660)

@@ -80,15 +80,26 @@ class CommitPhase:
         self._max_retries = max_retries
         self._timeout = timeout
         self._voted = voted
+        self._ending = self._said = False
         self.over = True
         """No step is under way."""
 
     def step_begins(self) -> None:
         """The next step is under way from now on."""
-        if not self.over and self._error.current is not None:
-            self._progress.failures += 1  # the loop left the last step without a vote
+        if not self.over:
+            self._progress.failures += 1
             self._progress.breaks += 1
-        self.over = False
+            if not self._ending and self.errored() is None and not self._said:
+                self._said = True
+                self._log.warning(
+                    "the step before was left without a vote, and counts as failed: should_commit() was not called "
+                    "(the optimizer's step() does). This is said once"
+                )
+        self.over = self._ending = False
+
+    def goes_on(self) -> bool:
+        """Whether a step is under way of which nothing was used: another one instead would break the quorum for all."""
+        return not (self.over or self._ending or self._works.begun) and self.errored() is None
 
     def errored(self) -> Exception | None:
         """The step's error, or why this group is not healed in it."""
@@ -103,6 +114,7 @@ class CommitPhase:
         Raises:
             StateLost, RuntimeError: as of :meth:`torchft.manager.Manager.should_commit`.
         """
+        self._ending = True
         self._works.wait(self._timeout, self._pg.abort)
         if self._begin.loads:
             self._begin.apply_healed_state()

@@ -55,7 +55,7 @@ class Setting(Generic[T]):
 
 def _seconds(text: str) -> timedelta:
     value = float(text)
-    if not 0 < value < 10**9:
+    if not 1e-6 <= value < 10**9:
         raise ValueError("a positive number of seconds is needed")
     return timedelta(seconds=value)
 
@@ -72,6 +72,12 @@ def _count(text: str) -> int:
     if value < 0:
         raise ValueError("a number of at least 0 is needed")
     return value
+
+
+def _host(text: str) -> str:
+    if "/" in text or any(c.isspace() for c in text) or text.count(":") == 1 or text.startswith("["):
+        raise ValueError("a name or an address is needed, without http:// and without a port")
+    return text
 
 
 def _flag(text: str) -> bool:
@@ -135,7 +141,7 @@ HOST = Setting(
     "host name or IP",
     _none_str,
     "The address of this machine that others are told. By default the interface that routes to the lighthouse.",
-    str,
+    _host,
 )
 PROACTIVE_RECOVERY = Setting(
     "TORCHFT_PROACTIVE_RECOVERY",

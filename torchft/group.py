@@ -241,7 +241,13 @@ def _open_store(
                 "store_port (MASTER_ADDR, MASTER_PORT) of a TCPStore that you host"
             )
         host = advertised_host(parse_address(parse_addresses(lighthouse_addr)[0]) if lighthouse_addr else None)
-        store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        try:
+            store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        except Exception as e:
+            raise TimeoutError(
+                f"the group's own store was not reached at {host}, the address of this machine that others are told, "
+                f"within {timeout.total_seconds():g} s. Is TORCHFT_HOST an address that this machine has? ({e})"
+            ) from e
         return store, f"{host}:{store.port}", close_in_children(own=[store.port])
     try:
         store = TCPStore(addr, port, is_master=False, wait_for_workers=False, timeout=timeout)

@@ -109,6 +109,7 @@ class Manager:
 
     Raises:
         TimeoutError: lighthouse, store or rank 0 did not answer within ``connect_timeout``.
+        TypeError: a timeout is no timedelta, or ``pg`` no process group of torchft.
         ValueError: an argument is missing or out of range.
     """
 
@@ -145,6 +146,8 @@ class Manager:
     ) -> None:
         if min_replica_size < 1:
             raise ValueError(f"min_replica_size is {min_replica_size}: a step needs at least one participant")
+        if isinstance(pg, type) or not hasattr(pg, "configure"):
+            raise TypeError(f"pg is {pg!r}: it has to be a process group of torchft, for instance ProcessGroupGloo()")
         self._timeouts = effective(timeouts, timeout, quorum_timeout, connect_timeout, heartbeat_interval)
         self._timeout = self._timeouts.collective
         self._quorum_timeout = self._timeouts.quorum
@@ -357,6 +360,9 @@ class Manager:
     ) -> None:
         """Begins a step. Never raises for a quorum that fails: that is an error of the step.
 
+        A step that has begun and was not ended by :meth:`should_commit` goes on instead, if nothing was reduced in it
+        and nothing failed: a loop may call this twice, or skip a batch. If something was reduced, it is lost.
+
         Args:
             allow_heal: let a group that is behind take a peer's state. With False it sits the step out.
             shrink_only: take no new group in.
@@ -366,6 +372,9 @@ class Manager:
             Drained: the group was asked to drain, and has left.
             RuntimeError: it has left before.
         """
+        if self._leaving.left is None and self._commit.goes_on():
+            self._start.here()
+            return
         self._start.wait()
         self._start.here()
         self._persistence.settle_loss()
@@ -491,10 +500,13 @@ class Manager:
 
         Raises:
             StateLost: the last replica that held the state of the job is gone.
-            RuntimeError: more than ``max_retries`` steps in a row failed. The message names the last cause.
+            RuntimeError: no step has begun, or it was ended before; or more than ``max_retries`` steps in a row
+                failed. The message names the last cause.
         """
-        if not self._start.called:
-            raise RuntimeError("no step to commit: call start_quorum() first (the optimizer's zero_grad does)")
+        if self._commit.over:
+            raise RuntimeError(
+                "no step to commit: call start_quorum() first (the optimizer's zero_grad does), once for each step"
+            )
         self._start.wait()
         return self._commit.run(timeout or self._vote_timeout)
 

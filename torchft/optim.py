@@ -19,10 +19,17 @@ class OptimizerWrapper(Optimizer):
     Args:
         manager: of this rank.
         optim: the optimizer that does the work. Schedulers go on this one.
+
+    Raises:
+        TypeError: ``optim`` is such a wrapper already, or no optimizer.
     """
 
     def __init__(self, manager: Manager, optim: Optimizer) -> None:
         # Not super().__init__(): there is one set of parameter groups and state, the wrapped optimizer's.
+        if isinstance(optim, OptimizerWrapper):
+            raise TypeError("this optimizer is wrapped already: each step() would vote twice. Pass the one it wraps")
+        if not isinstance(optim, Optimizer):
+            raise TypeError(f"optim is a {type(optim).__name__}, not a torch optimizer: Optimizer(manager, optimizer)")
         self.manager = manager
         self.optim = optim
 

@@ -49,6 +49,11 @@ class StepFutures:
         self._collectives: list[Future[Any]] = []  # those whose end means that nothing writes to the tensor
         self._lane = Lane()
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is something."""
+        return bool(self._futures)
+
     def clear(self) -> None:
         """Forgets them all, and issues nothing of them any more: the next step begins."""
         self._lane.close()

@@ -35,6 +35,15 @@ class _Functions:
     on_training_thread: bool = False
 
 
+def _save(key: str, functions: _Functions) -> object:
+    try:
+        return functions.save()
+    except Exception as e:
+        frame = e.__traceback__.tb_next if e.__traceback__ is not None else None
+        where = f" ({frame.tb_frame.f_code.co_filename}, line {frame.tb_lineno})" if frame is not None else ""
+        raise StateError(f"the state dict function {key!r} raised {type(e).__name__}: {e}{where}") from e
+
+
 class ReplicaState:
     """The registry of state functions, and the healed state that waits to be applied."""
 
@@ -77,7 +86,7 @@ class ReplicaState:
             caller: calls functions that may only be called on the training thread; None leaves these pieces out.
 
         Raises:
-            StateError: nothing is registered.
+            StateError: nothing is registered, or a function raised: the message names its key, what, and where.
             TimeoutError: reading was not allowed for ``timeout`` seconds.
         """
         if not self._functions:
@@ -87,10 +96,12 @@ class ReplicaState:
             )
         pieces: dict[str, Any] = {}
         if caller is not None and self.on_training_thread:  # not under the gate: that thread may want to close it
-            pieces = caller(lambda: {k: f.save() for k, f in self._functions.items() if f.on_training_thread}, timeout)
+            pieces = caller(
+                lambda: {k: _save(k, f) for k, f in self._functions.items() if f.on_training_thread}, timeout
+            )
         # On the training thread nobody else writes the state: that thread closed the gate, if it is closed.
         with nullcontext() if caller is directly else self.gate.reading(timeout):
-            pieces |= {k: f.save() for k, f in self._functions.items() if not f.on_training_thread}
+            pieces |= {k: _save(k, f) for k, f in self._functions.items() if not f.on_training_thread}
         return {"user": {key: pieces[key] for key in self._functions if key in pieces}, "torchft": torchft}
 
     @property

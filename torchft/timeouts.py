@@ -17,7 +17,7 @@ Rules (each is checked when a :class:`Timeouts` is made)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 
 from torchft import config
@@ -38,6 +38,7 @@ class Timeouts:
     Pass it to the trainers as ``Manager(timeouts=…)`` and to the lighthouse by :meth:`lighthouse_flags`.
 
     Raises:
+        TypeError: one is no timedelta.
         ValueError: two of them contradict each other, or one is not positive. The message says which and why.
     """
 
@@ -59,6 +60,12 @@ class Timeouts:
     known yet."""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and not isinstance(value, timedelta):
+                raise TypeError(
+                    f"{field.name} is {value!r}: a timeout is a datetime.timedelta, timedelta(seconds={value!r})"
+                )
         if self.commit is None:
             more = max(self.collective / 10, timedelta(seconds=5))
             object.__setattr__(self, "commit", self.collective + more)

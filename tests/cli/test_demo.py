@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from torchft.cli.demo import demo as demo_command
 from torchft.cli.demo import judge
 from torchft.launch.processes import Child, Children
 from torchft.launch.stage import Life
@@ -106,6 +108,13 @@ def test_the_exit_code_is_1_when_something_went_wrong(
     assert code == 1, output
     assert json.loads((tmp_path / "result.json").read_text())["ok"] is False
     assert re.search(complaint, output), output
+
+
+def test_a_result_that_cannot_be_written_is_said_before_anything_starts(tmp_path: Path) -> None:
+    result = CliRunner().invoke(demo_command, ["--json", str(tmp_path / "nowhere" / "result.json")])
+    assert result.exit_code == 2
+    assert "--json" in result.output
+    assert "nowhere" in result.output
 
 
 def test_the_story_is_told_and_the_exit_code_is_0_when_all_went_well(children: Children, tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
+from click.testing import CliRunner
 
+from torchft.cli.lighthouse import lighthouse
 from torchft.coordination import LighthouseClient
 
 MINUTE = timedelta(minutes=1)
@@ -46,3 +48,10 @@ def test_it_ends_by_itself_once_the_last_group_is_gone_and_not_before_the_first_
     assert process.wait(60) == 0
     reader.join(30)
     assert any("no group has been there for 0.3 s" in line for line in rest)
+
+
+@pytest.mark.parametrize("bind", ["somewhere", "[::]:99999"])
+def test_an_address_that_is_none_is_an_error_of_one_line(bind: str) -> None:
+    result = CliRunner().invoke(lighthouse, ["--min_replicas=1", f"--bind={bind}"])
+    assert (result.exit_code, result.output.count("\n")) == (1, 1)
+    assert result.output.startswith(f"Error: '{bind}' is not a bind address")

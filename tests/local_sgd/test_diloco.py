@@ -347,6 +347,8 @@ def test_wrong_arguments_are_refused_by_name(groups: Groups, caplog: pytest.LogC
     refused("does not hold its parameters", r.inner, torch.optim.SGD(pieces[0].parameters(), lr=1.0), EVERY)
     refused("'weight' of fragment 1", fragments=[pieces[0], pieces[0], pieces[2]])
     refused("wrapper", r.optimizer, outer, EVERY)
+    with pytest.raises(TypeError, match=r"\[model\]"):
+        DiLoCo(r.manager, r.model, r.inner, outer, EVERY)  # type: ignore[arg-type]
     DiLoCo(r.manager, pieces[:2], r.inner, outer, EVERY)
     assert "2 parameters of the inner optimizer are in no fragment" in caplog.text
     refused("already")

@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import os
 import shutil
 import signal
 import tempfile
@@ -193,6 +194,8 @@ def demo(
         raise click.ClickException("the demo's data come with scikit-learn: pip install 'torchft[examples]'")
     if not script.is_file():
         raise click.ClickException(f"the demo runs an example of the source checkout, {script}, which is not there")
+    if json_file is not None and not os.access(json_file.absolute().parent, os.W_OK):
+        raise click.BadParameter(f"{json_file} cannot be written: is its folder there?", param_hint="--json")
     console = Console(soft_wrap=True)
     if not console.is_terminal:
         console.width = 110

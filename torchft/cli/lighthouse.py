@@ -145,11 +145,11 @@ def lighthouse(
         format="%(asctime)s [%(levelname)s] %(name)s - %(message)s",
     )
     logging.getLogger("urllib3").setLevel(logging.INFO)  # a line for each word with etcd is no user's business
-    if ha is None and state_file is None:
-        kept = default_state_file(bind)
-    else:
-        kept = None if state_file in (None, "none") else Path(state_file)
     try:
+        if ha is None and state_file is None:
+            kept = default_state_file(bind)
+        else:
+            kept = None if state_file in (None, "none") else Path(state_file)
         server = LighthouseServer(
             bind,
             min_replicas,

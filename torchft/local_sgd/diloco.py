@@ -91,6 +91,7 @@ class DiLoCo:
             synchronised; 1: the group never hears of the others.
 
     Raises:
+        TypeError: ``model_fragments`` is a module instead of a list.
         ValueError: an argument is out of range or does not fit another, the Manager's quorum is asynchronous, or it
             has a DiLoCo already.
 
@@ -119,6 +120,10 @@ class DiLoCo:
         fragment_sync_delay: int = 0,
         fragment_update_alpha: float = 0.0,
     ) -> None:
+        if isinstance(model_fragments, nn.Module) and not isinstance(model_fragments, nn.ModuleList):
+            raise TypeError(
+                "model_fragments is a module: pass a list of the parts, [model] for the whole model at once"
+            )
         modules = list(model_fragments)
         if manager.use_async_quorum:
             raise ValueError(

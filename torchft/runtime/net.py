@@ -59,7 +59,9 @@ def split_bind(bind: str) -> tuple[str, int]:
     """
     host, colon, port = bind.removeprefix("http://").rpartition(":")
     if not colon or not _is_number(port) or int(port) > 65535:
-        raise ValueError(f"{bind!r} is not a bind address: expected host:port, for instance [::]:29510")
+        raise ValueError(
+            f"{bind!r} is not a bind address: expected host:port, for instance [::]:29510, with a port up to 65535"
+        )
     return host.strip("[]") or "::", int(port)
 
 
