@@ -2,16 +2,16 @@
 
 The idea
     The training loop pays for one copy of the state into memory that is kept for the next time. A thread writes it to
-    the disk, as :mod:`torchft.checkpointing.shard` describes a rank's part and
-    :mod:`torchft.checkpointing.directory` makes the parts one checkpoint, complete or not there.
+    the disk: :mod:`torchft.checkpointing.group_save` says how the ranks of a group do it together,
+    :mod:`torchft.checkpointing.shard` what a rank's part is, and :mod:`torchft.checkpointing.directory` how the parts
+    are one checkpoint, complete or not there.
 
 Rules
     - One save at a time. One that is due while another is still written is left out, with a warning: a slow disk
       costs checkpoints, never steps.
     - A save that fails is an error in the log, with the path, the cause and the way out; it leaves nothing behind. The
       training goes on, unless ``max_failures`` says otherwise: its live state is worth more than a checkpoint.
-    - All ranks of a group write their part; rank 0 completes the checkpoint when all parts are there. They need the
-      same directory. Groups may have different ones.
+    - All ranks of a group need the same directory. Groups may have different ones.
     - Nothing is pickled, and what is read is checked before a byte of it is used.
 """
 
@@ -19,11 +19,9 @@ from __future__ import annotations
 
 import atexit
 import concurrent.futures
-import contextlib
 import errno
 import logging
 import os
-import shutil
 import threading
 import time
 import weakref
@@ -32,22 +30,12 @@ from datetime import timedelta
 from pathlib import Path
 
 from torchft.checkpointing import save_metrics
-from torchft.checkpointing.directory import (
-    DamagedCheckpoint,
-    Marker,
-    check_files,
-    complete,
-    hash_file,
-    held,
-    partial_of,
-    publish,
-    read_marker,
-    tidy,
-)
+from torchft.checkpointing.directory import DamagedCheckpoint, check_files, complete, read_marker
+from torchft.checkpointing.group_save import write_part
 from torchft.checkpointing.manifest import describe
-from torchft.checkpointing.shard import Shard, chunk_offsets, file_names, read_index, read_shard
+from torchft.checkpointing.shard import Shard, chunk_offsets, file_names, read_shard
 from torchft.checkpointing.snapshot import Arena, SideStreams
-from torchft.checkpointing.transport import CheckpointError, CheckpointTimeout
+from torchft.checkpointing.transport import CheckpointError
 from torchft.runtime.deadline import Deadline, seconds
 from torchft.runtime.worker import Worker
 
@@ -57,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 _AT_EXIT = 60.0
 """Seconds that a program which ends without ``close`` waits for a save under way."""
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.5
 
 _HINTS = {
     errno.ENOSPC: "the disk is full: free space there, or keep fewer",
@@ -222,7 +209,9 @@ class Checkpoints:
 
     def _carry_out(self, shard: Shard, world_size: int, writer: str, copied: float) -> Path:
         try:
-            folder = self._write(shard, world_size, writer)
+            folder = write_part(
+                self.directory, shard, world_size, writer, self.keep, timeout=self._timeout, stop=self._stop
+            )
         except Exception as e:
             self.report(shard.step, e)
             raise
@@ -242,52 +231,6 @@ class Checkpoints:
             copied,
         )
         return folder
-
-    def _write(self, shard: Shard, world_size: int, writer: str) -> Path:
-        later = [folder for step, folder in complete(self.directory) if step > shard.step]
-        partial = partial_of(self.directory, shard.step, writer)
-        partial.mkdir(parents=True, exist_ok=True)
-        with held(partial):
-            try:
-                shard.write(partial, self._stop.is_set)
-                if shard.rank:
-                    return partial
-                marker = self._gather(partial, shard.step, world_size)
-                folder = publish(partial, self.directory, marker)
-            except BaseException as e:
-                if shard.rank:
-                    _say_failed(partial, shard.rank, e)
-                else:
-                    shutil.rmtree(partial, ignore_errors=True)
-                raise
-        try:
-            tidy(self.directory, shard.step, self.keep, later)
-        except OSError as e:
-            logger.warning("what is no longer needed in %s could not be deleted: %s", self.directory, e)
-        return folder
-
-    def _gather(self, partial: Path, step: int, world_size: int) -> Marker:
-        """The marker of a checkpoint, once all ranks have written their parts."""
-        deadline = Deadline(self._timeout)
-        marker = Marker(step, world_size)
-        pause = _FIRST_PAUSE
-        for rank in range(world_size):
-            index, failed = partial / file_names(rank)[2], _failure(partial, rank)
-            while not index.exists():
-                if failed.exists():
-                    why = failed.read_text() or "it could not even write down why: is the disk full?"
-                    raise CheckpointError(f"rank {rank} could not write its part: {why}")
-                if deadline.expired:
-                    raise CheckpointTimeout(
-                        f"rank {rank} has not written its part to {partial} within {self._timeout:g} s: do all ranks "
-                        f"of the group see the same directory?"
-                    )
-                if self._stop.wait(min(pause, deadline.remaining())):
-                    raise CheckpointError("the save was given up")
-                pause = min(2 * pause, _LONGEST_PAUSE)
-            marker.files.update(read_index(partial, rank).files)
-            marker.files[index.name] = hash_file(index)
-        return marker
 
     def report(self, step: int, error: Exception) -> None:
         """A step could not be saved: counts it, and says so in the log."""
@@ -395,21 +338,6 @@ def _close_at_exit() -> None:
     for checkpoints in list(_alive):
         if checkpoints._process == os.getpid():  # a forked child has no part in its parent's save
             checkpoints.close(_AT_EXIT)
-
-
-def _failure(partial: Path, rank: int) -> Path:
-    return partial / f"rank-{rank}.failed"
-
-
-def _say_failed(partial: Path, rank: int, error: BaseException) -> None:
-    note = _failure(partial, rank)
-    try:
-        unread = note.with_suffix(".failing")  # rank 0 looks for the note at any moment: it must be whole by then
-        with contextlib.suppress(OSError):
-            unread.write_text(f"{type(error).__name__}: {error}"[:1000])
-        unread.rename(note)  # an empty one, of a full disk, is a note too
-    except OSError:
-        pass  # rank 0 finds out at its deadline
 
 
 def save(
