@@ -115,6 +115,11 @@ class Cut:
         """First byte and end of a chunk."""
         return index * self.chunk_size, min(self.total, (index + 1) * self.chunk_size)
 
+    def length(self, index: int) -> int:
+        """Bytes of a chunk."""
+        first, stop = self.span(index)
+        return stop - first
+
 
 @dataclass(frozen=True, slots=True)
 class Seal:

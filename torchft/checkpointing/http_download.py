@@ -8,9 +8,8 @@ The idea
 
 Rules
     - A chunk is verified when it lands, by the hash that its source sent right after it.
-    - Where chunks came from more than one source, or were kept from an earlier attempt, every source that takes part
-      must announce the same hashes of *all* chunks before the state is handed out. One that differs from most (from
-      the assigned one, if there are as many on both sides) is named, and what only it vouches for is fetched again.
+    - Where chunks came from more than one source, or were kept from an earlier attempt, the sources must agree on all
+      of them before the state is handed out: :mod:`torchft.checkpointing.http_agreement`.
     - A connection that is lost is made anew, ``ATTEMPTS`` times without a chunk in between; one that cannot be made, or
       is refused, ends its source. With all sources out, the fetch fails with the names of all.
     - When ``run`` or ``close`` has returned, no thread writes the memory any more.
@@ -26,8 +25,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torchft.checkpointing.chunks import ByteRun, Cut, Seal, digest, parse_manifest
 from torchft.checkpointing.fetch_progress import FetchProgress
+from torchft.checkpointing.http_agreement import Agreement
 from torchft.checkpointing.http_client import ChunksGone, SourceConnection
-from torchft.checkpointing.http_source import HTTPSource, failure_of, judge
+from torchft.checkpointing.http_source import HTTPSource, failure_of
 from torchft.checkpointing.manifest import Manifest
 from torchft.checkpointing.transfers import Transfer
 from torchft.checkpointing.transport import (
@@ -53,8 +53,6 @@ _PATIENCE = 0.5
 """Seconds that the assigned source has for its manifest before the others are asked as well."""
 _SOON = 0.3
 """Seconds: what one source will have sent by then needs no other."""
-_SILENT = 1.0
-"""Seconds that a source has for its hashes at least, when all data and another source's hashes are there."""
 _END = 10.0
 
 
@@ -99,12 +97,9 @@ class Download:
         self._layout: tuple[Cut, bytes, bytes] | None = None  # how it is cut, the manifest's body, its hash
         self._plan: TransferPlan | None = None
         self._run: ByteRun | None = None
-        self._kept = False
         self._unoffered: str | None = None
-        self._givers: dict[int, HTTPSource] = {}
-        self.verified: dict[int, bytes] = {}
-        """The chunks that are there, and their hashes."""
         self.progress = FetchProgress(step)
+        self.agreement = Agreement(step, self.progress)
 
     def __enter__(self) -> Download:
         return self
@@ -173,9 +168,8 @@ class Download:
         with self._changed:
             self._plan = plan = TransferPlan(cut.count, kept)
             self._run = run
-            self._kept = bool(kept)
-            self.verified = dict(kept)
-            self.progress.begin(cut.total, sum(_length(cut, i) for i in kept))
+            self.agreement.begin(kept)
+            self.progress.begin(cut.total, sum(cut.length(i) for i in kept))
             for source in self._sources:
                 if source.usable:
                     self._staff(source)
@@ -237,66 +231,21 @@ class Download:
     def _ask_for_seals(self) -> None:
         """Of all that take part, where one must be compared with another, or with what was kept."""
         ready = [s for s in self._sources if s.usable]
-        if self._kept or len(ready) > 1 or len(self._used()) > 1:
+        if self.agreement.of_several or len(ready) > 1:
             for source in ready:
                 if source.asked_for_seal is None:
                     source.asked_for_seal = time.monotonic()
                     self._start("seal", self._fetch_seal, source)
 
-    @property
-    def givers(self) -> list[HTTPSource]:
-        """Who gave what was received."""
-        return sorted(self._used(), key=lambda s: s.index)
-
-    def _used(self) -> set[HTTPSource]:
-        return set(self._givers.values())
-
     def _settled(self) -> Seal | None:
-        """What all agree on, when all is there and they do; else what is not agreed on is missing again."""
+        """The hashes of a state that is all there, when those who take part agree on it."""
         assert self._layout is not None
         assert self._plan is not None
-        cut, _, body = self._layout
-        if not self._kept and len(self._used()) <= 1:
-            return Seal(cut, b"".join(self.verified[i] for i in range(cut.count)), body)
+        if not self.agreement.of_several:
+            cut, _, body = self._layout
+            return self.agreement.whole(cut, body)
         self._ask_for_seals()
-        self._give_up_the_silent()
-        taking_part = [s for s in self._sources if s.usable]
-        if not taking_part or any(s.seal is None for s in taking_part):
-            return None
-        seal, differing = judge(taking_part, {s.index for s in taking_part if self._plan.distrusted(s.index)})
-        for source in differing:
-            self.progress.bad_sources.append(source.name)
-            logger.error(
-                "%s announces root %s for step %d, the others %s: its state differs, which is a silent corruption. It "
-                "is not used; look at that machine's memory",
-                source,
-                source.seal.root if source.seal else "-",
-                self._step,
-                seal.root,
-            )
-            source.end(IntegrityError(f"{source} has another state of step {self._step} than the others"))
-        wrong = [i for i, value in self.verified.items() if value != seal.digest_of(i)]
-        for index in wrong:
-            giver = self._givers.pop(index, None)
-            if giver is not None and giver not in differing:
-                logger.error("chunk %d of step %d from %s is not what the others have", index, self._step, giver)
-            self.progress.lost(_length(cut, index))
-            del self.verified[index]
-        self._plan.revoke(wrong)
-        return seal if self._plan.finished else None
-
-    def _give_up_the_silent(self) -> None:
-        """All is there, and some say what it should be: who does not is not waited for much longer than for those."""
-        usable = [s for s in self._sources if s.usable]
-        told = [s.seal_took for s in usable if s.seal is not None]
-        if not told:
-            return
-        patience, now = max(_SILENT, 3 * max(told)), time.monotonic()
-        for source in usable:
-            asked = source.asked_for_seal
-            if source.seal is None and asked is not None and now - asked > patience:
-                logger.warning("%s does not tell its hashes: what it gave is compared with the others'", source)
-                source.end(SourceLost(f"{source} did not tell its hashes within {patience:.1f}s"))
+        return self.agreement.reached(self._sources, self._plan)
 
     # -------------------------------------------------------------- the threads
 
@@ -451,11 +400,9 @@ class Download:
         self._plan.arrived(name, time.monotonic())
         if computed == announced:
             self._plan.verified(name, index)
-            self.verified[index] = computed
-            self._givers[index] = source
-            self.progress.sources = len(self._used())
+            self.agreement.landed(index, computed, source)
             source.failures = 0
-            self.progress.landed(_length(self._layout[0], index))
+            self.progress.landed(self._layout[0].length(index))
         else:
             self.progress.bad += 1
             logger.warning("chunk %d from %s does not have the hash that it announced: asked for again", index, source)
@@ -472,8 +419,3 @@ class Download:
                 logger.error("%s sends bytes that are not what it announces, and is not used any more", source)
                 source.end(IntegrityError(f"{source} sent bytes that are not what it announced"))
         self._changed.notify_all()
-
-
-def _length(cut: Cut, index: int) -> int:
-    first, stop = cut.span(index)
-    return stop - first

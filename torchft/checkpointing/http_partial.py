@@ -4,7 +4,7 @@ The idea
     A chunk is known by its place, its size and its hash. The next attempt looks whether its bytes are still in the
     memory that it is going to fill (hashing them: ten times faster than fetching them), and takes those as kept;
     whether the sources have the same bytes there, at the same step or at another one, their tables of hashes say
-    (:mod:`torchft.checkpointing.http_download`). So nothing is believed that is not verified in both places, whatever
+    (:mod:`torchft.checkpointing.http_agreement`). So nothing is believed that is not verified in both places, whatever
     has happened to the memory in between.
 """
 

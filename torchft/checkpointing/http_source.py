@@ -1,4 +1,4 @@
-"""One of the sources of a fetch: where it is, whether it answers, what it has announced; and whom to believe.
+"""One of the sources of a fetch: where it is, whether it answers, what it has announced.
 
 States: *idle* (not asked yet) → *opening* (connecting, waiting for its manifest) → *ready* → and from anywhere *out*
 (lost, refused, or not believed: the reason is kept for the messages).
@@ -6,15 +6,14 @@ States: *idle* (not asked yet) → *opening* (connecting, waiting for its manife
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torchft.checkpointing.chunks import Seal
 from torchft.checkpointing.http_client import SourceConnection
 from torchft.checkpointing.transport import CheckpointError, CheckpointTimeout, SourceLost, StepNotServed
 
-__all__ = ["HTTPSource", "failure_of", "judge"]
+__all__ = ["HTTPSource", "failure_of"]
 
 
 @dataclass(eq=False)
@@ -76,21 +75,3 @@ def failure_of(sources: Sequence[HTTPSource], step: int) -> CheckpointError:
             kind = same  # type: ignore[assignment]
     told = "; ".join(f"{s.name}: {s.why}" for s in sources)
     return kind(f"no source of step {step} is left. {told}")
-
-
-def judge(sources: Sequence[HTTPSource], distrusted: Collection[int]) -> tuple[Seal, list[HTTPSource]]:
-    """Whose hashes are right, and which sources have others.
-
-    Most of those that sent no bad bytes decide; where as many stand on both sides, those with the assigned source, or
-    the one nearest to it in the order.
-
-    Args:
-        sources: at least one; each with its hashes.
-        distrusted: indices of those that do not count, unless there is no other.
-    """
-    voters = [s for s in sources if s.index not in distrusted] or list(sources)
-    roots = {s.index: s.seal.root for s in sources if s.seal is not None}
-    votes = Counter(roots[s.index] for s in voters)
-    best = max(voters, key=lambda s: (votes[roots[s.index]], -s.index))
-    assert best.seal is not None
-    return best.seal, [s for s in sources if roots[s.index] != roots[best.index]]

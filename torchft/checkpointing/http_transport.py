@@ -271,7 +271,7 @@ class HTTPTransport(CheckpointTransport[T]):
                     seal = download.run(destination.run, kept)
                 except BaseException:
                     download.close()  # nothing is written any more
-                    self._partial = Partial(cut, download.verified, destination)
+                    self._partial = Partial(cut, download.agreement.verified, destination)
                     raise
                 finally:
                     metrics.count(download.progress)
@@ -282,7 +282,7 @@ class HTTPTransport(CheckpointTransport[T]):
             "received step %d from %s: %d bytes, %d of them in place, %d kept from before, in %.3fs, %.2f GB/s, "
             "verified, root %s",
             step,
-            ", ".join(map(str, download.givers)) or f"replica rank {sources[0][0]}",
+            ", ".join(map(str, download.agreement.givers)) or f"replica rank {sources[0][0]}",
             manifest.total,
             destination.bytes_in_place,
             download.progress.kept,

@@ -134,8 +134,7 @@ class Offer:
         """A reader was sent a whole chunk."""
         with self._changed:
             self._sent.setdefault(reader.receiver, set()).add(index)
-            first, stop = self.cut.span(index)
-            self.bytes_sent += stop - first
+            self.bytes_sent += self.cut.length(index)
 
     def needed(self) -> set[int]:
         """Chunks that somebody who reads was not sent."""

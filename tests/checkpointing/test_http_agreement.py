@@ -1,0 +1,106 @@
+"""Whose hashes are believed when sources announce different ones, and what becomes of the chunks of the others."""
+
+from __future__ import annotations
+
+import time
+
+from torchft.checkpointing.chunks import CHUNK_SIZE, DIGEST_BYTES, Cut, Seal
+from torchft.checkpointing.fetch_progress import FetchProgress
+from torchft.checkpointing.http_agreement import Agreement
+from torchft.checkpointing.http_source import HTTPSource
+from torchft.core.transfer_plan import MAX_BAD, TransferPlan, Work
+
+CUT = Cut(3 * CHUNK_SIZE)
+BODY = bytes(DIGEST_BYTES)
+
+
+def digests(*names: str) -> list[bytes]:
+    return [name.encode() * DIGEST_BYTES for name in names]
+
+
+class Fetch:
+    """One whose chunks have all landed, from sources that announce the hashes that are given, as one letter each."""
+
+    def __init__(self, *announced: str, givers: tuple[int, int, int]) -> None:
+        self.sources = [HTTPSource(i, f"source {i}", [], state="ready") for i in range(len(announced))]
+        for source, letters in zip(self.sources, announced, strict=True):
+            source.asked_for_seal = time.monotonic()
+            source.seal = Seal(CUT, b"".join(digests(*letters)), BODY)
+        self.progress = FetchProgress(1)
+        self.progress.begin(CUT.total, 0)
+        self.agreement = Agreement(1, self.progress)
+        self.agreement.begin({})
+        self.plan = TransferPlan(CUT.count, range(CUT.count))
+        for index, giver in enumerate(givers):
+            self.agreement.landed(index, digests(*announced[giver])[index], self.sources[giver])
+            self.progress.landed(CUT.length(index))
+
+    def reached(self) -> Seal | None:
+        return self.agreement.reached(self.sources, self.plan)
+
+    @property
+    def out(self) -> list[int]:
+        return [s.index for s in self.sources if s.state == "out"]
+
+
+def sends_bad_bytes(plan: TransferPlan, source: int) -> None:
+    """Chunks from it were bad, and were fetched again from another one."""
+    plan.add(0, source)
+    plan.add(1, source + 1)
+    for index in range(MAX_BAD):
+        plan.revoke([index])
+        assert isinstance(plan.ask(0, 0.0), Work)
+        plan.bad(0, index)
+        assert isinstance(plan.ask(1, 0.0), Work)
+        plan.verified(1, index)
+    assert plan.distrusted(source)
+    assert plan.finished
+
+
+def test_what_all_announce_is_the_state() -> None:
+    fetch = Fetch("abc", "abc", givers=(0, 1, 0))
+    assert fetch.agreement.of_several
+    seal = fetch.reached()
+    assert seal is not None
+    assert seal.chunks == b"".join(digests(*"abc"))
+    assert [s.index for s in fetch.agreement.givers] == [0, 1]
+    assert fetch.out == []
+
+
+def test_most_are_believed_and_what_the_other_vouches_for_is_missing_again() -> None:
+    fetch = Fetch("abX", "abc", "abc", givers=(0, 1, 0))
+    assert fetch.reached() is None
+    assert fetch.out == [0]
+    assert fetch.progress.bad_sources == ["source 0"]
+    assert sorted(fetch.agreement.verified) == [0, 1], "chunk 0 is what the others have, too"
+    assert fetch.progress.done == 2 * CHUNK_SIZE
+    assert not fetch.plan.finished
+
+
+def test_of_two_the_assigned_one_is_believed_unless_it_sent_bad_bytes() -> None:
+    fetch = Fetch("abc", "abX", givers=(0, 0, 1))
+    assert fetch.reached() is None
+    assert fetch.out == [1]
+    fetch = Fetch("abc", "abX", givers=(0, 0, 1))
+    sends_bad_bytes(fetch.plan, source=0)
+    seal = fetch.reached()
+    assert seal is not None
+    assert seal.chunks == b"".join(digests(*"abX"))
+    assert fetch.out == [0]
+
+
+def test_who_does_not_tell_its_hashes_is_given_up_when_another_has() -> None:
+    fetch = Fetch("abc", "abc", givers=(0, 1, 0))
+    fetch.sources[1].seal = None
+    assert fetch.reached() is None
+    assert fetch.out == [], "it has a second"
+    fetch.sources[1].asked_for_seal = time.monotonic() - 3600
+    seal = fetch.reached()
+    assert seal is not None
+    assert fetch.out == [1]
+
+
+def test_a_state_of_one_source_needs_no_comparison() -> None:
+    fetch = Fetch("abc", givers=(0, 0, 0))
+    assert not fetch.agreement.of_several
+    assert fetch.agreement.whole(CUT, BODY).chunks == b"".join(digests(*"abc"))

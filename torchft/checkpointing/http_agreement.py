@@ -1,0 +1,141 @@
+"""What has landed of a state that may come from many sources, and whether they agree on it.
+
+The idea
+    That a chunk is what its source announced does not say that the source is right. Where chunks came from more than
+    one source, or were kept from an earlier attempt, every source that takes part tells its hashes of *all* chunks
+    (:class:`torchft.checkpointing.chunks.Seal`), and the state is handed out when they are the same.
+
+Rules
+    - One whose hashes differ from most (from the assigned one's, if there are as many on both sides) is named and not
+      used, and what only it vouches for is missing again.
+    - When all is there and some have told their hashes, one that does not is not waited for much longer than for those.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+
+from torchft.checkpointing.chunks import Cut, Seal
+from torchft.checkpointing.fetch_progress import FetchProgress
+from torchft.checkpointing.http_source import HTTPSource
+from torchft.checkpointing.transport import IntegrityError, SourceLost
+from torchft.core.transfer_plan import TransferPlan
+from torchft.runtime.logs import SpeakerLogger
+
+__all__ = ["Agreement"]
+
+logger = SpeakerLogger("torchft.checkpointing.http_transport")
+
+_SILENT = 1.0
+"""Seconds that a source has for its hashes at least, when all data and another source's hashes are there."""
+
+
+class Agreement:
+    """Of one fetch. Its owner's lock guards it.
+
+    Args:
+        step: of the state.
+        progress: of the fetch.
+    """
+
+    def __init__(self, step: int, progress: FetchProgress) -> None:
+        self._step = step
+        self._progress = progress
+        self._kept = False
+        self._givers: dict[int, HTTPSource] = {}
+        self.verified: dict[int, bytes] = {}
+        """The chunks that are there, and their hashes."""
+
+    def begin(self, kept: Mapping[int, bytes]) -> None:
+        """The data is asked for, but for the chunks that are there from an earlier attempt."""
+        self._kept = bool(kept)
+        self.verified = dict(kept)
+
+    def landed(self, index: int, computed: bytes, source: HTTPSource) -> None:
+        """A chunk is there, and is what its source announced."""
+        self.verified[index] = computed
+        self._givers[index] = source
+        self._progress.sources = len(self._used())
+
+    @property
+    def givers(self) -> list[HTTPSource]:
+        """Who gave what was received."""
+        return sorted(self._used(), key=lambda s: s.index)
+
+    def _used(self) -> set[HTTPSource]:
+        return set(self._givers.values())
+
+    @property
+    def of_several(self) -> bool:
+        """Whether what is there came from more than one source, or was kept: only the hashes of all tell then."""
+        return self._kept or len(self._used()) > 1
+
+    def whole(self, cut: Cut, body: bytes) -> Seal:
+        """Of a state that is there and came from one source."""
+        return Seal(cut, b"".join(self.verified[i] for i in range(cut.count)), body)
+
+    def reached(self, sources: Sequence[HTTPSource], plan: TransferPlan) -> Seal | None:
+        """What all agree on, when all is there and they do; else what is not agreed on is missing again.
+
+        Args:
+            sources: all of the fetch; those that are usable have been asked for their hashes.
+            plan: in which all is there.
+        """
+        self._give_up_the_silent(sources)
+        taking_part = [s for s in sources if s.usable]
+        if not taking_part or any(s.seal is None for s in taking_part):
+            return None
+        seal, differing = _judge(taking_part, {s.index for s in taking_part if plan.distrusted(s.index)})
+        for source in differing:
+            self._progress.bad_sources.append(source.name)
+            logger.error(
+                "%s announces root %s for step %d, the others %s: its state differs, which is a silent corruption. It "
+                "is not used; look at that machine's memory",
+                source,
+                source.seal.root if source.seal else "-",
+                self._step,
+                seal.root,
+            )
+            source.end(IntegrityError(f"{source} has another state of step {self._step} than the others"))
+        wrong = [i for i, value in self.verified.items() if value != seal.digest_of(i)]
+        for index in wrong:
+            giver = self._givers.pop(index, None)
+            if giver is not None and giver not in differing:
+                logger.error("chunk %d of step %d from %s is not what the others have", index, self._step, giver)
+            self._progress.lost(seal.cut.length(index))
+            del self.verified[index]
+        plan.revoke(wrong)
+        return seal if plan.finished else None
+
+    def _give_up_the_silent(self, sources: Sequence[HTTPSource]) -> None:
+        """All is there, and some say what it should be: who does not is not waited for much longer than for those."""
+        usable = [s for s in sources if s.usable]
+        told = [s.seal_took for s in usable if s.seal is not None]
+        if not told:
+            return
+        patience, now = max(_SILENT, 3 * max(told)), time.monotonic()
+        for source in usable:
+            asked = source.asked_for_seal
+            if source.seal is None and asked is not None and now - asked > patience:
+                logger.warning("%s does not tell its hashes: what it gave is compared with the others'", source)
+                source.end(SourceLost(f"{source} did not tell its hashes within {patience:.1f}s"))
+
+
+def _judge(sources: Sequence[HTTPSource], distrusted: Collection[int]) -> tuple[Seal, list[HTTPSource]]:
+    """Whose hashes are right, and which sources have others.
+
+    Most of those that sent no bad bytes decide; where as many stand on both sides, those with the assigned source, or
+    the one nearest to it in the order.
+
+    Args:
+        sources: at least one; each with its hashes.
+        distrusted: indices of those that do not count, unless there is no other.
+    """
+    voters = [s for s in sources if s.index not in distrusted] or list(sources)
+    roots = {s.index: s.seal.root for s in sources if s.seal is not None}
+    votes = Counter(roots[s.index] for s in voters)
+    best = max(voters, key=lambda s: (votes[roots[s.index]], -s.index))
+    assert best.seal is not None
+    return best.seal, [s for s in sources if roots[s.index] != roots[best.index]]
