@@ -9,14 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed import ReduceOp
-from torch.futures import Future
 
 from tests.groups import TIMEOUT, Groups, Replica, running
 from torchft.checkpointing.pg_transport import PGTransport
-from torchft.coordination import LighthouseServer
-from torchft.core.standing_member import MayCommit
 from torchft.manager import Manager, WorldSizeMode
-from torchft.process_group import FakeProcessGroupWrapper, ProcessGroupGloo
+from torchft.process_group import ProcessGroupGloo
 from torchft.testing.wait import wait_until
 
 
@@ -110,24 +107,6 @@ def test_a_spare_follows_the_state_and_contributes_nothing(pair: Groups) -> None
     assert float(a.model.bias.grad[0]) == 1.0
 
 
-def test_a_group_tells_the_history_of_its_state_also_of_a_healed_one(pair: Groups) -> None:
-    a, b = pair.replica("a"), pair.replica("b")
-    assert a.manager._progress.lineage == 0
-    pair.together(a.step, b.step)
-    pair.together(a.step, b.step)
-    assert a.manager._progress.lineage == b.manager._progress.lineage > 0
-    late = pair.replica("c")
-    healed = pair.start(late.step)
-    told = set()
-    while not healed.done():
-        pair.together(a.step, b.step)
-        told.add((a.manager.current_step(), a.manager._progress.lineage))
-    healed.result()
-    assert (late.manager.current_step(), late.manager._progress.lineage) in told
-    a.manager.load_state_dict(a.manager.state_dict())
-    assert a.manager._progress.lineage == 0, "what a state from elsewhere comes from is not known"
-
-
 def test_a_spare_takes_over_in_the_next_step_when_a_participant_is_gone() -> None:
     kwargs = {"world_size_mode": WorldSizeMode.FIXED_WITH_SPARES, "min_replica_size": 2}
     with running(min_replicas=2, join_timeout_ms=10_000) as three:
@@ -159,108 +138,6 @@ def test_a_spare_takes_over_in_the_next_step_when_a_participant_is_gone() -> Non
         assert b.model.bias.grad is not None
         assert float(b.model.bias.grad[0]) == 2.0
         assert b.weights() == spare.weights()
-
-
-def test_a_step_with_too_few_participants_is_not_committed(groups: Groups) -> None:
-    a = groups.replica("a", min_replica_size=2)
-    before = a.weights()
-    a.step()
-    assert a.manager.current_step() == 0
-    assert a.weights() == before
-
-
-def test_more_failures_in_a_row_than_max_retries_end_the_loop(groups: Groups) -> None:
-    a = groups.replica("a", min_replica_size=2, max_retries=2)
-    a.step()
-    a.step()
-    with pytest.raises(RuntimeError, match="3 steps in a row"):
-        a.step()
-
-
-def test_a_failed_quorum_is_an_error_of_its_step_and_the_next_one_works() -> None:
-    first = LighthouseServer("127.0.0.1:0", 1, heartbeat_timeout_ms=500)
-    a = Replica(first.address(), "a", quorum_timeout=timedelta(seconds=2))
-    second: LighthouseServer | None = None
-    try:
-        a.step()
-        first.shutdown()
-        assert a.manager._group.server is not None
-        standing = a.manager._group.server._lighthouse.standing
-        # Alone, it could go on for half a heartbeat timeout.
-        wait_until(lambda: standing.may_commit() is not MayCommit.YES)
-        before = a.weights()
-        for _ in range(2):
-            a.step()  # raises nothing
-            assert "lighthouse" in str(a.manager.errored())
-            assert a.manager.num_participants() == 0
-            assert a.manager.participating_rank() is None
-        assert a.weights() == before
-        assert a.manager.current_step() == 1
-        second = LighthouseServer(f"127.0.0.1:{first.port}", 1)
-        while a.manager.current_step() < 3:
-            a.step()
-        assert a.manager.errored() is None
-    finally:
-        a.manager.shutdown()
-        first.shutdown()
-        if second is not None:
-            second.shutdown()
-
-
-def test_wait_quorum_raises_what_the_quorum_failed_with() -> None:
-    lighthouse = LighthouseServer("127.0.0.1:0", 2)
-    a = Replica(lighthouse.address(), "a", quorum_timeout=timedelta(seconds=0.2))
-    try:
-        with pytest.raises(RuntimeError, match="call start_quorum"):
-            a.manager.wait_quorum()
-        a.manager.start_quorum()
-        with pytest.raises(TimeoutError):
-            a.manager.wait_quorum()
-        assert not a.manager.should_commit()
-    finally:
-        a.manager.shutdown()
-        lighthouse.shutdown()
-
-
-def test_a_failed_collective_costs_the_step_and_later_ones_in_it_do_nothing(groups: Groups) -> None:
-    pg = FakeProcessGroupWrapper(ProcessGroupGloo(timeout=TIMEOUT))
-    a = groups.replica("a", pg=pg)
-    a.step()
-    before = a.weights()
-    a.optimizer.zero_grad()
-    a.manager.wait_quorum()
-    pg.report_future_error(RuntimeError("injected"))
-    a.compute(1.0)
-    assert "injected" in str(a.manager.errored())
-    untouched = torch.ones(3)
-    a.manager.allreduce(untouched).wait()
-    assert untouched.tolist() == [1.0, 1.0, 1.0]
-    a.optimizer.step()
-    assert a.weights() == before
-    a.step()
-    assert a.manager.current_step() == 2
-    assert a.manager.errored() is None
-
-
-def test_an_error_reported_by_the_user_costs_both_groups_only_the_step(pair: Groups) -> None:
-    a, b = pair.replica("a"), pair.replica("b")
-    pair.together(a.step, b.step)
-
-    def failing() -> None:
-        a.optimizer.zero_grad()
-        a.manager.report_error(RuntimeError("bad batch"))
-        a.compute(1.0)
-        a.optimizer.step()
-
-    pair.together(failing, b.step)
-    assert a.manager.current_step() == 1
-
-    def train(r: Replica) -> None:
-        while r.manager.current_step() < 5:
-            r.step()
-
-    pair.together(lambda: train(a), lambda: train(b))
-    assert a.weights() == b.weights()
 
 
 def test_average_needs_floating_point_and_sum_does_not(pair: Groups) -> None:
@@ -326,35 +203,6 @@ def test_quantized_reductions_mean_what_exact_ones_do(pair: Groups) -> None:
     assert a.manager.current_step() == b.manager.current_step() == 3
 
 
-def test_wrap_future_gives_the_default_and_costs_the_step(groups: Groups) -> None:
-    a = groups.replica("a")
-    a.optimizer.zero_grad()
-    never: Future[int] = Future()
-    assert a.manager.wrap_future(never, 7, timeout=timedelta(milliseconds=50)).wait() == 7
-    assert isinstance(a.manager.errored(), TimeoutError)
-    assert not a.manager.should_commit()
-
-    a.optimizer.zero_grad()
-    good: Future[int] = Future()
-    wrapped = a.manager.wrap_future(good, 7)
-    good.set_result(3)
-    assert wrapped.wait() == 3
-    assert a.manager.should_commit()
-
-
-def test_an_error_that_comes_after_its_step_does_not_touch_the_next_one(groups: Groups) -> None:
-    a = groups.replica("a", timeout=timedelta(seconds=1))
-    a.optimizer.zero_grad()
-    late: Future[int] = Future()
-    a.manager.wrap_future(late, 0, timeout=timedelta(seconds=60))
-    assert not a.manager.should_commit()  # it never came
-    a.optimizer.zero_grad()
-    a.manager.wait_quorum()
-    late.set_exception(RuntimeError("late"))  # type: ignore[arg-type]
-    assert a.manager.should_commit()
-    assert a.manager.errored() is None
-
-
 def test_two_groups_of_two_ranks_train_and_a_group_of_them_heals(groups: Groups) -> None:
     from torch.distributed import TCPStore
 
@@ -376,102 +224,6 @@ def test_two_groups_of_two_ranks_train_and_a_group_of_them_heals(groups: Groups)
     end = groups.train_together(*((r.manager, r.step) for r in [*a, *b]), steps=50)
     assert {r.weights() for r in [*a, *b]} == {a[0].weights()}
     assert {r.manager.current_step() for r in [*a, *b]} == {end}
-
-
-def test_a_broken_in_place_heal_leaves_a_replica_that_asks_as_one_without_state(groups: Groups) -> None:
-    class Breaking(PGTransport):  # type: ignore[type-arg]
-        broken = 0
-
-        def recv_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-            received = super().recv_checkpoint(*args, **kwargs)
-            if self.broken == 0:
-                self.broken = 1
-                raise RuntimeError("cut off in the middle")
-            return received
-
-    a_pg = ProcessGroupGloo(timeout=TIMEOUT)
-    a = groups.replica("a", seed=1, pg=a_pg, checkpoint_transport=PGTransport(a_pg, TIMEOUT, torch.device("cpu")))
-    for _ in range(3):
-        a.step()
-    b_pg = ProcessGroupGloo(timeout=TIMEOUT)
-    mine: list[Replica] = []
-    transport = Breaking(b_pg, TIMEOUT, torch.device("cpu"), state_dict=lambda: {"user": {"default": mine[0].save()}})
-    b = groups.replica("b", seed=2, pg=b_pg, checkpoint_transport=transport)
-    mine.append(b)
-    asked: list[int] = []
-    real = b.manager._group.client._quorum
-
-    def spy(**kwargs: Any) -> Any:
-        asked.append(kwargs["step"])
-        return real(**kwargs)
-
-    b.manager._group.client._quorum = spy  # type: ignore[method-assign]
-
-    groups.train_together((a.manager, a.step), (b.manager, b.step))
-    assert asked[:2] == [0, -1]
-    assert a.weights() == b.weights()
-
-
-def test_a_replica_without_registered_state_says_so_when_a_peer_needs_it(groups: Groups) -> None:
-    a = groups.replica("a", load_state_dict=None, state_dict=None)
-    a.step()
-    b = groups.replica("b", load_state_dict=None, state_dict=None)
-    groups.start(b.step)
-
-    def until_asked() -> str:
-        while a.manager.errored() is None:
-            a.step()
-        return str(a.manager.errored())
-
-    assert "register_state_dict_fn" in groups.start(until_asked).result(60)
-
-
-def test_groups_that_register_different_state_say_so(groups: Groups) -> None:
-    a = groups.replica("a")
-    a.step()
-    b = groups.replica("b")
-    b.manager.register_state_dict_fn("extra", lambda s: None, lambda: {"x": 1})
-    errors: list[str] = []
-
-    def train(r: Replica) -> None:
-        while not errors:
-            r.step()
-            if r is b and r.manager.errored() is not None:
-                errors.append(str(r.manager.errored()))
-        r.manager.leave("the test has seen enough")
-
-    groups.together(lambda: train(a), lambda: train(b))
-    assert "['default', 'extra']" in errors[0]
-
-
-def test_every_registered_piece_of_state_is_healed(groups: Groups) -> None:
-    seen: dict[str, Any] = {}
-    a = groups.replica("a")
-    a.manager.register_state_dict_fn("loader", lambda s: None, lambda: {"position": 41, "name": "train"})
-    with pytest.raises(ValueError, match="already"):
-        a.manager.register_state_dict_fn("loader", lambda s: None, dict)
-    a.step()
-    b = groups.replica("b", seed=9)
-    b.manager.register_state_dict_fn("loader", seen.update, dict)
-
-    groups.train_together((a.manager, a.step), (b.manager, b.step))
-    assert seen == {"position": 41, "name": "train"}
-
-
-def test_state_is_not_read_while_it_may_not_be(groups: Groups) -> None:
-    a = groups.replica("a", timeout=timedelta(seconds=0.2))
-    a.manager.disallow_state_dict_read()
-    with pytest.raises(TimeoutError, match="being written"):
-        a.manager._state.read({}, 0.1)
-    a.manager.allow_state_dict_read()
-    assert a.manager._state.read({"step": 1}, 0.1)["torchft"] == {"step": 1}
-
-
-def test_state_dict_brings_step_and_batches_back(groups: Groups) -> None:
-    a = groups.replica("a")
-    a.manager.load_state_dict({"step": 5, "batches_committed": 9})
-    a.step()
-    assert a.manager.state_dict() == {"step": 6, "batches_committed": 10}
 
 
 def test_the_environment_wins_over_arguments(groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:

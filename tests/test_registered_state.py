@@ -1,0 +1,127 @@
+"""What is registered with a Manager is what a healing group gets, whole, and what says of which step it is."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+
+from tests.groups import TIMEOUT, Groups, Replica
+from torchft.checkpointing.pg_transport import PGTransport
+from torchft.process_group import ProcessGroupGloo
+
+
+def test_a_group_tells_the_history_of_its_state_also_of_a_healed_one(pair: Groups) -> None:
+    a, b = pair.replica("a"), pair.replica("b")
+    assert a.manager._progress.lineage == 0
+    pair.together(a.step, b.step)
+    pair.together(a.step, b.step)
+    assert a.manager._progress.lineage == b.manager._progress.lineage > 0
+    late = pair.replica("c")
+    healed = pair.start(late.step)
+    told = set()
+    while not healed.done():
+        pair.together(a.step, b.step)
+        told.add((a.manager.current_step(), a.manager._progress.lineage))
+    healed.result()
+    assert (late.manager.current_step(), late.manager._progress.lineage) in told
+    a.manager.load_state_dict(a.manager.state_dict())
+    assert a.manager._progress.lineage == 0, "what a state from elsewhere comes from is not known"
+
+
+def test_a_broken_in_place_heal_leaves_a_replica_that_asks_as_one_without_state(groups: Groups) -> None:
+    class Breaking(PGTransport):  # type: ignore[type-arg]
+        broken = 0
+
+        def recv_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+            received = super().recv_checkpoint(*args, **kwargs)
+            if self.broken == 0:
+                self.broken = 1
+                raise RuntimeError("cut off in the middle")
+            return received
+
+    a_pg = ProcessGroupGloo(timeout=TIMEOUT)
+    a = groups.replica("a", seed=1, pg=a_pg, checkpoint_transport=PGTransport(a_pg, TIMEOUT, torch.device("cpu")))
+    for _ in range(3):
+        a.step()
+    b_pg = ProcessGroupGloo(timeout=TIMEOUT)
+    mine: list[Replica] = []
+    transport = Breaking(b_pg, TIMEOUT, torch.device("cpu"), state_dict=lambda: {"user": {"default": mine[0].save()}})
+    b = groups.replica("b", seed=2, pg=b_pg, checkpoint_transport=transport)
+    mine.append(b)
+    asked: list[int] = []
+    real = b.manager._group.client._quorum
+
+    def spy(**kwargs: Any) -> Any:
+        asked.append(kwargs["step"])
+        return real(**kwargs)
+
+    b.manager._group.client._quorum = spy  # type: ignore[method-assign]
+
+    groups.train_together((a.manager, a.step), (b.manager, b.step))
+    assert asked[:2] == [0, -1]
+    assert a.weights() == b.weights()
+
+
+def test_a_replica_without_registered_state_says_so_when_a_peer_needs_it(groups: Groups) -> None:
+    a = groups.replica("a", load_state_dict=None, state_dict=None)
+    a.step()
+    b = groups.replica("b", load_state_dict=None, state_dict=None)
+    groups.start(b.step)
+
+    def until_asked() -> str:
+        while a.manager.errored() is None:
+            a.step()
+        return str(a.manager.errored())
+
+    assert "register_state_dict_fn" in groups.start(until_asked).result(60)
+
+
+def test_groups_that_register_different_state_say_so(groups: Groups) -> None:
+    a = groups.replica("a")
+    a.step()
+    b = groups.replica("b")
+    b.manager.register_state_dict_fn("extra", lambda s: None, lambda: {"x": 1})
+    errors: list[str] = []
+
+    def train(r: Replica) -> None:
+        while not errors:
+            r.step()
+            if r is b and r.manager.errored() is not None:
+                errors.append(str(r.manager.errored()))
+        r.manager.leave("the test has seen enough")
+
+    groups.together(lambda: train(a), lambda: train(b))
+    assert "['default', 'extra']" in errors[0]
+
+
+def test_every_registered_piece_of_state_is_healed(groups: Groups) -> None:
+    seen: dict[str, Any] = {}
+    a = groups.replica("a")
+    a.manager.register_state_dict_fn("loader", lambda s: None, lambda: {"position": 41, "name": "train"})
+    with pytest.raises(ValueError, match="already"):
+        a.manager.register_state_dict_fn("loader", lambda s: None, dict)
+    a.step()
+    b = groups.replica("b", seed=9)
+    b.manager.register_state_dict_fn("loader", seen.update, dict)
+
+    groups.train_together((a.manager, a.step), (b.manager, b.step))
+    assert seen == {"position": 41, "name": "train"}
+
+
+def test_state_is_not_read_while_it_may_not_be(groups: Groups) -> None:
+    a = groups.replica("a", timeout=timedelta(seconds=0.2))
+    a.manager.disallow_state_dict_read()
+    with pytest.raises(TimeoutError, match="being written"):
+        a.manager._state.read({}, 0.1)
+    a.manager.allow_state_dict_read()
+    assert a.manager._state.read({"step": 1}, 0.1)["torchft"] == {"step": 1}
+
+
+def test_state_dict_brings_step_and_batches_back(groups: Groups) -> None:
+    a = groups.replica("a")
+    a.manager.load_state_dict({"step": 5, "batches_committed": 9})
+    a.step()
+    assert a.manager.state_dict() == {"step": 6, "batches_committed": 10}
