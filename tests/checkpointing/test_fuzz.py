@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpointing.hostile import CASES, STATES, random_for
+from tests.checkpointing.hostile import CASES
+from tests.checkpointing.hostile_manifest import STATES, random_for
 from torchft.checkpointing import CheckpointError, PGTransport, pg_transport
 from torchft.checkpointing import destination as destinations
 from torchft.checkpointing.chunks import open_manifest, parse_manifest, read_hashes

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpointing.hostile import BODIES, CASES, STATES, mutated_bytes, random_for
+from tests.checkpointing.hostile import CASES
+from tests.checkpointing.hostile_manifest import BODIES, STATES, mutated_bytes, random_for
 from torchft.checkpointing import CheckpointError, HTTPTransport
 from torchft.checkpointing.chunks import Cut, Seal, digest, write_hashes, write_manifest
 from torchft.checkpointing.http_server import MAX_CONNECTIONS

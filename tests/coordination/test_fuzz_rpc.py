@@ -13,7 +13,7 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 
-from tests.checkpointing.hostile import TEXTS, mutated_bytes, random_for
+from tests.checkpointing.hostile_manifest import TEXTS, mutated_bytes, random_for
 from torchft.coordination import LighthouseClient, LighthouseServer, ManagerClient, ManagerServer
 from torchft.coordination.proto import session_pb2
 from torchft.coordination.proto import torchft_pb2 as pb
