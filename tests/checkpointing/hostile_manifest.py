@@ -90,7 +90,9 @@ def random_for(name: str, number: int) -> random.Random:
 
 def _states() -> list[object]:
     base = torch.arange(64, dtype=torch.float32)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     model(torch.ones(4, 3)).sum().backward()
     optimizer.step()
