@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.checkpointing.loopback import address_of
 from tests.groups import Groups, Replica, running
 from torchft.checkpointing import HTTPTransport
 from torchft.runtime.deadline import Deadline
@@ -32,7 +33,7 @@ class Big(Replica):
         super().__init__(groups.lighthouse.address(), name, checkpoint_transport=self.transport, **kwargs)
         self.manager.register_state_dict_fn("big", self.load_big, lambda: {"big": self.big})
         groups._replicas.append(self)
-        self.link = stack.enter_context(Link(self.transport.metadata().rpartition("http://")[2]))
+        self.link = stack.enter_context(Link(address_of(self.transport)))
         self.transport.metadata = lambda: f"torchft-http/1 http://{self.link.address}"  # type: ignore[method-assign]
         self.committed: list[float] = []
         self.stop = threading.Event()

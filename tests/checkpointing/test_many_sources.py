@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.checkpointing.loopback import address_of
 from torchft.checkpointing import CheckpointError, HTTPTransport, IntegrityError, SourceLost
 from torchft.checkpointing.chunks import CHUNK_SIZE
 from torchft.checkpointing.offer import Offer
@@ -39,7 +40,7 @@ class Sources:
             source: HTTPTransport[Any] = HTTPTransport(TIMEOUT, hostname="127.0.0.1", snapshot="lock")
             stack.callback(source.shutdown)
             self.transports.append(source)
-            self.links.append(stack.enter_context(Link(source.metadata().rpartition("http://")[2])))
+            self.links.append(stack.enter_context(Link(address_of(source))))
             self.links[-1].throttle(rate)
         self.receiver: HTTPTransport[Any] = HTTPTransport(TIMEOUT, hostname="127.0.0.1", state_dict=lambda: self.live)
         stack.callback(self.receiver.shutdown)

@@ -1,0 +1,32 @@
+"""An HTTP transport on loopback, and where it listens: what its tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+from torchft.checkpointing import HTTPTransport
+
+__all__ = ["SHORT", "TIMEOUT", "address_of", "port_of", "transport"]
+
+TIMEOUT = timedelta(seconds=60)
+SHORT = timedelta(seconds=1)
+
+
+@contextmanager
+def transport(**options: Any) -> Iterator[HTTPTransport[Any]]:
+    one: HTTPTransport[Any] = HTTPTransport(options.pop("timeout", TIMEOUT), hostname="127.0.0.1", **options)
+    try:
+        yield one
+    finally:
+        one.shutdown()
+
+
+def port_of(source: HTTPTransport[Any]) -> int:
+    return int(source.metadata().rpartition(":")[2])
+
+
+def address_of(source: HTTPTransport[Any]) -> str:
+    return source.metadata().rpartition("http://")[2]

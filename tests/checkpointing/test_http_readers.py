@@ -1,0 +1,145 @@
+"""Slow, silent and dead readers of an HTTP source: what they get, what is copied for them, and who waits for them."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from http.client import HTTPConnection
+from typing import Any
+
+import pytest
+import torch
+
+from tests.checkpointing.loopback import TIMEOUT, port_of, transport
+from torchft.checkpointing import CheckpointError, HTTPTransport
+from torchft.runtime.deadline import Deadline
+
+
+class SlowReader:
+    """Asks for the data, takes the first bytes, and then takes nothing until told to."""
+
+    def __init__(self, source: HTTPTransport[Any], step: int) -> None:
+        self._sock = socket.socket()
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self._sock.settimeout(60)
+        self._sock.connect(("127.0.0.1", port_of(source)))
+        self._sock.sendall(b"GET /checkpoint/%d/data HTTP/1.1\r\nPrefer: wait=10\r\n\r\n" % step)
+        self.first = self._sock.recv(1000)
+
+    def rest(self) -> int:
+        """How many more bytes come before the connection ends."""
+        got = 0
+        try:
+            while data := self._sock.recv(1 << 20):
+                got += len(data)
+        except ConnectionResetError:
+            pass
+        return got
+
+    def body(self, count: int) -> bytes:
+        """The body, which has that many bytes. Its head must have come with the first bytes."""
+        got = bytearray(self.first.partition(b"\r\n\r\n")[2])
+        while len(got) < count and (data := self._sock.recv(1 << 20)):
+            got += data
+        return bytes(got)
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+def test_copied_state_survives_writes_and_a_slow_reader_blocks_nobody() -> None:
+    with transport() as source:
+        weights = torch.ones(32 << 18)
+        source.send_checkpoint([1], 1, {"w": weights}, TIMEOUT)
+        reader = SlowReader(source, 1)
+        assert reader.first.startswith(b"HTTP/1.1 200")
+        began = time.monotonic()
+        source.disallow_checkpoint()
+        weights.zero_()
+        source.send_checkpoint([1], 2, {"w": weights}, TIMEOUT)
+        assert time.monotonic() - began < 30
+        assert reader.rest() < weights.nbytes  # it was cut off: its snapshot is gone
+        reader.close()
+
+
+def test_readers_of_uncopied_state_finish_from_a_copy_when_the_source_goes_on() -> None:
+    with transport(snapshot="lock") as source, transport() as receiver:
+        weights = torch.arange(4 << 20)
+        before = weights.clone()
+        source.send_checkpoint([1], 1, {"w": weights}, TIMEOUT)
+        begun, go_on = threading.Event(), threading.Event()
+        receiver._state_dict = lambda: (begun.set(), go_on.wait(60), {})[2]
+        got: list[Any] = []
+        reading = threading.Thread(
+            target=lambda: got.append(receiver.recv_checkpoint(0, source.metadata(), 1, TIMEOUT))
+        )
+        reading.start()
+        assert begun.wait(60)
+        source.disallow_checkpoint()  # a reader has the manifest and reads nothing
+        weights.zero_()
+        go_on.set()
+        reading.join(60)
+        assert torch.equal(got[0]["w"], before)
+
+
+def test_slow_reader_of_uncopied_state_gets_what_was_offered_in_the_middle_of_a_chunk() -> None:
+    with transport(snapshot="lock") as source:
+        weights = torch.ones(32 << 20, dtype=torch.uint8)
+        source.send_checkpoint([1], 1, {"w": weights}, TIMEOUT)
+        reader = SlowReader(source, 1)
+        began = time.monotonic()
+        source.disallow_checkpoint()
+        assert time.monotonic() - began < 30
+        weights.zero_()
+        body = reader.body(32 << 20)
+        assert body.count(1) == len(body), "what training wrote meanwhile was sent"
+        reader.close()
+
+
+def test_a_reader_that_asks_while_its_snapshot_is_withdrawn_is_not_waited_for() -> None:
+    with transport(snapshot="lock") as source:
+        source.send_checkpoint([1], 1, {"w": torch.ones(9)}, TIMEOUT)
+        connection = HTTPConnection("127.0.0.1", port_of(source), timeout=30)
+        connection.request("GET", "/checkpoint/1/manifest")
+        connection.getresponse().read()
+        server, looked = source._server, threading.Event()
+        offer, readable = server.current, server._readable
+        assert offer is not None
+        offer.withdrawn = True  # as `withdraw` does first
+        server._readable = lambda *args: (looked.set(), readable(*args))[1]  # type: ignore[method-assign]
+        connection.request("GET", "/checkpoint/1/data", headers={"Prefer": "wait=3600"})
+        assert looked.wait(30)
+        assert server.withdraw(Deadline(30))
+        connection.close()
+
+
+def test_nothing_is_copied_for_readers_that_have_given_up() -> None:
+    with transport(snapshot="lock") as source:
+        source.send_checkpoint([1], 1, {"w": torch.ones(32 << 20, dtype=torch.uint8)}, TIMEOUT)
+        reader = SlowReader(source, 1)
+        reader._sock.shutdown(socket.SHUT_WR)  # what it has not read keeps the source's end busy for ever
+        source.disallow_checkpoint()
+        assert source._arena.nbytes == 0
+        reader.close()
+
+
+def test_nothing_is_copied_for_readers_that_are_done() -> None:
+    with transport(snapshot="lock") as source, transport() as receiver:
+        source.send_checkpoint([1], 1, {"w": torch.ones(16 << 18)}, TIMEOUT)
+        receiver.recv_checkpoint(0, source.metadata(), 1, TIMEOUT)
+        source.disallow_checkpoint()
+        assert source._arena.nbytes == 0
+
+
+def test_memory_is_reused_and_freed() -> None:
+    with transport() as source:
+        source.send_checkpoint([1], 1, {"w": torch.ones(1 << 20)}, TIMEOUT)
+        memory = source._arena._memory
+        source.send_checkpoint([1], 2, {"w": torch.ones((1 << 20) - 9)}, TIMEOUT)
+        assert source._arena._memory is memory
+        assert source._arena.nbytes == 4 << 20
+        source.shutdown()
+        assert source._arena.nbytes == 0
+        with pytest.raises(CheckpointError, match="shut down"):
+            source.send_checkpoint([1], 3, {}, TIMEOUT)
