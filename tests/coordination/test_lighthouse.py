@@ -41,12 +41,6 @@ def start() -> Iterator[Callable[..., LighthouseServer]]:
         server.shutdown()
 
 
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(8) as executor:
-        yield executor
-
-
 def ask(server: LighthouseServer, pool: ThreadPoolExecutor, replica_id: str, **kwargs: object) -> Future[Quorum]:
     client = LighthouseClient(server.address(), CONNECT)
     return pool.submit(lambda: client.quorum(replica_id, WAIT, **kwargs))  # type: ignore[arg-type]

@@ -35,12 +35,6 @@ def lighthouse(request: pytest.FixtureRequest) -> Iterator[LighthouseServer]:
 
 
 @pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(8) as executor:
-        yield executor
-
-
-@pytest.fixture
 def start(lighthouse: LighthouseServer) -> Iterator[Callable[..., ManagerServer]]:
     servers: list[ManagerServer] = []
 

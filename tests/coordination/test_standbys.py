@@ -4,109 +4,29 @@ from __future__ import annotations
 
 import logging
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
+from tests.coordination.standbys import MINUTE, Lights, ask, call, member
 from tests.coordination.test_sessions import Member
 from tests.etcd import Etcd, needs_etcd, running_etcd, standby
 from tests.lighthouse import LighthouseProcess
-from torchft.coordination import LighthouseClient, LighthouseServer, ManagerServer
+from torchft.coordination import LighthouseClient, LighthouseServer
 from torchft.coordination.channel import open_channel
 from torchft.coordination.election import RegisterError
-from torchft.coordination.etcd import EtcdRegister, parse_ha
-from torchft.coordination.lighthouses import LEADER_KEY, Lighthouses
+from torchft.coordination.etcd import EtcdRegister
+from torchft.coordination.lighthouses import LEADER_KEY
 from torchft.coordination.proto import session_pb2, session_pb2_grpc
 from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
-from torchft.core.election import Holder, LastQuorum, LeaseOptions, Register, first_id
+from torchft.core.election import LeaseOptions, first_id
 from torchft.testing.faults import Link
 from torchft.testing.wait import wait_until
-
-MINUTE = timedelta(minutes=1)
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Etcd]:
-    """For tests that leave it as it is."""
-    with running_etcd(tmp_path_factory.mktemp("etcd")) as etcd:
-        yield etcd
-
-
-class Lights:
-    """Lighthouses of one job in this process."""
-
-    def __init__(self) -> None:
-        self.servers: list[LighthouseServer] = []
-
-    def start(self, ha: str, lease_ms: int = 5000, **kwargs: Any) -> LighthouseServer:
-        options = {"min_replicas": 1, "heartbeat_timeout_ms": 2000, "join_timeout_ms": 100, **kwargs}
-        server = LighthouseServer("127.0.0.1:0", ha=ha, ha_lease_ms=lease_ms, **options)
-        self.servers.append(server)
-        return server
-
-    def leader(self) -> LighthouseServer:
-        wait_until(lambda: any(s.epoch for s in self.servers), what="that one leads")
-        return next(s for s in self.servers if s.epoch)
-
-    def others(self) -> list[LighthouseServer]:
-        leader = self.leader()
-        return [s for s in self.servers if s is not leader]
-
-    def addresses(self) -> str:
-        return ",".join(s.address() for s in self.servers)
-
-    def end(self, server: LighthouseServer) -> None:
-        self.servers.remove(server)
-        server.shutdown()
-
-
-@pytest.fixture
-def lights() -> Iterator[Lights]:
-    lights = Lights()
-    yield lights
-    for server in list(lights.servers):
-        lights.end(server)
-
-
-@contextmanager
-def member(lighthouses: str, replica_id: str = "a", sessions: bool = True) -> Iterator[ManagerServer]:
-    tenth = timedelta(milliseconds=100)
-    server = ManagerServer(
-        replica_id, lighthouses, "", "127.0.0.1:0", "store:1", 1, tenth, MINUTE, 0, sessions=sessions
-    )
-    try:
-        yield server
-    finally:
-        server.leave("the test ends", 3)
-        server.shutdown()
-
-
-def ask(server: ManagerServer) -> int:
-    """The epoch of a new quorum, after an old one broke."""
-    return server._quorum(0, 3, "", False, MINUTE, 1).quorum_id >> 32
-
-
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(4) as executor:
-        yield executor
-
-
-def call(server: LighthouseServer, epoch: int = 0) -> pb.LighthouseQuorumResponse:
-    """A bare call at this very lighthouse."""
-    with open_channel(server.address()) as channel:
-        request = pb.LighthouseQuorumRequest(requester=pb.QuorumMember(replica_id="bare"), epoch=epoch)
-        return pb_grpc.LighthouseServiceStub(channel).Quorum(request, timeout=60, wait_for_ready=True)
-
 
 # --------------------------------------------------------------------------------------------------- who leads
 
@@ -248,71 +168,6 @@ def test_what_others_wrote_into_etcd_is_no_leader(
     register.close()
 
 
-@needs_etcd
-def test_the_register_does_what_it_promises(shared: Etcd) -> None:
-    register = EtcdRegister(shared.url("register"), LeaseOptions(5.0))
-    other = EtcdRegister(f"etcd://127.0.0.1:1,127.0.0.1:{shared.port}/register", LeaseOptions(5.0))
-    try:
-        assert register.look() == Register(0, None)
-        with pytest.raises(RegisterError, match=r"127.0.0.1:1 "):
-            other.look()
-        assert other.look() == Register(0, None), "the next endpoint"
-        won = register.campaign(Holder("me", "http://me:1", "me:2", 7, 0), expected=0)
-        assert won is not None
-        me, last = won
-        assert last is None
-        assert register.look() == other.look() == Register(7, me)
-        you = Holder("you", "http://you:1", "you:2", 8, 0)
-        assert other.campaign(you, expected=7) is None, "the seat is taken"
-        assert register.renew(me.lease)
-        other.vacate(me.lease)
-        other.vacate(me.lease)
-        assert not register.renew(me.lease)
-        assert other.campaign(you, expected=6) is None, "the epoch is another one by now"
-        assert other.look() == Register(7, None)
-        quorum = LastQuorum(first_id(7) + 2, (("a", "h:1"), ("b", "")))
-        assert register.remember(7, quorum)
-        won = other.campaign(you, expected=7)
-        assert won is not None
-        assert won[1] == quorum, "who takes the seat is told"
-        assert not register.remember(7, None), "its epoch is over"
-        assert other.remember(8, None)
-    finally:
-        register.close()
-        other.close()
-
-
-@pytest.mark.parametrize(
-    ("url", "endpoints", "job"),
-    [
-        ("etcd://a:2379", ("a:2379",), "default"),
-        ("etcd://a:2379/", ("a:2379",), "default"),
-        (" etcd://a:1,[::1]:2/my-job.1 ", ("a:1", "[::1]:2"), "my-job.1"),
-    ],
-)
-def test_ha_is_read(url: str, endpoints: tuple[str, ...], job: str) -> None:
-    assert parse_ha(url) == (endpoints, job)
-
-
-@pytest.mark.parametrize(
-    "url", ["", "etcd://", "a:2379", "http://a:2379", "etcd://a", "etcd://a:2379/x/y", "etcd://a:0"]
-)
-def test_other_texts_are_refused(url: str) -> None:
-    with pytest.raises(ValueError, match=r"etcd|job"):
-        LighthouseServer("127.0.0.1:0", 1, ha=url)
-
-
-def test_two_records_are_one_too_many(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="state_file"):
-        LighthouseServer("127.0.0.1:0", 1, ha="etcd://127.0.0.1:1", state_file=tmp_path / "x")
-
-
-def test_without_the_client_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "etcd3gw", None)
-    with pytest.raises(RuntimeError, match=r"pip install 'torchft\[etcd\]'"):
-        LighthouseServer("127.0.0.1:0", 1, ha="etcd://127.0.0.1:1")
-
-
 # ------------------------------------------------------------------------------------------- the last quorum
 
 
@@ -353,106 +208,6 @@ def test_nobody_takes_the_place_of_groups_that_may_still_train_until_they_are_kn
         for m in members:
             m.end()
         server.shutdown()
-
-
-# ------------------------------------------------------------------------------------------------------ epochs
-
-
-@pytest.fixture
-def alone(tmp_path: Path) -> Iterator[Callable[[str], LighthouseServer]]:
-    """Lighthouses with state files, each on a port of its own."""
-    servers = []
-
-    def start(name: str, bind: str = "127.0.0.1:0") -> LighthouseServer:
-        servers.append(LighthouseServer(bind, 1, join_timeout_ms=100, state_file=tmp_path / name))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.shutdown()
-
-
-@pytest.mark.parametrize("sessions", [True, False])
-def test_a_lighthouse_that_lost_its_state_file_takes_a_higher_epoch_than_its_members_have_seen(
-    alone: Callable[..., LighthouseServer], tmp_path: Path, caplog: pytest.LogCaptureFixture, sessions: bool
-) -> None:
-    for _ in range(4):
-        alone("x").shutdown()
-    server = alone("x")
-    with member(server.address(), sessions=sessions) as m:
-        assert ask(m) == 5
-        server.shutdown()
-        (tmp_path / "x").unlink()
-        second = alone("x", f"127.0.0.1:{server.port}")
-        assert second.epoch == 1
-        assert ask(m) == 6
-        assert second.epoch == 6
-        assert "it has lost its state file" in caplog.text
-    assert b'"epoch": 6' in (tmp_path / "x").read_bytes()
-
-
-def test_a_deposed_lighthouse_is_refused(alone: Callable[[str], LighthouseServer], monkeypatch: Any) -> None:
-    """One that does not know of the newer epoch, nor hears of it from its members."""
-    for _ in range(3):
-        alone("new").shutdown()
-    new, old = alone("new"), alone("old")
-
-    async def deaf(epoch: int) -> None:
-        pass
-
-    monkeypatch.setattr(old._seat, "told", deaf)
-    client = LighthouseClient(f"{new.address()},{old.address()}", MINUTE)
-    assert client.quorum("a", MINUTE).quorum_id >> 32 == 4
-    new.shutdown()
-    with pytest.raises((RuntimeError, TimeoutError)):
-        client.quorum("a", timedelta(seconds=1))
-    client.close()
-
-    lone = Lighthouses(old.address())
-    lone.admit(4)
-    with member(old.address()) as m:
-        m._lighthouse._lighthouses.admit(4)
-        with pytest.raises((RuntimeError, TimeoutError), match="epoch 4 has begun"):
-            m._quorum(0, 3, "", False, timedelta(seconds=5), 0)
-
-
-def test_an_epoch_that_cannot_be_is_refused(alone: Callable[[str], LighthouseServer]) -> None:
-    server = alone("x")
-    with pytest.raises(grpc.RpcError, match="far beyond") as e:
-        call(server, epoch=2**40)
-    assert e.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert server.epoch == 1
-
-
-def test_several_addresses_are_tried_until_one_answers(alone: Callable[[str], LighthouseServer]) -> None:
-    server = alone("x")
-    client = LighthouseClient(f"127.0.0.1:1, http://127.0.0.1:2,{server.address()}", MINUTE)
-    assert client.quorum("a", MINUTE).quorum_id == first_id(1) + 1
-    client.close()
-    with pytest.raises(TimeoutError, match=r"127.0.0.1:1.*127.0.0.1:2.*TORCHFT_LIGHTHOUSE"):
-        LighthouseClient("127.0.0.1:1,127.0.0.1:2", timedelta(milliseconds=300))
-
-
-def test_addresses_that_are_none_are_refused() -> None:
-    for text in ("", ",", "a", "a:1,b"):
-        with pytest.raises(ValueError, match="is not an address"):
-            LighthouseClient(text, MINUTE)
-
-
-def test_a_named_leader_is_followed_and_garbage_is_not() -> None:
-    lighthouses = Lighthouses("a:1,b:2")
-    assert lighthouses.several
-    lighthouses.leave("http://a:1", "http://c:3")
-    assert lighthouses.current == "http://c:3"
-    lighthouses.leave("http://a:1", "http://d:4")
-    assert lighthouses.current == "http://c:3", "said of one that is not asked any more"
-    lighthouses.leave("http://c:3")
-    assert lighthouses.current == "http://a:1"
-    for leader in ("", "nonsense", "http://a:1", "\0:-1"):
-        at = lighthouses.current
-        lighthouses.leave(at, leader)
-        assert lighthouses.current in lighthouses.addresses
-    lighthouses.close()
 
 
 # ----------------------------------------------------------------------------------------------- real processes
