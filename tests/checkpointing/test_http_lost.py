@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,57 +15,35 @@ from datetime import timedelta
 import pytest
 import torch
 
-from tests.checkpointing.loopback import SHORT, TIMEOUT, port_of, transport
+from tests.checkpointing.loopback import SHORT, TIMEOUT, address_of, port_of, transport
 from torchft.checkpointing import CheckpointTimeout, SourceLost
 from torchft.checkpointing.chunks import CHUNK_SIZE
+from torchft.checkpointing.fetch_progress import FetchProgress
+from torchft.testing.faults import Link
 from torchft.testing.ports import ReservedPort
 
 
-def test_lost_connection_resumes_where_it_was() -> None:
-    with transport() as source, transport() as receiver:
-        state = {"w": torch.randint(0, 256, (4 * CHUNK_SIZE,), dtype=torch.uint8)}
+def test_lost_connection_resumes_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After two chunks all connections are reset, once."""
+    with transport() as source, transport() as receiver, Link(address_of(source)) as link:
+        state = {"w": torch.randint(0, 256, (8 * CHUNK_SIZE,), dtype=torch.uint8)}
         source.send_checkpoint([1], 1, state, TIMEOUT)
-        sent: list[tuple[int, int]] = []
+        real, cut = FetchProgress.landed, threading.Event()
 
-        class CutsOnce:
-            """Stands before the source and breaks the first data connection after two chunks."""
+        def landed(progress: FetchProgress, nbytes: int) -> None:
+            real(progress, nbytes)
+            if progress.done >= 2 * CHUNK_SIZE and not cut.is_set():
+                cut.set()
+                link.cut()
 
-            def __init__(self) -> None:
-                self._cut = False
-                self.server = socket.create_server(("127.0.0.1", 0))
-                self.thread = threading.Thread(target=self.run, daemon=True)
-                self.thread.start()
-
-            def run(self) -> None:
-                for _ in range(2):
-                    client, _peer = self.server.accept()
-                    with client, socket.create_connection(("127.0.0.1", port_of(source)), 60) as upstream:
-                        threading.Thread(target=self.up, args=(client, upstream), daemon=True).start()
-                        got = 0
-                        while data := upstream.recv(1 << 16):
-                            client.sendall(data)
-                            got += len(data)
-                            if not self._cut and got > 2.5 * CHUNK_SIZE:
-                                self._cut = True
-                                break
-                        sent.append((got, 0))
-                        client.shutdown(socket.SHUT_RDWR)
-
-            def up(self, client: socket.socket, upstream: socket.socket) -> None:
-                try:
-                    while data := client.recv(1 << 16):
-                        upstream.sendall(data)
-                    upstream.shutdown(socket.SHUT_WR)
-                except OSError:
-                    pass  # the test cuts connections
-
-        proxy = CutsOnce()
-        metadata = f"torchft-http/1 http://127.0.0.1:{proxy.server.getsockname()[1]}"
-        received = receiver.recv_checkpoint(0, metadata, 1, TIMEOUT)
+        monkeypatch.setattr(FetchProgress, "landed", landed)
+        received = receiver.recv_checkpoint(0, f"torchft-http/1 http://{link.address}", 1, TIMEOUT)
         assert torch.equal(received["w"], state["w"])
-        proxy.thread.join(60)
-        proxy.server.close()
-        assert sent[1][0] < 2.5 * CHUNK_SIZE  # only what was missing was asked for again
+        progress = receiver.last_receive
+        assert progress is not None
+        assert progress.retries >= 1
+        unfinished = 2 + len(progress.taken_over)  # connections that ended in the middle of a chunk, at the most
+        assert progress.received < (8 + unfinished) * CHUNK_SIZE, "what was there was asked for again"
 
 
 SOURCE = """
