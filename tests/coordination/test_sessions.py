@@ -187,10 +187,13 @@ def test_a_stopped_process_is_dead_after_the_heartbeat_timeout_and_comes_back_by
 def test_a_process_that_holds_its_gil_is_not_dead(make: Callable[..., Job]) -> None:
     job = make(heartbeat_timeout_ms=2000)
     a, b = job.start("a", "b")
+    rank1 = Session(b.wait("ready")["address"], "b", 1, pings=(0.5, 3.0))
     b.tell("hold_gil 6")
     b.tell("leave the GIL is back")
     left = a.wait("notice", lambda e: e["replica"] == "b")
     assert left["cause"] == "it left: the GIL is back"
+    assert not rank1.lost, "its rank 0 was there: C threads of gRPC's have answered the pings"
+    rank1.close()
     held = b.wait("done", lambda e: e["command"] == "hold_gil")["time"] - b.wait("quorum")["time"]
     assert held > 5.5
     assert len(a.notices("b")) == 1
@@ -250,15 +253,20 @@ def test_injected_failures_are_told_on_sessions_and_to_subscribers(make: Callabl
 class Session:
     """A bare session, in this process."""
 
-    def __init__(self, server: str, replica_id: str, rank: int = 0, **hello: Any) -> None:
+    def __init__(
+        self, server: str, replica_id: str, rank: int = 0, pings: tuple[float, float] | None = None, **hello: Any
+    ) -> None:
         self.notices: list[Notice] = []
         self.welcomes: list[pb.Welcome] = []
         self.gone: list[str] = []
-        self.client = ManagerClient(server, MINUTE)
+        self.lost: list[None] = []
+        self.client = ManagerClient(server, MINUTE, pings=pings)
         self.session = SessionClient(
             OneServer(self.client.channel),
             lambda: pb.Hello(replica_id=replica_id, group_rank=rank, **hello),
-            SessionEvents(self.notices.append, self.welcomes.append, self.gone.append),
+            SessionEvents(
+                self.notices.append, self.welcomes.append, self.gone.append, lost=lambda: self.lost.append(None)
+            ),
             server,
             RankLogger(logging.getLogger(__name__), replica_id, rank, lambda: 0),
         )

@@ -21,7 +21,7 @@ from torchft.runtime.fork import close_in_children
 from torchft.runtime.net import parse_address
 from torchft.runtime.retry import retry
 
-__all__ = ["connect", "knock", "open_channel", "reason", "server_options", "translate"]
+__all__ = ["answered", "connect", "knock", "open_channel", "ping_times", "reason", "server_options", "translate"]
 
 _MAX_MESSAGE = 64 * 1024 * 1024
 _MAX_PENDING = 20_000
@@ -57,19 +57,28 @@ _SERVER_OPTIONS: list[tuple[str, int]] = [
 ]
 
 
-def server_options(heartbeat_timeout: float) -> list[tuple[str, int]]:
-    """For a server that ends the connections of clients that are stopped or unreachable.
+def ping_times(heartbeat_timeout: float) -> tuple[float, float]:
+    """After how many seconds of silence the other end is pinged, and how long its answer may take.
 
-    gRPC pings each client that was silent for a fifth of ``heartbeat_timeout`` (seconds), and gives it up when the
-    answer takes seven tenths. C threads of the client answer, which need no GIL.
+    Whoever is stopped or unreachable is given up before ``heartbeat_timeout`` (seconds) has passed since its last sign.
     """
+    return 0.2 * heartbeat_timeout, 0.7 * heartbeat_timeout
+
+
+def _pings(times: tuple[float, float]) -> list[tuple[str, int]]:
+    """C threads of the other end answer, which need no GIL."""
+    silence, patience = (max(1, round(1000 * t)) for t in times)
     return [
-        *_SERVER_OPTIONS,
-        ("grpc.keepalive_time_ms", max(1, round(200 * heartbeat_timeout))),
-        ("grpc.keepalive_timeout_ms", max(1, round(700 * heartbeat_timeout))),
-        ("grpc.http2.ping_timeout_ms", max(1, round(700 * heartbeat_timeout))),
+        ("grpc.keepalive_time_ms", silence),
+        ("grpc.keepalive_timeout_ms", patience),
+        ("grpc.http2.ping_timeout_ms", patience),
         ("grpc.http2.max_pings_without_data", 0),
     ]
+
+
+def server_options(heartbeat_timeout: float) -> list[tuple[str, int]]:
+    """For a server that ends the connections of clients that are stopped or unreachable: :func:`ping_times`."""
+    return [*_SERVER_OPTIONS, *_pings(ping_times(heartbeat_timeout))]
 
 
 def open_channel(address: str, pings: tuple[float, float] | None = None) -> grpc.Channel:
@@ -86,20 +95,16 @@ def open_channel(address: str, pings: tuple[float, float] | None = None) -> grpc
     target = parse_address(address)
     options = _CLIENT_OPTIONS
     if pings is not None:
-        options = [
-            *options,
-            ("grpc.keepalive_time_ms", round(1000 * pings[0])),
-            ("grpc.keepalive_timeout_ms", round(1000 * pings[1])),
-            ("grpc.http2.ping_timeout_ms", round(1000 * pings[1])),
-            ("grpc.http2.max_pings_without_data", 0),
-        ]
+        options = [*options, *_pings(pings)]
     channel = grpc.insecure_channel(target, options=options)
     # The port of any host: looking the name up here could take seconds, and gRPC does it again.
     weakref.finalize(channel, close_in_children(others=[int(target.rpartition(":")[2])]).forget)
     return channel
 
 
-def connect(address: str, deadline: Deadline, *, what: str, hint: str) -> grpc.Channel:
+def connect(
+    address: str, deadline: Deadline, *, what: str, hint: str, pings: tuple[float, float] | None = None
+) -> grpc.Channel:
     """A channel that is connected. A server that is not there yet is waited for until the deadline.
 
     Args:
@@ -107,12 +112,13 @@ def connect(address: str, deadline: Deadline, *, what: str, hint: str) -> grpc.C
         deadline: for the connection.
         what: the server's role in messages, for instance ``lighthouse``.
         hint: what a person can try when it does not answer.
+        pings: as of :func:`open_channel`.
 
     Raises:
         TimeoutError: it did not answer in time.
         ValueError: the address is not one.
     """
-    channel = open_channel(address)
+    channel = open_channel(address, pings)
     try:
         retry(
             lambda: knock(channel, deadline.remaining()),
@@ -148,8 +154,13 @@ def knock(channel: grpc.Channel, timeout: float, wait_for_ready: bool = True) ->
     try:
         call(b"", timeout=timeout, wait_for_ready=wait_for_ready)
     except grpc.RpcError as e:
-        if not isinstance(e, grpc.Call) or e.code() in _NO_ANSWER:
+        if not answered(e):
             raise
+
+
+def answered(error: grpc.RpcError) -> bool:
+    """Whether a call failed by the word of a server, not because there was none."""
+    return isinstance(error, grpc.Call) and error.code() not in _NO_ANSWER
 
 
 def reason(error: grpc.RpcError) -> str:

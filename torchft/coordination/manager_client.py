@@ -26,18 +26,23 @@ class ManagerClient:
         connect_timeout: how long a server that is not there yet is waited for.
         wait: False for a server that was there a moment ago: nothing is waited for, and a call on one that is gone
             fails at once.
+        pings: as of :func:`torchft.coordination.channel.open_channel`: calls at a server that is stopped or cut off
+            fail then, long before their timeout.
 
     Raises:
         TimeoutError: it did not answer within ``connect_timeout``.
         ValueError: ``addr`` is not an address.
     """
 
-    def __init__(self, addr: str, connect_timeout: timedelta, *, wait: bool = True) -> None:
+    def __init__(
+        self, addr: str, connect_timeout: timedelta, *, wait: bool = True, pings: tuple[float, float] | None = None
+    ) -> None:
         self._addr = addr
         if wait:
-            self._channel = connect(addr, Deadline(connect_timeout), what="manager server", hint=_HINT)
+            deadline = Deadline(connect_timeout)
+            self._channel = connect(addr, deadline, what="manager server", hint=_HINT, pings=pings)
         else:
-            self._channel = open_channel(addr)
+            self._channel = open_channel(addr, pings)
         self._stub = pb_grpc.ManagerServiceStub(self._channel)
 
     def _quorum(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["RANK_HEARTBEAT_TIMEOUT", "RankSessions"]
 
 RANK_HEARTBEAT_TIMEOUT = 5.0
-"""Seconds after which a rank that is stopped or cut off counts as dead in its group."""
+"""Seconds after which a rank that is stopped or cut off counts as dead in its group, rank 0 included."""
 
 
 class RankSessions:
@@ -44,7 +44,9 @@ class RankSessions:
         return pb.Welcome(life_address=self._life_address, heartbeat_timeout_ms=round(1000 * RANK_HEARTBEAT_TIMEOUT))
 
     def beat(self, link: Link, number: int) -> None:
-        """Nothing hangs on it: the connection's own pings tell who lives."""
+        """The connection's own pings tell who lives; the answer is what a silence is counted from when it was lost."""
+        if number:
+            link.send(pb.SessionDown(heard=pb.Heard(number=number)))
 
     def left(self, link: Link, reason: str, step: int) -> None:
         self._server.rank_left(link.rank, reason, step)

@@ -8,6 +8,7 @@ The idea
 Rules
     - A server that does not know sessions (an older lighthouse) is asked once: ``unsupported`` is called.
     - When the stream is lost, the server's life address is looked at: a refusal proves that its process has ended.
+      Otherwise it may be silent (:mod:`torchft.coordination.silence`).
     - Which server it is, is asked before each connection (:class:`Servers`). One that answers for a lower epoch than
       was seen is left, and so is one that says it does not lead. After a session was lost the same server is tried
       once more before another one.
@@ -20,15 +21,17 @@ import concurrent.futures
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grpc
 
-from torchft.coordination.channel import reason
+from torchft.coordination.channel import answered, reason
 from torchft.coordination.proto import session_pb2 as pb
 from torchft.coordination.proto import session_pb2_grpc as pb_grpc
+from torchft.coordination.silence import Silence
 from torchft.coordination.types import Notice
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.life import Sign, examine_now
@@ -96,6 +99,10 @@ class SessionEvents:
     """The session stands, for the first time or again."""
     gone: Callable[[str], None] = lambda _: None
     """The server's process has ended, with the cause."""
+    silent: Callable[[str], None] = lambda _: None
+    """The server gives no sign of life, with the cause. Told once, until ``back``."""
+    back: Callable[[], None] = lambda: None
+    """The session with a server that was silent stands again; called before anything that the server says now."""
     unsupported: Callable[[], None] = lambda: None
     """The server knows no sessions; nothing else will be called."""
     lost: Callable[[], None] = lambda: None
@@ -134,6 +141,7 @@ class SessionClient:
         self._log = log
         self._refused = ""
         self._interval = 1.0
+        self._silence = Silence()
         self._life_address = ""
         self._lock = threading.Lock()
         self._request_id = 0
@@ -250,8 +258,11 @@ class SessionClient:
             try:
                 address, stub = self._servers.begin()
                 call = self._call = stub.Session(self._messages(outbox))
+                if self._closed.is_set():
+                    call.cancel()  # close() has seen the call before this one
                 epoch = 0
                 for message in call:
+                    self._silence.sign(time.monotonic())
                     if message.HasField("redirect"):
                         leader = message.redirect.leader
                         continue
@@ -264,12 +275,15 @@ class SessionClient:
                     if self._take(message):
                         backoff = Backoff(0.02, 1.0)
                 cause = "the server ended it" if leader is None else "it does not lead"
+                self._silence.sign(time.monotonic())
                 call.cancel()
             except grpc.RpcError as e:
                 if isinstance(e, grpc.Call) and e.code() == grpc.StatusCode.UNIMPLEMENTED:
                     self._settled.set()
                     self._events.unsupported()
                     return
+                if answered(e):
+                    self._silence.sign(time.monotonic())
                 cause = reason(e)
             except ValueError as e:  # the channel was closed
                 cause = str(e)
@@ -282,7 +296,15 @@ class SessionClient:
             self._lost(cause)
             if leader is not None or not stood:
                 self._servers.leave(address, leader)
-            self._closed.wait(backoff.delay())
+            self._pause(backoff.delay())
+
+    def _pause(self, delay: float) -> None:
+        """Before the next attempt. Tells of a server that is silent."""
+        remaining = self._silence.remaining(time.monotonic())
+        self._closed.wait(delay if remaining is None else min(delay, remaining))
+        silence = self._silence.begins(time.monotonic())
+        if silence is not None and not self._closed.is_set():
+            self._events.silent(f"no sign of life for {silence:.1f} s: stopped, cut off, or no longer serving")
 
     def _refuse(self, epoch: int) -> None:
         why = self._servers.why_refused(epoch)
@@ -322,6 +344,8 @@ class SessionClient:
             if welcome.life_address not in ("", self._life_address):
                 seen = examine_now(welcome.life_address) is Sign.ALIVE
                 self._life_address = welcome.life_address if seen else ""
+            if self._silence.stands(time.monotonic(), welcome.heartbeat_timeout_ms / 1000):
+                self._events.back()
             self._events.welcome(welcome)
             self._stands.set()
             self._settled.set()
@@ -357,6 +381,7 @@ class SessionClient:
             answer.set_result(message)
 
     def _lost(self, cause: str) -> None:
+        self._silence.failed(time.monotonic())
         if self._stands.is_set():
             self._log.warning("the session with the %s was lost (%s); connecting again", self._server, cause)
             self._events.lost()
