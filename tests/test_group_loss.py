@@ -6,6 +6,8 @@ import logging
 import queue
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 
 import pytest
 
@@ -65,15 +67,38 @@ def test_between_two_steps_it_waits_for_nobody_and_is_looked_at_again(monkeypatc
     assert watched.ends.get(timeout=DEADLINE)
 
 
-@pytest.mark.parametrize("off", ["whole", "stop"])
-def test_a_whole_group_or_an_orderly_end_calls_it_off_and_a_new_loss_counts_again(off: str) -> None:
+@pytest.mark.parametrize(
+    "call_off",
+    [lambda loss: loss.whole(time.monotonic()), lambda loss: loss.back(LOST), GroupLoss.stop],
+    ids=["whole", "back", "stop"],
+)
+def test_a_whole_group_or_an_orderly_end_calls_it_off_and_a_new_loss_counts_again(
+    call_off: Callable[[GroupLoss], None],
+) -> None:
     watched = Watched(grace=1.0)  # long enough to call it off in time
     watched.loss.hear(LOST)
-    getattr(watched.loss, off)()
+    call_off(watched.loss)
     with pytest.raises(queue.Empty):
         watched.ends.get(timeout=1.5)
     watched.loss.hear(LOST)
     assert watched.ends.get(timeout=DEADLINE)
+
+
+def test_a_rank_that_is_lost_after_its_vote_is_lost() -> None:
+    watched = Watched()
+    voted = time.monotonic()
+    watched.loss.hear(LOST)  # before the answer to that vote has come
+    watched.loss.whole(voted - 0.001)
+    assert watched.ends.get(timeout=DEADLINE)
+
+
+def test_the_return_of_one_rank_does_not_make_up_for_another() -> None:
+    watched = Watched()
+    watched.loss.hear(LOST)
+    silent = Notice("g:1", "rank 0 of this group is no longer there: no sign of life for 5.6 s", ANY_QUORUM)
+    watched.loss.hear(silent)
+    watched.loss.back(silent)
+    assert "rank 1" in watched.ends.get(timeout=DEADLINE)
 
 
 def test_the_process_ends_with_the_stacks_of_its_threads() -> None:

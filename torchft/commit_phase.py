@@ -12,6 +12,7 @@ Invariants
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -45,7 +46,7 @@ class CommitPhase:
         min_replica_size: a step with fewer participants is not committed.
         max_retries: more failed steps in a row are an exception; None: never.
         timeout: of the collectives.
-        voted: called after each vote in which all ranks took part.
+        voted: called after each vote in which all ranks took part, with when (:func:`time.monotonic`) this one voted.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class CommitPhase:
         min_replica_size: int,
         max_retries: int | None,
         timeout: timedelta,
-        voted: Callable[[], None],
+        voted: Callable[[float], None],
     ) -> None:
         self._group = group
         self._pg = pg
@@ -124,9 +125,10 @@ class CommitPhase:
         participants = self._begin.participation.world_size
         few = participants < self._min_replica_size
         mine = self.errored() is None and not few
+        at = time.monotonic()
         try:
             commit = self._group.vote(self._progress.step, mine, timeout)
-            self._voted()
+            self._voted(at)
         except Exception as e:
             self._error.report(e)
             commit = False

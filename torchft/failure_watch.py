@@ -9,14 +9,17 @@ Rules
     - A notice about a replica that is not in the quorum in use concerns nobody now.
     - A replica that left in good order after a step does not break that step for who is still in it.
     - Each entered quorum is told at most one notice: it is broken then.
+    - A notice about a rank of this group knows no quorum id. It holds until that rank is seen to be back, or until a
+      vote in which all ranks took part; not every lighthouse says a word that would replace it.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Collection
 
-from torchft.coordination.types import Notice
+from torchft.coordination.types import ANY_QUORUM, Notice
 
 __all__ = ["FailureWatch", "ReplicaLost"]
 
@@ -33,6 +36,7 @@ class FailureWatch:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._notices: dict[str, Notice] = {}
+        self._heard: dict[str, float] = {}  # of those that know no quorum id
         self._quorum: tuple[Collection[str], int, int] | None = None
         self._act: Callable[[Notice], None] = _ignore
 
@@ -48,7 +52,7 @@ class FailureWatch:
         with self._lock:
             self._quorum, self._act = (members, quorum_id, step), act
             for replica_id in [r for r, n in self._notices.items() if n.quorum_id < quorum_id]:
-                del self._notices[replica_id]  # ids go up: it concerns nobody any more
+                self._forget(replica_id)  # ids go up: it concerns nobody any more
             hit = next(filter(self._breaks, self._notices.values()), None)
             if hit is not None:
                 self._quorum = None
@@ -71,13 +75,32 @@ class FailureWatch:
         with self._lock:
             self._notices.pop(notice.replica_id, None)
             self._notices[notice.replica_id] = notice
+            self._heard.pop(notice.replica_id, None)
+            if notice.quorum_id >= ANY_QUORUM:
+                self._heard[notice.replica_id] = time.monotonic()
             if len(self._notices) > _REMEMBERED:
-                del self._notices[next(iter(self._notices))]
+                self._forget(next(iter(self._notices)))
             hit, act = self._breaks(notice), self._act
             if hit:
                 self._quorum = None
         if hit:
             act(notice)
+
+    def back(self, notice: Notice) -> None:
+        """What this notice said does not hold any more: it breaks no further quorum."""
+        with self._lock:
+            if self._notices.get(notice.replica_id) is notice:
+                self._forget(notice.replica_id)
+
+    def whole(self, since: float) -> None:
+        """All ranks of this group were there at ``since`` (:func:`time.monotonic`) or later."""
+        with self._lock:
+            for replica_id in [r for r, heard in self._heard.items() if heard <= since]:
+                self._forget(replica_id)
+
+    def _forget(self, replica_id: str) -> None:
+        del self._notices[replica_id]
+        self._heard.pop(replica_id, None)
 
     def _breaks(self, notice: Notice) -> bool:
         if self._quorum is None:

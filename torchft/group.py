@@ -7,7 +7,8 @@ The idea
 Rules
     - The keys carry torchrun's restart count: its agent's store outlives the workers, and a restarted rank must
       not find the address of a former life.
-    - The other ranks hold a session to rank 0 (unless sessions are off), so that any rank's death is seen.
+    - The other ranks hold a session to rank 0 (unless sessions are off), so that any rank's death is seen. It and
+      the calls share a connection that is pinged from both ends: nobody waits for a rank 0 that is stopped or cut off.
     - A group of one rank that no launcher gave a store hosts its own, so that ``python train.py`` works.
 """
 
@@ -25,8 +26,10 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from torchft import config
 from torchft.coordination import ManagerClient, ManagerServer, QuorumResult
+from torchft.coordination.channel import ping_times
 from torchft.coordination.group_vote import Voted
 from torchft.coordination.proto import session_pb2 as pb
+from torchft.coordination.rank_sessions import RANK_HEARTBEAT_TIMEOUT
 from torchft.coordination.session_client import OneServer, SessionClient, SessionEvents
 from torchft.coordination.types import ANY_QUORUM, Notice
 from torchft.runtime.deadline import seconds
@@ -76,6 +79,8 @@ class Group:
     hosted: Registration | None = None
     """What keeps the store out of forked children, where this process hosts it."""
     _listener: Callable[[Notice], None] = field(default=lambda _: None)
+    _on_back: Callable[[Notice], None] = field(default=lambda _: None)
+    _silence: Notice | None = None
     _next_stands: int = -1
 
     def stands(self, step: int) -> bool:
@@ -99,14 +104,20 @@ class Group:
         self._next_stands = step + 1 if voted.next_stands else -1
         return voted.commit
 
-    def listen(self, on_notice: Callable[[Notice], None], on_welcome: Callable[[timedelta, timedelta], None]) -> None:
+    def listen(
+        self,
+        on_notice: Callable[[Notice], None],
+        on_back: Callable[[Notice], None],
+        on_welcome: Callable[[timedelta, timedelta], None],
+    ) -> None:
         """From now on tells what comes on this rank's session, on a thread of its own.
 
         Args:
             on_notice: a replica is no longer there.
+            on_back: what this notice said does not hold any more: rank 0 was silent, and is there again.
             on_welcome: in rank 0: the lighthouse's heartbeat and join timeouts.
         """
-        self._listener = on_notice
+        self._listener, self._on_back = on_notice, on_back
         if self.server is not None:
             self.server.listen(on_notice, on_welcome)
 
@@ -117,6 +128,17 @@ class Group:
     def hear(self, notice: Notice) -> None:
         """A notice came on this rank's session."""
         self._listener(notice)
+
+    def rank0_is_silent(self, cause: str) -> None:
+        """Rank 0 is stopped or cut off, as this rank's session shows."""
+        self._silence = Notice(self.replica_id, f"rank 0 of this group is no longer there: {cause}", ANY_QUORUM)
+        self._listener(self._silence)
+
+    def rank0_is_back(self) -> None:
+        """It is not silent any more."""
+        notice, self._silence = self._silence, None
+        if notice is not None:
+            self._on_back(notice)
 
     def leave(self, reason: str, step: int, timeout: timedelta) -> bool:
         """Tells everybody that this group goes. Returns whether they were told."""
@@ -201,7 +223,8 @@ def join_group(
         ) from e
     manager_address = store.get(f"{prefix}/manager_address").decode()
     unique = store.get(f"{prefix}/replica_id").decode()
-    client = ManagerClient(manager_address, connect_timeout)
+    pings = ping_times(RANK_HEARTBEAT_TIMEOUT) if sessions else None
+    client = ManagerClient(manager_address, connect_timeout, pings=pings)
     group = Group(unique, rank, world_size, client, None, store)
     if sessions:
         group.session = _session_to_rank0(group, client, manager_address)
@@ -217,7 +240,13 @@ def _session_to_rank0(group: Group, client: ManagerClient, address: str) -> Sess
     return SessionClient(
         OneServer(client.channel),
         lambda: pb.Hello(replica_id=group.replica_id, group_rank=group.rank, life_address=life),
-        SessionEvents(notice=group.hear, gone=gone),
+        SessionEvents(
+            notice=group.hear,
+            gone=gone,
+            silent=group.rank0_is_silent,
+            back=group.rank0_is_back,
+            beat=lambda: 1,
+        ),
         f"rank 0 of this group at {address}",
         RankLogger(logger, group.replica_id, group.rank, lambda: "-"),
     )

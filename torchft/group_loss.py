@@ -10,7 +10,9 @@ The idea
 Rules
     - Only a process in the middle of a step ends, ``grace`` after it was told: between two steps, and after the
       last one, it waits for nobody. It is looked at again then.
-    - A vote in which all ranks took part shows that the group is whole again, and calls the end off.
+    - A vote in which all ranks took part shows that the group is whole again, and calls the end off, if the loss was
+      heard of before this rank voted: who dies after its vote is lost all the same.
+    - So does the return of who was lost, where that is seen before a vote.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 from torchft.coordination.types import ANY_QUORUM, Notice
@@ -72,7 +75,8 @@ class GroupLoss:
         self._log = log
         self._lock = threading.Lock()
         self._timer: Timer | None = None
-        self._cause = ""
+        self._notice: Notice | None = None
+        self._heard = 0.0
 
     def hear(self, notice: Notice) -> None:
         """Somebody is no longer there: what the group says of its own ranks matters here."""
@@ -81,7 +85,7 @@ class GroupLoss:
         with self._lock:
             if self._timer is not None:
                 return
-            self._cause = notice.cause
+            self._notice, self._heard = notice, time.monotonic()
             self._timer = call_later(self._grace, self._due)
         self._log.error(
             "%s. This group cannot go on without it. If this process still waits for it in %g s, it ends with exit "
@@ -91,28 +95,35 @@ class GroupLoss:
             EXIT_CODE,
         )
 
-    def whole(self) -> None:
-        """All ranks of the group are there."""
-        with self._lock:
-            timer, self._timer = self._timer, None
-        if timer is not None:
-            timer.cancel()
+    def whole(self, since: float) -> None:
+        """All ranks of the group were there at ``since`` (:func:`time.monotonic`) or later."""
+        if self._call_off(lambda: self._heard <= since):
             self._log.info("the group is whole again")
+
+    def back(self, notice: Notice) -> None:
+        """Who was lost by this notice is there again."""
+        if self._call_off(lambda: self._notice is notice):
+            self._log.info("who was lost is there again: this process does not end")
 
     def stop(self) -> None:
         """This process ends by itself."""
+        self._call_off(lambda: True)
+
+    def _call_off(self, applies: Callable[[], bool]) -> bool:
         with self._lock:
-            timer, self._timer = self._timer, None
-        if timer is not None:
-            timer.cancel()
+            if self._timer is None or not applies():
+                return False
+            self._timer.cancel()
+            self._timer = self._notice = None
+        return True
 
     def _due(self) -> None:
         with self._lock:
-            if self._timer is None:
+            if self._timer is None or self._notice is None:
                 return
             if not self._in_step():
                 self._timer = call_later(_AGAIN, self._due)
                 return
-            cause = self._cause
+            cause = self._notice.cause
         self._log.critical("%s; this process waits for it in vain and ends now", cause)
         self._end(cause)

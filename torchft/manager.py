@@ -255,7 +255,7 @@ class Manager:
             voted=self._all_voted,
         )
         self._loss: GroupLoss | None = None
-        self._group.listen(self._hear, self._check_timeouts)
+        self._group.listen(self._hear, self._hear_back, self._check_timeouts)
         leave_at_the_end(self)
 
     def _hear(self, notice: Notice) -> None:
@@ -264,10 +264,17 @@ class Manager:
         if self._loss is not None:
             self._loss.hear(notice)
 
-    def _all_voted(self) -> None:
-        """All ranks of the group are there."""
+    def _hear_back(self, notice: Notice) -> None:
+        """Who was no longer there is there again. From any thread."""
+        self._begin.watch.back(notice)
         if self._loss is not None:
-            self._loss.whole()
+            self._loss.back(notice)
+
+    def _all_voted(self, at: float) -> None:
+        """All ranks of the group were there when this one voted, or came back since."""
+        self._begin.watch.whole(at)
+        if self._loss is not None:
+            self._loss.whole(at)
 
     def _check_timeouts(self, heartbeat_timeout: timedelta, join_timeout: timedelta) -> None:
         """The lighthouse has told its own."""

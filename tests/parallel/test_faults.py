@@ -1,5 +1,6 @@
 """Two groups of two ranks under FSDP2: a rank is killed, then a rank of the other group is stopped and that group
-killed. It costs the other group a step each time, and the group that comes back heals shard by shard.
+killed. It costs the other group a step each time, and the group that comes back heals shard by shard. A stopped
+rank 0 is missed by the lighthouse, and in its group by the other rank.
 
 The collectives inside a group have half an hour, those between groups a minute: nothing here would end in time if it
 waited for one of those.
@@ -28,10 +29,10 @@ def goes_on(job: Job, group: list[Trainer], since: float) -> None:
     job.until(lambda: all(len(t.commits_after(since)) >= 3 for t in group), "going on", SOON)
 
 
-def ends_by_itself(job: Job, rank: Trainer) -> None:
+def ends_by_itself(job: Job, rank: Trainer, lost: int = 1) -> None:
     rank.exits.add(1)
     job.until(lambda: rank.process.poll() == 1, "the end of the rank that lost the other", SOON)
-    assert "rank 1 of this group is no longer there" in rank.log, rank.log[-3000:]
+    assert f"rank {lost} of this group is no longer there" in rank.log, rank.log[-3000:]
 
 
 def in_place(rank: Trainer) -> int:
@@ -79,5 +80,26 @@ def test_a_killed_rank_and_a_stopped_rank_cost_the_other_group_a_step_and_their_
         hashes = [rank.of("end")[0]["hash"] for rank in (*a, *b)]
         assert hashes[:2] == hashes[2:], "each rank has what the same rank of the other group has"
         assert hashes[0] != hashes[1]
+    finally:
+        job.close()
+
+
+@pytest.mark.timeout(200)  # it starts four processes
+def test_a_stopped_rank_0_ends_its_group_and_costs_the_other_a_step(tmp_path: Path) -> None:
+    chosen = tmp_path / "transport"
+    chosen.write_text("http")
+    # The lighthouse hears of the group by its rank 0 alone: it is the one to miss it.
+    job = Job(tmp_path, trainer=SCRIPT, join_timeout_ms=60_000, heartbeat_timeout_ms=5000)
+    try:
+        a, b = (job.start_group(name, 2, "--transport-file", str(chosen)) for name in "ab")
+        train_together(job, a, b)
+        before = [len(rank.failures()) for rank in a]
+        stopped = b[0].signal(signal.SIGSTOP)
+        goes_on(job, a, stopped)
+        ends_by_itself(job, b[1], lost=0)
+        assert "no sign of life for" in b[1].log
+        assert "waits for it in vain and ends now" in b[1].log
+        assert "all_gather" in b[1].log or "reduce_scatter" in b[1].log, "the stack says where it waited"
+        assert all(len(rank.failures()) <= n + 1 for rank, n in zip(a, before, strict=True))
     finally:
         job.close()
