@@ -61,10 +61,22 @@ def test_between_two_steps_it_waits_for_nobody_and_is_looked_at_again(monkeypatc
     watched = Watched()
     watched.in_step = False
     watched.loss.hear(LOST)
-    assert [watched.looked.get(timeout=DEADLINE) for _ in range(2)] == [False, False]
+    assert [watched.looked.get(timeout=DEADLINE) for _ in range(3)] == [False] * 3
     assert watched.ends.empty()
     watched.in_step = True
     assert watched.ends.get(timeout=DEADLINE)
+
+
+@pytest.mark.parametrize(("in_step", "level"), [(True, logging.ERROR), (False, logging.INFO)])
+def test_a_loss_between_two_steps_is_no_error_in_the_log(
+    in_step: bool, level: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    watched = Watched(grace=600.0)
+    watched.in_step = in_step
+    watched.loss.hear(LOST)
+    watched.loss.stop()
+    assert [record.levelno for record in caplog.records if "rank 1" in record.getMessage()] == [level]
 
 
 @pytest.mark.parametrize(

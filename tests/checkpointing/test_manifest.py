@@ -303,3 +303,16 @@ def test_small_storages_are_copied_and_large_ones_are_read_and_written_where_the
     assert bool(live["large"].isnan().all())
     assert torch.equal(state["small"], torch.ones(100))
     assert torch.equal(live["small"], torch.zeros(100))
+
+
+def test_live_tensors_that_are_not_like_what_arrives_are_named_the_first_few_of_them() -> None:
+    manifest, _ = describe({"w": torch.ones(4, 3), "b": torch.ones(3), "same": torch.ones(2), "new": torch.ones(1)})
+    live = {"w": torch.zeros(4, 5), "b": torch.zeros(3, dtype=torch.float64), "same": torch.zeros(2)}
+    found = Destination(manifest, live).misfits()
+    assert len(found) == 2
+    assert any("(4, 3) at the source" in text and "(4, 5) here" in text for text in found)
+    many, _ = describe({f"w{i}": torch.ones(4) for i in range(10)})
+    found = Destination(many, {f"w{i}": torch.ones(5) for i in range(10)}).misfits()
+    assert len(found) == 4
+    assert found[-1] == "and 7 further tensors differ"
+    assert Destination(many).misfits() == []

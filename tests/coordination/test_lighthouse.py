@@ -154,9 +154,20 @@ def test_shutdown_fails_those_that_wait(start: Start, pool: ThreadPoolExecutor) 
 def test_a_lighthouse_that_is_not_there_is_a_clear_error() -> None:
     with (
         ReservedPort() as nobody,
-        pytest.raises(TimeoutError, match=rf"http://127.0.0.1:{nobody.port}.*TORCHFT_LIGHTHOUSE"),
+        pytest.raises(TimeoutError, match=rf"http://127.0.0.1:{nobody.port}.*[Rr]efused.*TORCHFT_LIGHTHOUSE"),
     ):
         LighthouseClient(f"http://127.0.0.1:{nobody.port}", timedelta(milliseconds=300))
+
+
+def test_a_lighthouse_that_keeps_one_waiting_is_named_in_the_log_with_the_cause(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("torchft.coordination.channel._SAY_AFTER", 0.1)
+    with ReservedPort() as nobody, pytest.raises(TimeoutError):
+        LighthouseClient(f"http://127.0.0.1:{nobody.port}", timedelta(seconds=2))
+    said = [r.getMessage() for r in caplog.records if "does not answer yet" in r.getMessage()]
+    assert len(said) == 1
+    assert f"127.0.0.1:{nobody.port}" in said[0]
 
 
 def test_a_lighthouse_that_comes_late_is_waited_for() -> None:

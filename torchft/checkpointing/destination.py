@@ -31,6 +31,9 @@ from torchft.dtensor import is_dtensor
 
 __all__ = ["Destination"]
 
+_MISFITS = 3
+"""Tensors that differ, named one by one."""
+
 
 class Destination:
     """Memory for one state that is about to arrive.
@@ -95,6 +98,21 @@ class Destination:
         }
         self.run = ByteRun(pieces)
         """Where to write the data."""
+
+    def misfits(self) -> list[str]:
+        """Live tensors that are not like what arrives at their path, in words, the first few. It is for the functions
+        that load to say whether that is an error; but collectives between models that differ end a process.
+        """
+        found: list[str] = []
+        for spec in self._manifest.tensors:
+            given = self._given.get(spec.path)
+            if given is None or spec.dtensor is not None or is_dtensor(given):
+                continue
+            there, here = f"{spec.dtype} {spec.shape}", f"{given.dtype} {tuple(given.shape)}"
+            if there != here:
+                found.append(f"{spec.path} is {there} at the source and {here} here: are the groups' models the same?")
+        more = len(found) - _MISFITS
+        return found if more <= 0 else [*found[:_MISFITS], f"and {more} further tensors differ"]
 
     def piece(self, extent: int) -> torch.Tensor:
         """The memory of one extent, ``uint8``, on the host."""

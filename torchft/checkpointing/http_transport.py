@@ -301,6 +301,8 @@ class HTTPTransport(CheckpointTransport[T]):
             in_place_from=self._copy_below,
             before=None if before is None or before.cut != cut else before.destination,
         )
+        for misfit in destination.misfits():
+            logger.warning("%s", misfit)
         return destination, {} if before is None else before.still_in(destination, cut)
 
     def measure(self, sources: Sequence[tuple[int, str]], timeout: timedelta) -> float:

@@ -154,6 +154,8 @@ class PGTransport(CheckpointTransport[T]):
             )
         into = None if self._state_dict is None else self._state_dict()
         destination = Destination(manifest, into, self._device, self._copy_below)
+        for misfit in destination.misfits():
+            logger.warning("%s", misfit)
         hasher = ChunkHasher()
         coming = buckets(manifest.extents, prologue.bucket)
         link.receive_apart(lambda: self._receive(link, prologue, coming, destination, hasher))

@@ -6,6 +6,7 @@ Deadlines travel as gRPC timeouts and come back as ``TimeoutError``; everything 
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 
@@ -23,6 +24,11 @@ from torchft.runtime.retry import retry
 
 __all__ = ["answered", "connect", "knock", "open_channel", "ping_times", "reason", "server_options", "translate"]
 
+logger = logging.getLogger(__name__)
+
+_SAY_AFTER = 5.0
+"""Seconds of waiting for a server that does not answer, after which the log says so."""
+_LAST_LOOK = 1.0
 _MAX_MESSAGE = 64 * 1024 * 1024
 _MAX_PENDING = 20_000
 """Calls that a server has not begun to serve yet. Beyond 1000 gRPC refuses some otherwise, drawn by chance; and
@@ -120,21 +126,46 @@ def connect(
     """
     channel = open_channel(address, pings)
     try:
+        if _connects(channel, Deadline(min(_SAY_AFTER, deadline.remaining()))):
+            return channel
+        why = _why_not(channel)
+        if why and not deadline.expired:
+            left = deadline.remaining()
+            logger.warning(
+                "the %s at %s does not answer yet (%s); it is tried for %.0f s more", what, address, why, left
+            )
+            why = "" if _connects(channel, deadline) else _why_not(channel)
+        if not why:
+            return channel
+    except BaseException:
+        channel.close()
+        raise
+    channel.close()
+    raise TimeoutError(
+        f"the {what} at {address} did not answer within {deadline.timeout:g} s of trying to connect ({why}). {hint}"
+    )
+
+
+def _connects(channel: grpc.Channel, deadline: Deadline) -> bool:
+    try:
         retry(
             lambda: knock(channel, deadline.remaining()),
             deadline=deadline,
             retryable=lambda e: isinstance(e, grpc.Call) and e.code() == grpc.StatusCode.UNAVAILABLE,
         )
+    except grpc.RpcError:
+        return False
+    return True
+
+
+def _why_not(channel: grpc.Channel) -> str:
+    """What came of the last try to connect: a call that waits for a server only learns that it waited too long. Empty:
+    the server answers by now."""
+    try:
+        knock(channel, _LAST_LOOK, wait_for_ready=False)
     except grpc.RpcError as e:
-        channel.close()
-        raise TimeoutError(
-            f"the {what} at {address} did not answer within {deadline.timeout:g} s of trying to connect "
-            f"({reason(e)}). {hint}"
-        ) from None
-    except BaseException:
-        channel.close()
-        raise
-    return channel
+        return reason(e)
+    return ""
 
 
 def knock(channel: grpc.Channel, timeout: float, wait_for_ready: bool = True) -> None:
