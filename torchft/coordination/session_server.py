@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 _LOOKS = (0.0, 0.01, 0.03, 0.1, 0.3)
 """Pauses in seconds between the looks at a lost member; from then on the last one again and again."""
+_PROOFS = (1.0, 3.0, 10.0)
+"""Pauses in seconds between the looks that follow a first one which did not show that a member can be seen to die."""
 _MAX_TEXT = 4096
 _MAX_UNREAD = 4096
 _Up = grpc.aio.ServicerContext[pb.SessionUp, pb.SessionDown]
@@ -276,8 +278,19 @@ class SessionService(pb_grpc.SessionServiceServicer):
         return task
 
     async def _prove(self, link: Link) -> None:
-        if link.life_address:
-            link.provable = await examine(link.life_address) is Sign.ALIVE
+        """The first look. Where it shows nothing, others follow: on a busy machine a second is not much."""
+        if link.life_address and not await self._seen(link):
+            self._start(self._prove_later(link))
+
+    async def _prove_later(self, link: Link) -> None:
+        for pause in _PROOFS:
+            await asyncio.sleep(pause)
+            if self._links.get(link.key) is not link or await self._seen(link):
+                return
+
+    async def _seen(self, link: Link) -> bool:
+        link.provable = link.provable or await examine(link.life_address) is Sign.ALIVE
+        return link.provable
 
     async def _find_out(self, link: Link) -> None:
         """Why a member was lost, unless it comes back."""
