@@ -28,6 +28,7 @@ from torchft.checkpointing.mesh import MeshSpec
 from torchft.checkpointing.transport import CheckpointError
 from torchft.checkpointing.tree import tensors_by_path
 from torchft.dtensor import is_dtensor
+from torchft.runtime.collection import collection_put_off
 
 __all__ = ["Destination"]
 
@@ -49,6 +50,7 @@ class Destination:
         CheckpointError: there is not enough memory.
     """
 
+    @collection_put_off()
     def __init__(
         self,
         manifest: Manifest,

@@ -33,6 +33,7 @@ from torchft.checkpointing.mesh import MeshSpec, parse_placements, placements_js
 from torchft.checkpointing.transport import ManifestError, UnsafeStateError
 from torchft.checkpointing.tree import DTYPES, JSON, Decoder, Encoder, dtype_name
 from torchft.dtensor import dtensor_class
+from torchft.runtime.collection import collection_put_off
 
 if TYPE_CHECKING:  # here only: see torchft.dtensor
     from torch.distributed.tensor import DTensor, Placement
@@ -96,6 +97,7 @@ class Manifest:
         return sum(self.extents)
 
     @classmethod
+    @collection_put_off()
     def parse(cls, body: bytes | memoryview, allow_pickle: bool = False) -> Manifest:
         """Reads and checks what a source sent.
 
@@ -240,6 +242,7 @@ class _Found:
     extent: int = -1
 
 
+@collection_put_off()
 def describe(state: object, allow_pickle: bool = False) -> tuple[Manifest, list[torch.Tensor]]:
     """The manifest of a state, and the bytes of each extent as a one-dimensional ``uint8`` view of its memory.
 

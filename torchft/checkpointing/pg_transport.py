@@ -52,6 +52,7 @@ from torchft.checkpointing.transport import (
     ManifestError,
     StepNotServed,
 )
+from torchft.runtime.collection import collection_put_off
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.logs import SpeakerLogger
 
@@ -183,6 +184,7 @@ class PGTransport(CheckpointTransport[T]):
         arriving: deque[tuple[Bucket, torch.Tensor]] = deque()
         following = next(coming, None)
 
+        @collection_put_off()
         def announce() -> None:
             nonlocal following
             while following is not None and len(arriving) < _ANNOUNCED:
