@@ -22,6 +22,7 @@ from torchft.coordination.election import Seat
 from torchft.coordination.last_members import LastMembers
 from torchft.coordination.lighthouse_askers import Answers, Asker, Call, Question
 from torchft.coordination.lighthouse_orders import OrderQueue, Pending, quorum_of
+from torchft.coordination.lighthouse_status import StatusLog, status_of
 from torchft.coordination.proto import session_pb2, session_pb2_grpc
 from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
@@ -38,11 +39,6 @@ from torchft.runtime.life import life_address
 __all__ = ["Counters", "LighthouseService"]
 
 logger = logging.getLogger(__name__)
-
-_STILL_WAITING = 1.0
-"""Seconds after which a reason for "not yet" is worth a line at INFO."""
-_REMINDED = 60.0
-"""Seconds until it is said again, while it stands."""
 
 
 @dataclass
@@ -71,9 +67,7 @@ class LighthouseService(pb_grpc.LighthouseServiceServicer):
         self._find_dead: concurrent.futures.Future[None] | None = None
         self._answers: dict[str, Asker] = {}
         self._subscribers: set[asyncio.Queue[pb.FailureNotification | None]] = set()
-        self._tell_status_at: float | None = None
-        self._status_told = False
-        self._announced_id = 0
+        self._log = StatusLog()
         self._last_event = time.monotonic()
         self._life_address = life_address()
         self.sessions = SessionService(self, options.heartbeat_timeout)
@@ -213,7 +207,7 @@ class LighthouseService(pb_grpc.LighthouseServiceServicer):
         self._answers[member.replica_id] = asker
         self.counters.quorum_requests += 1
         self._carry_out(self._core.request(member, self._now()), member.replica_id)
-        if self._status_told and self._answers.get(member.replica_id) is asker:
+        if self._log.told and self._answers.get(member.replica_id) is asker:
             asker.not_yet(self.status())  # it comes to those who have been told already
 
     def _tell(self, death: Death, lives: bool = False) -> None:
@@ -373,8 +367,12 @@ class LighthouseService(pb_grpc.LighthouseServiceServicer):
         if outcome.quorum is not None:
             self.counters.quorums += 1
             self._answer(outcome.quorum.replica_ids, Answers(outcome.quorum))
-            self._log_quorum(outcome)
-        self._log_status(outcome)
+            self._log.formed(outcome.quorum, self._core.membership.status)
+        if self._log.due(outcome, self._core.somebody_waits):
+            why = self.status()
+            logger.info("no quorum yet: %s", why)
+            for asker in self._answers.values():
+                asker.not_yet(why)
 
     def _answer(self, replica_ids: Iterable[str], answers: Answers) -> None:
         for replica_id in replica_ids:
@@ -382,47 +380,9 @@ class LighthouseService(pb_grpc.LighthouseServiceServicer):
             if asker is not None:
                 asker.succeed(answers)
 
-    def _log_quorum(self, outcome: Outcome) -> None:
-        quorum = outcome.quorum
-        assert quorum is not None
-        new = quorum.quorum_id != self._announced_id
-        self._announced_id = quorum.quorum_id
-        logger.log(
-            logging.INFO if new else logging.DEBUG,
-            "quorum %d of %d replicas at step %d: %s (%s)",
-            quorum.quorum_id,
-            len(quorum.participants),
-            max(m.step for m in quorum.participants),
-            ", ".join(quorum.replica_ids[:16]) + (" …" if len(quorum.replica_ids) > 16 else ""),
-            self._core.membership.status,
-        )
-
-    def _log_status(self, outcome: Outcome) -> None:
-        now = time.monotonic()
-        if outcome.status is not None:
-            logger.debug("%s", outcome.status)
-            waits = outcome.quorum is None and self._core.somebody_waits()
-            self._tell_status_at = now + _STILL_WAITING if waits else None
-            self._status_told = False
-        elif self._tell_status_at is not None and now >= self._tell_status_at:
-            self._tell_status_at = now + _REMINDED
-            self._status_told = True
-            why = self.status()
-            logger.info("no quorum yet: %s", why)
-            for asker in self._answers.values():
-                asker.not_yet(why)
-
     def status(self) -> str:
         """Why there is, or is not yet, a quorum; for how long, and what to do, where that is known."""
-        membership = self._core.membership
-        until, last = membership.takeover_at, membership.previous
-        if until is None or last is None:
-            return membership.status
-        left = max(0.0, until - time.monotonic())
-        hint = ""
-        if self.seat.durable:
-            hint = f". If you know that they are gone, start this lighthouse again with --forget {last.quorum_id}"
-        return f"{membership.status}. That is in {left:.0f} s{hint}"
+        return status_of(self._core.membership, self.seat.durable)
 
 
 def _misfit(member: Member, other: Member) -> str:
