@@ -138,10 +138,12 @@ def test_a_joiner_receives_the_synchronised_parameters(
     assert raw(a.model) == raw(b.model) == raw(local_a_copy())
 
 
-def test_a_window_in_which_a_collective_fails_is_discarded(pair: Groups) -> None:
-    fake = FakeProcessGroupWrapper(ProcessGroupGloo(timeout=TIMEOUT))
-    a, b = replica(pair, "a", 1, pg=fake), replica(pair, "b", 2)
-    seen: dict[str, list[tuple[int, bytes]]] = {"a": [], "b": []}
+Seen = dict[str, list[tuple[int, bytes]]]
+
+
+def train_with_a_bad_window(pair: Groups, a: Replica, b: Replica, harm: Callable[[], None]) -> Seen:
+    """What ``a`` and ``b`` are at the end of each window; in the second one, ``a`` comes to harm."""
+    seen: Seen = {"a": [], "b": []}
 
     def run(r: Replica, name: str, group: int) -> None:
         with LocalSGD(r.manager, r.model, r.inner, EVERY):
@@ -150,12 +152,19 @@ def test_a_window_in_which_a_collective_fails_is_discarded(pair: Groups) -> None
                 if step % EVERY == EVERY - 1:
                     seen[name].append((r.manager.current_step(), raw(r.model)))
                 if r is a and step == 2 * EVERY - 2:
-                    fake.report_future_error(RuntimeError("injected"))
+                    harm()
 
             train(r, group, 4, after)
 
     pair.together(lambda: run(a, "a", 0), lambda: run(b, "b", 1))
     assert seen["a"][0] == seen["a"][1]  # restored, bit by bit
+    return seen
+
+
+def test_a_window_in_which_a_collective_fails_is_discarded(pair: Groups) -> None:
+    fake = FakeProcessGroupWrapper(ProcessGroupGloo(timeout=TIMEOUT))
+    a, b = replica(pair, "a", 1, pg=fake), replica(pair, "b", 2)
+    seen = train_with_a_bad_window(pair, a, b, lambda: fake.report_future_error(RuntimeError("injected")))
     after_step_of_b = dict(seen["b"])
     assert all(after_step_of_b[step] == weights for step, weights in seen["a"])
     assert seen["a"][-1][0] == seen["b"][-1][0] == 4
@@ -166,21 +175,7 @@ def test_an_error_reported_between_two_synchronisations_discards_the_window(
     pair: Groups, use_async_quorum: bool
 ) -> None:
     a, b = (replica(pair, n, s, use_async_quorum) for n, s in (("a", 1), ("b", 2)))
-    seen: dict[str, list[tuple[int, bytes]]] = {"a": [], "b": []}
-
-    def run(r: Replica, name: str, group: int) -> None:
-        with LocalSGD(r.manager, r.model, r.inner, EVERY):
-
-            def after(step: int) -> None:
-                if step % EVERY == EVERY - 1:
-                    seen[name].append((r.manager.current_step(), raw(r.model)))
-                if r is a and step == 2 * EVERY - 2:
-                    r.manager.report_error(RuntimeError("a bad batch"))
-
-            train(r, group, 4, after)
-
-    pair.together(lambda: run(a, "a", 0), lambda: run(b, "b", 1))
-    assert seen["a"][0] == seen["a"][1]  # restored, bit by bit
+    train_with_a_bad_window(pair, a, b, lambda: a.manager.report_error(RuntimeError("a bad batch")))
     assert raw(a.model) == raw(b.model)
     assert a.manager.current_step() == b.manager.current_step() == 4
 

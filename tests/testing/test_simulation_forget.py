@@ -18,15 +18,8 @@ SEEDS = range(250)
 class ForgetsThem(StandingLighthouse):
     """At each start an operator says that the members of the last quorum are gone, whether they are or not."""
 
-    def __init__(
-        self,
-        options: Options,
-        quorum_id: int = 0,
-        now: float = 0.0,
-        restarted: bool = False,
-        last: Quorum | None = None,
-    ) -> None:
-        super().__init__(options, quorum_id, now, restarted, last)
+    def __init__(self, options: Options, quorum_id: int, now: float, *, last: Quorum | None, **kwargs: Any) -> None:
+        super().__init__(options, quorum_id, now, last=last, **kwargs)
         for replica_id in () if last is None else last.replica_ids:
             self.failed(replica_id, "an operator says that it is gone", now)
 

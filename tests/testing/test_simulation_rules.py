@@ -35,14 +35,7 @@ class TakesOverAtOnce(StandingLighthouse):
 class AdoptsNothing(StandingLighthouse):
     """A restarted lighthouse listens to no announcement, and knows nothing of the last quorum."""
 
-    def __init__(
-        self,
-        options: Options,
-        quorum_id: int = 0,
-        now: float = 0.0,
-        restarted: bool = False,
-        last: Quorum | None = None,
-    ) -> None:
+    def __init__(self, options: Options, quorum_id: int, now: float, **before: Any) -> None:
         super().__init__(options, quorum_id, now)
 
     def attach(self, replica_id: str, active: bool, now: float, announced: Announcement | None = None) -> Orders:
@@ -52,21 +45,14 @@ class AdoptsNothing(StandingLighthouse):
 class ForgetsTheLastQuorum(StandingLighthouse):
     """A restarted lighthouse waits for announcements, but its record has nothing but the epoch."""
 
-    def __init__(
-        self,
-        options: Options,
-        quorum_id: int = 0,
-        now: float = 0.0,
-        restarted: bool = False,
-        last: Quorum | None = None,
-    ) -> None:
-        super().__init__(options, quorum_id, now, restarted)
+    def __init__(self, *args: Any, last: Quorum | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
 
 
 class UsesIdsTwice(AdoptsNothing):
     """Nor does it have an epoch."""
 
-    def __init__(self, options: Options, quorum_id: int = 0, now: float = 0.0, **kwargs: Any) -> None:
+    def __init__(self, options: Options, quorum_id: int, now: float, **before: Any) -> None:
         super().__init__(options, 0, now)
 
 
