@@ -214,12 +214,7 @@ def reduce(
         timer.cancel()
         if not claim.acquire(blocking=False):
             return
-        try:
-            completed.value()
-            if divisor != 1:
-                tensor.div_(divisor)
-        except Exception as e:
-            on_error(e)
+        _divide(completed, tensor, divisor, on_error)
         out.set_result(tensor)
 
     fut.add_done_callback(done)
@@ -232,13 +227,18 @@ def _on_stream(
     """The same for an accelerator: the division follows the collective on the future's own stream."""
 
     def done(completed: Future[Any]) -> torch.Tensor:
-        try:
-            completed.value()
-            if divisor != 1:
-                tensor.div_(divisor)
-        except Exception as e:
-            on_error(e)
+        _divide(completed, tensor, divisor, on_error)
         return tensor
 
     chained: Future[torch.Tensor] = fut.then(done)
     return chained
+
+
+def _divide(completed: Future[Any], tensor: torch.Tensor, divisor: int, on_error: Callable[[Exception], None]) -> None:
+    """What follows a collective. If it failed, that is the step's error."""
+    try:
+        completed.value()
+        if divisor != 1:
+            tensor.div_(divisor)
+    except Exception as e:
+        on_error(e)

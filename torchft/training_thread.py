@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from torchft.runtime.deadline import Deadline
+from torchft.runtime.worker import carry_out
 
 __all__ = ["Caller", "TrainingThread", "directly"]
 
@@ -100,15 +101,8 @@ class TrainingThread:
                 self._changed.wait_for(lambda: until.done() or self._job is not None)
                 if self._job is None:
                     return
-                (future, call), self._job = self._job, None
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                result = call()
-            except BaseException as e:
-                future.set_exception(e)
-            else:
-                future.set_result(result)
+                job, self._job = self._job, None
+            carry_out(*job)
 
     def _wake(self, _: object) -> None:
         with self._changed:

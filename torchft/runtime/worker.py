@@ -12,10 +12,23 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["Worker"]
+__all__ = ["Worker", "carry_out"]
 
 T = TypeVar("T")
 _Job = tuple["concurrent.futures.Future[Any]", Callable[[], Any]]
+
+
+def carry_out(future: concurrent.futures.Future[T], call: Callable[[], T]) -> None:
+    """Makes a call, unless its future was cancelled, and completes the future with what it returned or raised."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = call()
+    except BaseException as e:
+        future.set_exception(e)
+        del future, call  # which the exception's traceback would keep, and with them itself
+    else:
+        future.set_result(result)
 
 
 class Worker:
@@ -65,13 +78,5 @@ class Worker:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            future, call = job
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                result = call()
-            except BaseException as e:
-                future.set_exception(e)
-            else:
-                future.set_result(result)
-            del future, call, job
+            carry_out(*job)
+            del job
