@@ -48,6 +48,10 @@ def use_nursery(nursery: Nursery) -> None:
 class _BabyProcessGroup(BackendProcessGroup):
     _host: ClassVar[str]
     """``module:Class`` of the group in the child."""
+    _library: ClassVar[str]
+    """That carries its collectives; in the backend's name."""
+    _device_type: ClassVar[str] = "cpu"
+    """On what the child's group works."""
 
     def __init__(self, timeout: timedelta = DEFAULT_TIMEOUT) -> None:
         global _nursery
@@ -66,7 +70,12 @@ class _BabyProcessGroup(BackendProcessGroup):
 
     def _device(self) -> torch.device:
         """On which the child's group works."""
-        return torch.device("cpu")
+        if self._device_type == "cpu":
+            return torch.device("cpu")
+        return torch.device(self._device_type, torch.get_device_module(self._device_type).current_device())
+
+    def getBackendName(self) -> str:
+        return f"torchft-baby-{self._library}"
 
     @staticmethod
     def _make_block(device: torch.device, number: int, size: int) -> Block:
@@ -190,9 +199,7 @@ class ProcessGroupBabyGloo(_BabyProcessGroup):
     """
 
     _host = "torchft.process_group.gloo:ProcessGroupGloo"
-
-    def getBackendName(self) -> str:
-        return "torchft-baby-gloo"
+    _library = "gloo"
 
 
 class ProcessGroupBabyNCCL(_BabyProcessGroup):
@@ -206,20 +213,16 @@ class ProcessGroupBabyNCCL(_BabyProcessGroup):
     """
 
     _host = "torchft.process_group.nccl:ProcessGroupNCCL"
+    _library = "nccl"
+    _device_type = "cuda"
 
     def __init__(self, timeout: timedelta = DEFAULT_TIMEOUT) -> None:
         check_hardware("ProcessGroupBabyNCCL", "NCCL", dist.is_nccl_available(), "a CUDA", torch.cuda.is_available())
         super().__init__(timeout)
 
-    def _device(self) -> torch.device:
-        return torch.device("cuda", torch.cuda.current_device())
-
     @staticmethod
     def _make_block(device: torch.device, number: int, size: int) -> Block:
         return GpuBlock(device, number, size)
-
-    def getBackendName(self) -> str:
-        return "torchft-baby-nccl"
 
 
 class ProcessGroupBabyXCCL(_BabyProcessGroup):
@@ -233,16 +236,12 @@ class ProcessGroupBabyXCCL(_BabyProcessGroup):
     """
 
     _host = "torchft.process_group.xccl:ProcessGroupXCCL"
+    _library = "xccl"
+    _device_type = "xpu"
 
     def __init__(self, timeout: timedelta = DEFAULT_TIMEOUT) -> None:
         check_hardware("ProcessGroupBabyXCCL", "XCCL", c10d.is_xccl_available(), "an XPU", torch.xpu.is_available())
         super().__init__(timeout)
-
-    def _device(self) -> torch.device:
-        return torch.device("xpu", torch.xpu.current_device())
-
-    def getBackendName(self) -> str:
-        return "torchft-baby-xccl"
 
 
 def _after_fork_in_child() -> None:
