@@ -87,11 +87,11 @@ def test_a_loss_between_two_steps_is_no_error_in_the_log(
 def test_a_whole_group_or_an_orderly_end_calls_it_off_and_a_new_loss_counts_again(
     call_off: Callable[[GroupLoss], None],
 ) -> None:
-    watched = Watched(grace=1.0)  # long enough to call it off in time
+    watched = Watched(grace=0.5)  # long enough to call it off in time
     watched.loss.hear(LOST)
     call_off(watched.loss)
     with pytest.raises(queue.Empty):
-        watched.ends.get(timeout=1.5)
+        watched.ends.get(timeout=0.8)
     watched.loss.hear(LOST)
     assert watched.ends.get(timeout=DEADLINE)
 

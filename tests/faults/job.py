@@ -179,11 +179,11 @@ class Job:
     def finish(self, timeout: float = 120.0) -> list[dict[str, Any]]:
         """Lets the living trainers end at one step, and returns their last events.
 
-        They come to that step in about a second: none may be beyond it when it is told, or they end at different ones.
+        They come to that step in most of a second: none may be beyond it when it is told, or they end at different ones.
         """
         living = [t for t in self.trainers if t.process.poll() is None]
         foremost = max(living, key=lambda t: t.step)
-        target = foremost.step + max(10, math.ceil(1.0 / foremost.seconds_per_step()))
+        target = foremost.step + max(10, math.ceil(0.7 / foremost.seconds_per_step()))
         partial = self.stop_file.with_suffix(".partial")
         partial.write_text(str(target))
         partial.rename(self.stop_file)
