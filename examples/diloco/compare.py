@@ -3,8 +3,9 @@
     python examples/diloco/compare.py
 
 Each row is a run of two groups on one machine, with the same model, the same text, and the same number of optimizer
-steps a group. In a run with a fault group 1 gets SIGKILL when a third of it is done and is started again at once. The
-program ends with an error if a run fails or the groups of one do not end with the same state.
+steps a group. In a run with a fault group 1 gets SIGKILL when a third of it is done and is started again at once; a
+machine that is so slow that the others' steps would be over before it is back lets them go on until it is. The program
+ends with an error if a run fails or the groups of one do not end with the same state.
 """
 
 from __future__ import annotations
