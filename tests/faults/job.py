@@ -179,7 +179,7 @@ class Job:
     def finish(self, timeout: float = 120.0) -> list[dict[str, Any]]:
         """Lets the living trainers end at one step, and returns their last events.
 
-        They come to that step in most of a second: none may be beyond it when it is told, or they end at different ones.
+        They come to it in most of a second: none may be beyond it when it is told, or they end at different ones.
         """
         living = [t for t in self.trainers if t.process.poll() is None]
         foremost = max(living, key=lambda t: t.step)
