@@ -12,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
-from torchft.checkpointing import CheckpointError, CheckpointTransport
+from torchft.checkpointing import CheckpointError, CheckpointTransport, StepNotServed
 from torchft.coordination import ManagerClient, QuorumResult
 from torchft.core.assignment import Source
 from torchft.runtime.deadline import Deadline, seconds
 from torchft.runtime.logs import RankLogger, speaking
 from torchft.runtime.loop import call_later
+from torchft.runtime.retry import Backoff
 from torchft.state import ReplicaState
 from torchft.step_error import StepError
 from torchft.together import Together
@@ -27,6 +28,8 @@ __all__ = ["Recovery"]
 _PATIENCE = 0.5
 """Seconds after which another source that has answered is as good as the assigned one."""
 _MEASURING = timedelta(seconds=3)
+_PAUSES = 0.05, 1.0
+"""Seconds of the first and the longest pause after a heal that every source declined."""
 
 
 class _Heal:
@@ -130,6 +133,7 @@ class Recovery:
         self._receivers: tuple[str, ...] = ()
         self._heal: _Heal | None = None
         self._sources: list[Source] = []
+        self._pauses = Backoff(*_PAUSES)
 
     def drop(self, replica_id: str, cause: str) -> None:
         """A replica is no longer there: a transfer to it, or from it alone, ends now. From any thread.
@@ -186,17 +190,21 @@ class Recovery:
         self._receivers = tuple(quorum.name(r) for r in self._receivers_of(quorum))
         if not self._receivers and not self._together.all_save(quorum):
             return None
-        state = self._together.save(quorum, torchft)
-        if not self._receivers:
-            return state
-        self._log.info("peers need recovery from us %s", quorum.recover_dst_replica_ranks)
-        with speaking(self._log):
-            self.transport.send_checkpoint(
-                dst_ranks=quorum.recover_dst_replica_ranks,
-                step=quorum.max_step,
-                state_dict=state,
-                timeout=self._timeout,
-            )
+        try:
+            state = self._together.save(quorum, torchft)
+            if not self._receivers:
+                return state
+            self._log.info("peers need recovery from us %s", quorum.recover_dst_replica_ranks)
+            with speaking(self._log):
+                self.transport.send_checkpoint(
+                    dst_ranks=quorum.recover_dst_replica_ranks,
+                    step=quorum.max_step,
+                    state_dict=state,
+                    timeout=self._timeout,
+                )
+        except Exception as e:
+            self.transport.decline(quorum.max_step, str(e) or type(e).__name__)
+            raise
         return state
 
     def know(self, quorum: QuorumResult) -> None:
@@ -260,7 +268,13 @@ class Recovery:
         heal = _Heal(quorum, self._sources, self._connect_timeout)
         self._heal = heal
         try:
-            return self._receive(heal, source, quorum.max_step, error, unmeasured)
+            taken = self._receive(heal, source, quorum.max_step, error, unmeasured)
+            self._pauses = Backoff(*_PAUSES)
+            return taken
+        except StepNotServed:  # at once: what keeps a source from giving its state may do so in each step
+            with heal.changed:
+                heal.changed.wait(self._pauses.delay())
+            raise
         finally:
             self._heal = None
             heal.close()

@@ -156,6 +156,17 @@ def test_nothing_is_served_after_disallow() -> None:
         assert receiver.recv_checkpoint(0, source.metadata(), 5, TIMEOUT) == {"x": 2}
 
 
+def test_what_cannot_be_offered_is_refused_with_the_reason_until_something_is() -> None:
+    with transport() as source, transport() as receiver:
+        later = threading.Timer(0.2, lambda: source.decline(4, "the state dict function 'x'\nraised"))
+        later.start()  # while the receiver waits for an offer
+        with pytest.raises(StepNotServed, match="could not be offered: the state dict function 'x' raised"):
+            receiver.recv_checkpoint(0, source.metadata(), 4, TIMEOUT)
+        later.join()
+        source.send_checkpoint([1], 4, {"a": 1}, TIMEOUT)
+        assert receiver.recv_checkpoint(0, source.metadata(), 4, TIMEOUT) == {"a": 1}
+
+
 def test_no_thread_is_left_after_shutdown() -> None:
     before = set(threading.enumerate())
     with transport() as source, transport() as receiver:

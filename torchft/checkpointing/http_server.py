@@ -33,6 +33,7 @@ __all__ = ["SnapshotServer"]
 logger = logging.getLogger("torchft.checkpointing.http_transport")
 
 MAX_CONNECTIONS = 128
+_MAX_REASON = 1000
 
 
 class SnapshotServer:
@@ -49,6 +50,7 @@ class SnapshotServer:
         self._stall = stall
         self._changed = threading.Condition()
         self._offer: Offer | None = None
+        self._declined: tuple[int, str] | None = None
         self._newest = -1
         self._stopping = False
         self._connections: dict[Connection, None] = {}  # the oldest first
@@ -63,9 +65,16 @@ class SnapshotServer:
         offer = Offer(step, manifest, run, self._changed)
         with self._changed:
             self._offer = offer
+            self._declined = None
             self._newest = max(self._newest, step)
             self._changed.notify_all()
         return offer
+
+    def decline(self, step: int, reason: str) -> None:
+        """Who asks for ``step`` is refused at once, with the reason, until something is offered."""
+        with self._changed:
+            self._declined = step, " ".join(reason.split())[:_MAX_REASON]
+            self._changed.notify_all()
 
     def wait_for_readers(self, deadline: Deadline) -> bool:
         """Whether all readers of the offer have ended before the deadline."""
@@ -186,7 +195,7 @@ class SnapshotServer:
         """The offer of ``step``; ``connection`` is a reader of it from here on."""
 
         def settled() -> bool:
-            if self._stopping or connection.dropped or step < self._newest:
+            if self._stopping or connection.dropped or step < self._newest or self._why_declined(step):
                 return True
             return self._readable(step, connection) is not None
 
@@ -209,7 +218,12 @@ class SnapshotServer:
         known = connection in offer.readers or any(r.receiver == connection.receiver for r in offer.readers)
         return offer if offer.open or known else None
 
+    def _why_declined(self, step: int) -> str:
+        return self._declined[1] if self._declined is not None and self._declined[0] == step else ""
+
     def _refusal(self, step: int) -> Refused:
+        if why := self._why_declined(step):
+            return Refused(409, f"step {step} was asked for, but could not be offered: {why}")
         offer = self._offer
         if offer is not None and offer.open and not offer.withdrawn:
             serves = f"step {offer.step} is served"

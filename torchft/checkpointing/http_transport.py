@@ -334,6 +334,9 @@ class HTTPTransport(CheckpointTransport[T]):
         if waiting is not None:
             waiting.expect_no_offer(reason)
 
+    def decline(self, step: int, reason: str) -> None:
+        self._server.decline(step, reason)
+
     def shutdown(self, wait: bool = True) -> None:
         self._closed = True
         self._partial = None

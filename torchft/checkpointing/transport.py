@@ -198,5 +198,11 @@ class CheckpointTransport(ABC, Generic[T]):
             reason: for the message, as what follows "when".
         """
 
+    def decline(self, step: int, reason: str) -> None:
+        """The state of ``step`` could not be given: whoever asks this source for it is told why, and does not wait.
+
+        Until the next ``send_checkpoint``. From any thread; returns at once. Without it, they wait for their timeout.
+        """
+
     def shutdown(self, wait: bool = True) -> None:
         """Stops serving and frees what is held. With ``wait``, threads have ended when this returns. Idempotent."""
