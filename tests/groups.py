@@ -129,7 +129,7 @@ class Groups:
 @contextmanager
 def running(min_replicas: int = 1, **lighthouse: int) -> Iterator[Groups]:
     """A lighthouse and its groups."""
-    server = LighthouseServer("127.0.0.1:0", min_replicas, **{"heartbeat_timeout_ms": 1000, **lighthouse})
+    server = LighthouseServer("127.0.0.1:0", min_replicas, **{"heartbeat_timeout_ms": 5000, **lighthouse})
     groups = Groups(server)
     try:
         yield groups
