@@ -28,7 +28,7 @@ class OptimizerWrapper(Optimizer):
         # Not super().__init__(): there is one set of parameter groups and state, the wrapped optimizer's.
         if isinstance(optim, OptimizerWrapper):
             raise TypeError("this optimizer is wrapped already: each step() would vote twice. Pass the one it wraps")
-        if not isinstance(optim, Optimizer):
+        if not hasattr(optim, "step"):  # some are no subclass of torch's
             raise TypeError(f"optim is a {type(optim).__name__}, not a torch optimizer: Optimizer(manager, optimizer)")
         self.manager = manager
         self.optim = optim
