@@ -1,17 +1,19 @@
 """One end of state transfers over HTTP, and of the same bytes over bare TCP.
 
-The state is `--count` tensors of `--mib` MiB in all. Each round moves it in every way that the implementation has: into
-fresh memory (without and with `num_chunks`), and, where `HTTPTransport` takes a `state_dict`, into the receiver's own
-tensors. Beside it, `recv_into` of 1 MiB from one and from two TCP streams into those same tensors, checked by nobody:
-what the kernel gives; and from two whose congestion control does not pace (`reno`), where the default one may. The
-receiver tells the seconds of each, from when the source may begin until everything is there,
-and both what their memory peaked at beyond what they held before.
+The state is `--count` tensors of `--mib` MiB in all. Each round moves it in every way that the implementation has:
+where `HTTPTransport` takes a `state_dict`, into the receiver's own tensors, and, when those rounds are over, into fresh
+memory (without and with `num_chunks`): to give so much memory back keeps the system busy for a while. Beside the first,
+`recv_into` of 1 MiB from one and from two TCP streams into those same tensors, checked by nobody: what the kernel
+gives; and from two whose congestion control does not pace (`reno`), where the default one may. The receiver tells the
+seconds of each, from when the source may begin until everything is there, and both what their memory peaked at beyond
+what they held before.
 """
 
 import inspect
 import socket
 import threading
 import time
+from collections.abc import Iterator
 
 from ends import MIB, TIMEOUT, End, State, check, peak, peak_anew, run
 from report import say
@@ -62,6 +64,15 @@ def transports(state: State | None) -> dict[str, HTTPTransport]:
     return out
 
 
+def turns(ways: dict[str, HTTPTransport], rounds: int) -> Iterator[tuple[int, list[str], list[str]]]:
+    """The ways of each turn: with a transport, and without."""
+    into_place = [way for way in ways if way == "place"]
+    for n in range(rounds):
+        yield n, into_place, list(RAW)
+    for n in range(rounds, 2 * rounds):
+        yield n, [way for way in ways if way not in into_place], []
+
+
 def serve(end: End) -> None:
     store, state = end.store, end.state
     ways = transports(None)
@@ -72,8 +83,9 @@ def serve(end: End) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
     step = 0
     beyond: dict[str, int] = {}
-    for n in range(end.rounds):
-        for way, transport in ways.items():
+    for n, moved, raw in turns(ways, end.rounds):
+        for way in moved:
+            transport = ways[way]
             step += 1
             end.mark(float(step))
             before = peak_anew()
@@ -83,9 +95,9 @@ def serve(end: End) -> None:
             store.wait([f"done{step}"], TIMEOUT)
             transport.disallow_checkpoint()
             beyond[way] = max(beyond.get(way, 0), peak() - before)
-        for way, streams in RAW.items():
+        for way in raw:
             store.wait([f"{way}.{n}"], TIMEOUT)
-            at_once(send_all, sockets[streams], state)
+            at_once(send_all, sockets[RAW[way]], state)
     finish(ways, beyond)
 
 
@@ -96,8 +108,9 @@ def receive(end: End) -> None:
     sockets = [socket.create_connection(("127.0.0.1", int(store.get("port")))) for _ in range(4)]
     step = 0
     beyond: dict[str, int] = {}
-    for n in range(end.rounds):
-        for way, transport in ways.items():
+    for n, moved, raw in turns(ways, end.rounds):
+        for way in moved:
+            transport = ways[way]
             step += 1
             store.wait([f"metadata{step}"], TIMEOUT)
             metadata = store.get(f"metadata{step}").decode()
@@ -111,10 +124,10 @@ def receive(end: End) -> None:
             check(got, step, f"step {step}")
             del got
             say("moved", way=way, seconds=took)
-        for way, streams in RAW.items():
+        for way in raw:
             began = time.perf_counter()
             store.set(f"{way}.{n}", "")
-            at_once(receive_all, sockets[streams], state)
+            at_once(receive_all, sockets[RAW[way]], state)
             say("moved", way=way, seconds=time.perf_counter() - began)
     finish(ways, beyond)
 
