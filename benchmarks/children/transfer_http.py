@@ -1,19 +1,18 @@
 """One end of state transfers over HTTP, and of the same bytes over bare TCP.
 
-The state is `--count` tensors of `--mib` MiB in all. Each round moves it in every way that the implementation has:
-where `HTTPTransport` takes a `state_dict`, into the receiver's own tensors, and, when those rounds are over, into fresh
-memory (without and with `num_chunks`): to give so much memory back keeps the system busy for a while. Beside the first,
-`recv_into` of 1 MiB from one and from two TCP streams into those same tensors, checked by nobody: what the kernel
-gives; and from two whose congestion control does not pace (`reno`), where the default one may. The receiver tells the
-seconds of each, from when the source may begin until everything is there, and both what their memory peaked at beyond
-what they held before.
+The state is `--count` tensors of `--mib` MiB in all. It is moved in every way that the implementation has: where
+`HTTPTransport` takes a `state_dict`, into the receiver's own tensors; then into fresh memory, without and with
+`num_chunks`. Each way has its rounds, one way after the other: gigabytes that are given back keep the system busy for a
+while. In turn with the first, `recv_into` of 1 MiB from one and from two TCP streams into those same tensors, checked
+by nobody: what the kernel gives; and from two whose congestion control does not pace (`reno`), where the default one
+may. The receiver tells the seconds of each, from when the source may begin until everything is there, and both what
+their memory peaked at beyond what they held before.
 """
 
 import inspect
 import socket
 import threading
 import time
-from collections.abc import Iterator
 
 from ends import MIB, TIMEOUT, End, State, check, peak, peak_anew, run
 from report import say
@@ -64,13 +63,10 @@ def transports(state: State | None) -> dict[str, HTTPTransport]:
     return out
 
 
-def turns(ways: dict[str, HTTPTransport], rounds: int) -> Iterator[tuple[int, list[str], list[str]]]:
-    """The ways of each turn: with a transport, and without."""
-    into_place = [way for way in ways if way == "place"]
-    for n in range(rounds):
-        yield n, into_place, list(RAW)
-    for n in range(rounds, 2 * rounds):
-        yield n, [way for way in ways if way not in into_place], []
+def phases(ways: dict[str, HTTPTransport]) -> list[tuple[list[str], list[str]]]:
+    """The ways that alternate, with a transport and without. The transports end with their phase, and free memory."""
+    alone = [([way], []) for way in ways if way != "place"]
+    return [([way for way in ways if way == "place"], list(RAW)), *alone]
 
 
 def serve(end: End) -> None:
@@ -82,23 +78,23 @@ def serve(end: End) -> None:
     for sock in sockets[2:]:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
     step = 0
-    beyond: dict[str, int] = {}
-    for n, moved, raw in turns(ways, end.rounds):
-        for way in moved:
-            transport = ways[way]
-            step += 1
-            end.mark(float(step))
-            before = peak_anew()
-            store.set(f"metadata{step}", transport.metadata())
-            store.wait([f"go{step}"], TIMEOUT)
-            transport.send_checkpoint([1], step, state, TIMEOUT)
-            store.wait([f"done{step}"], TIMEOUT)
-            transport.disallow_checkpoint()
-            beyond[way] = max(beyond.get(way, 0), peak() - before)
-        for way in raw:
-            store.wait([f"{way}.{n}"], TIMEOUT)
-            at_once(send_all, sockets[RAW[way]], state)
-    finish(ways, beyond)
+    for moved, raw in phases(ways):
+        beyond = dict.fromkeys(moved, 0)
+        for n in range(end.rounds):
+            for way in moved:
+                step += 1
+                end.mark(float(step))
+                before = peak_anew()
+                store.set(f"metadata{step}", ways[way].metadata())
+                store.wait([f"go{step}"], TIMEOUT)
+                ways[way].send_checkpoint([1], step, state, TIMEOUT)
+                store.wait([f"done{step}"], TIMEOUT)
+                ways[way].disallow_checkpoint()
+                beyond[way] = max(beyond[way], peak() - before)
+            for way in raw:
+                store.wait([f"{way}.{n}"], TIMEOUT)
+                at_once(send_all, sockets[RAW[way]], state)
+        finish(ways, beyond)
 
 
 def receive(end: End) -> None:
@@ -107,36 +103,36 @@ def receive(end: End) -> None:
     store.wait(["port"], TIMEOUT)
     sockets = [socket.create_connection(("127.0.0.1", int(store.get("port")))) for _ in range(4)]
     step = 0
-    beyond: dict[str, int] = {}
-    for n, moved, raw in turns(ways, end.rounds):
-        for way in moved:
-            transport = ways[way]
-            step += 1
-            store.wait([f"metadata{step}"], TIMEOUT)
-            metadata = store.get(f"metadata{step}").decode()
-            before = peak_anew()
-            began = time.perf_counter()
-            store.set(f"go{step}", "")
-            got = transport.recv_checkpoint(0, metadata, step, TIMEOUT)
-            took = time.perf_counter() - began
-            beyond[way] = max(beyond.get(way, 0), peak() - before)
-            store.set(f"done{step}", "")
-            check(got, step, f"step {step}")
-            del got
-            say("moved", way=way, seconds=took)
-        for way in raw:
-            began = time.perf_counter()
-            store.set(f"{way}.{n}", "")
-            at_once(receive_all, sockets[RAW[way]], state)
-            say("moved", way=way, seconds=time.perf_counter() - began)
-    finish(ways, beyond)
+    for moved, raw in phases(ways):
+        beyond = dict.fromkeys(moved, 0)
+        for n in range(end.rounds):
+            for way in moved:
+                step += 1
+                store.wait([f"metadata{step}"], TIMEOUT)
+                metadata = store.get(f"metadata{step}").decode()
+                before = peak_anew()
+                began = time.perf_counter()
+                store.set(f"go{step}", "")
+                got = ways[way].recv_checkpoint(0, metadata, step, TIMEOUT)
+                took = time.perf_counter() - began
+                beyond[way] = max(beyond[way], peak() - before)
+                store.set(f"done{step}", "")
+                check(got, step, f"step {step}")
+                del got
+                say("moved", way=way, seconds=took)
+            for way in raw:
+                began = time.perf_counter()
+                store.set(f"{way}.{n}", "")
+                at_once(receive_all, sockets[RAW[way]], state)
+                say("moved", way=way, seconds=time.perf_counter() - began)
+        finish(ways, beyond)
 
 
 def finish(ways: dict[str, HTTPTransport], beyond: dict[str, int]) -> None:
+    """The end of a phase."""
     for way, nbytes in beyond.items():
         say("memory", way=way, beyond=nbytes)
-    for transport in ways.values():
-        transport.shutdown()
+        ways[way].shutdown()
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ class _SpecReader:
             raise ManifestError(f"{path} has {numel} elements, which does not fit extent {extent}")
         if numel:
             length = self._extents[extent]
-            reach = _span(shape, stride) * dtype.itemsize
+            reach = (numel if raw_stride is None else _span(shape, stride)) * dtype.itemsize
             if packed:
                 if extent in self.used or offset or numel * dtype.itemsize != length or reach > MAX_TOTAL:
                     raise ManifestError(f"{path} is packed, but does not fill an extent of its own")
@@ -306,9 +306,9 @@ class _Collector:
         shape, stride = list(data.shape), list(data.stride())
         contiguous = tuple(stride) == _contiguous_stride(shape)
         node: list[JSON] = ["T", name, shape, None if contiguous else stride, 0, -1, False]
-        if data.numel():
+        if numel := data.numel():
             start = int(data.storage_offset()) * data.itemsize
-            stop = start + _span(shape, stride) * data.itemsize
+            stop = start + (numel if contiguous else _span(shape, stride)) * data.itemsize
             self._found.append(_Found(data, node, start, stop))
         return node
 
