@@ -34,6 +34,18 @@ def test_a_signal_that_another_thread_receives_ends_the_wait() -> None:
         other.join()
 
 
+def test_another_signal_that_python_handles_is_none() -> None:
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with EndSignals([signal.SIGHUP]) as signals:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert not signals.wait(0.05)
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.wait(DEADLINE)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_afterwards_all_is_as_before() -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with EndSignals() as signals:

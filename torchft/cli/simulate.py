@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from torchft.launch.processes import terminate_as_interrupt
+from torchft.runtime.signals import EndSignals
 from torchft.testing.simulation import STORIES, Result, Schedule, Summary, minimal, run, run_seeds
 
 __all__ = ["simulate"]
@@ -170,20 +171,25 @@ def _search(
 def _parts(
     seeds: range, replicas: tuple[int, int], stories: Sequence[str], jobs: int
 ) -> Iterator[Summary]:  # fmt: skip
-    """The summaries of parts of the work, as they are ready."""
+    """The summaries of parts of the work, as they are ready.
+
+    An interrupt is noted, and raised between two parts: in the midst of a pool's own code it would leave its locks
+    held, or a process that it does not know of, which is waited for without end then; and while Python finalizes an
+    object it would not be raised at all.
+    """
     chunks = [seeds[i : i + _CHUNK] for i in range(0, len(seeds), _CHUNK)]
     if jobs == 1:
-        with _interrupts_noted() as interrupted:
+        with EndSignals(_INTERRUPTS) as signals:
             for chunk in chunks:
                 part = Summary()
                 for seed in chunk:
                     part.merge(run_seeds(range(seed, seed + 1), replicas, stories))
-                    if interrupted():
+                    if signals.wait(0):
                         raise KeyboardInterrupt
                 yield part
         return
     left, waiting = iter(chunks), set[concurrent.futures.Future[Summary]]()
-    with _interrupts_noted() as interrupted:
+    with EndSignals(_INTERRUPTS) as signals:
         pool = concurrent.futures.ProcessPoolExecutor(
             jobs, multiprocessing.get_context("spawn"), _begin_worker, (os.getpid(),)
         )
@@ -197,7 +203,7 @@ def _parts(
                 done, waiting = concurrent.futures.wait(
                     waiting, _GLANCE, return_when=concurrent.futures.FIRST_COMPLETED
                 )
-                if interrupted():
+                if signals.wait(0):
                     raise KeyboardInterrupt
                 for future in done:
                     yield future.result()
@@ -206,21 +212,6 @@ def _parts(
 
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-@contextlib.contextmanager
-def _interrupts_noted() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C, SIGTERM and SIGHUP raise nothing meanwhile; tells whether one came. An exception in the midst of a pool's
-    own code leaves its locks held, or a process that it does not know of: it is waited for without end then. And one
-    that is raised while Python finalizes an object is not raised at all.
-    """
-    noted: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: noted.append(n)) for number in _INTERRUPTS}
-    try:
-        yield lambda: bool(noted)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Waiting in the main thread for a signal to end.
+"""Noting in the main thread that a signal to end has come, and waiting for one.
 
 A main thread that waits for a lock (``Event.wait``, ``Queue.get``) can miss a signal for good: one that comes between
 Python's last look at its signals and the kernel's wait, or that the kernel hands to another thread, runs its handler
@@ -10,19 +10,27 @@ from __future__ import annotations
 import select
 import signal
 import socket
+from collections.abc import Collection
 from types import FrameType, TracebackType
+
+from torchft.runtime.deadline import Deadline
 
 __all__ = ["EndSignals"]
 
-_ENDING = (signal.SIGINT, signal.SIGTERM)
-
 
 class EndSignals:
-    """Inside its ``with`` block SIGINT and SIGTERM interrupt nothing: they end :meth:`wait`.
+    """Inside its ``with`` block the signals interrupt nothing: they end :meth:`wait`.
+
+    Args:
+        numbers: of the signals.
 
     Raises:
         ValueError: entered in another thread than the main one.
     """
+
+    def __init__(self, numbers: Collection[signal.Signals] = (signal.SIGINT, signal.SIGTERM)) -> None:
+        self._numbers = numbers
+        self._came = False
 
     def __enter__(self) -> EndSignals:
         self._read, self._write = socket.socketpair()
@@ -33,12 +41,18 @@ class EndSignals:
         except ValueError:
             self._close()
             raise
-        self._former = {number: signal.signal(number, _ignore) for number in _ENDING}
+        self._former = {number: signal.signal(number, _ignore) for number in self._numbers}
         return self
 
     def wait(self, timeout: float | None = None) -> bool:
         """Whether one has come, before or within ``timeout`` seconds."""
-        return bool(select.select([self._read], [], [], timeout)[0])
+        deadline = None if timeout is None else Deadline(timeout)
+        while not self._came:
+            if not select.select([self._read], [], [], None if deadline is None else deadline.remaining())[0]:
+                break
+            # The descriptor gets every signal that has a handler in Python.
+            self._came = not set(self._read.recv(4096)).isdisjoint(self._numbers)
+        return self._came
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
