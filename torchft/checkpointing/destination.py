@@ -110,9 +110,12 @@ class Destination:
             given = self._given.get(spec.path)
             if given is None or spec.dtensor is not None or is_dtensor(given):
                 continue
-            there, here = f"{spec.dtype} {spec.shape}", f"{given.dtype} {tuple(given.shape)}"
+            there, here = (spec.dtype, spec.shape), (given.dtype, tuple(given.shape))
             if there != here:
-                found.append(f"{spec.path} is {there} at the source and {here} here: are the groups' models the same?")
+                found.append(
+                    f"{spec.path} is {there[0]} {there[1]} at the source and {here[0]} {here[1]} here: are the groups' "
+                    "models the same?"
+                )
         more = len(found) - _MISFITS
         return found if more <= 0 else [*found[:_MISFITS], f"and {more} further tensors differ"]
 
