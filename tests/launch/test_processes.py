@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from torchft.launch.processes import Child, Children, terminate_as_interrupt
+from torchft.testing.wait import wait_until
 
 # A child as torchrun is one: its grandchild is in a session of its own, and both ignore SIGTERM.
 SLEEPER = """
@@ -33,10 +34,7 @@ time.sleep(300)
 
 def stubborn(children: Children, log: Path, *arguments: str) -> Child:
     child = children.start("stubborn", [sys.executable, "-c", STUBBORN, *arguments], {}, log)
-    deadline = time.monotonic() + 60
-    while "up" not in child.last_lines():
-        assert time.monotonic() < deadline, "the grandchild did not come up"
-        time.sleep(0.02)
+    wait_until(lambda: "up" in child.last_lines(), 60, "the grandchild to come up")
     return child
 
 
