@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import xxhash
 
 from torchft.checkpointing.chunks import DIGEST_BYTES, ByteRun, Cut, Seal, open_manifest, read_hashes
+from torchft.checkpointing.http_local import is_local, local_socket
 from torchft.checkpointing.http_probe import MAX_PROBE, rate_of, sample
 from torchft.checkpointing.http_wire import HASHED, BodyReader, HeadReader, WireError, content_range, set_timeout
 from torchft.checkpointing.manifest import MAX_MANIFEST_BYTES
@@ -50,7 +51,7 @@ class SourceConnection:
     """One keep-alive connection to a source, open until :meth:`close`.
 
     Args:
-        addresses: ``http://host:port``, all of the same source.
+        addresses: ``http://host:port`` or ``unix:@name``, all of the same source.
         token: sent if not None.
         deadline: until when all of it must be done.
         transfer: that the connection is for.
@@ -175,7 +176,10 @@ class SourceConnection:
         return {"Prefer": f"wait={max(0.0, self._deadline.remaining() - margin):.3f}"}
 
     def _ask(self, target: str, fields: dict[str, str]) -> tuple[int, dict[str, str], int]:
-        lines = [f"GET {target} HTTP/1.1", f"Host: {self.address.removeprefix('http://')}"]
+        lines = [
+            f"GET {target} HTTP/1.1",
+            f"Host: {'localhost' if is_local(self.address) else self.address.removeprefix('http://')}",
+        ]
         lines += [f"{k}: {v}" for k, v in {"Receiver": self._receiver, **fields}.items()]
         if self._token is not None:
             lines.append(f"Authorization: Bearer {self._token}")
@@ -234,18 +238,17 @@ class SourceConnection:
 def _connect(addresses: Sequence[str], deadline: Deadline, transfer: Transfer) -> tuple[socket.socket, str]:
     failures: list[str] = []
     for address in addresses:
-        host, _, port = parse_address(address).rpartition(":")
         limit = min(_CONNECT, deadline.remaining())
         if limit <= 0:
             failures.append(f"{address}: no time left")
             continue
         try:
-            sock = _connect_to(host.strip("[]"), int(port), limit, transfer)
+            if is_local(address):
+                return _connect_locally(address, limit, transfer), address
+            return _connect_to(address, limit, transfer), address
         except OSError as e:
-            failures.append(f"{address}: {e}")
-            continue
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock, address
+            if not is_local(address) or len(addresses) == 1:  # most sources are on other machines
+                failures.append(f"{address}: {e}")
     kind = CheckpointTimeout if deadline.expired else SourceLost
     raise kind(
         f"the source cannot be reached ({'; '.join(failures)}): is it alive, and is its address one that "
@@ -253,9 +256,21 @@ def _connect(addresses: Sequence[str], deadline: Deadline, transfer: Transfer) -
     )
 
 
-def _connect_to(host: str, port: int, limit: float, transfer: Transfer) -> socket.socket:
+def _connect_locally(address: str, limit: float, transfer: Transfer) -> socket.socket:
+    sock, target = local_socket(address)
+    try:
+        transfer.connect(sock, target, limit)
+    except BaseException:
+        transfer.close(sock)
+        transfer.check()
+        raise
+    return sock
+
+
+def _connect_to(address: str, limit: float, transfer: Transfer) -> socket.socket:
+    host, _, port = parse_address(address).rpartition(":")
     failure: OSError | None = None
-    for family, kind, protocol, _, target in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+    for family, kind, protocol, _, target in socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM):
         sock = socket.socket(family, kind, protocol)
         try:
             transfer.connect(sock, target, limit)
@@ -266,5 +281,6 @@ def _connect_to(host: str, port: int, limit: float, transfer: Transfer) -> socke
                 raise
             failure = e
         else:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock
     raise failure or OSError("its name has no address")

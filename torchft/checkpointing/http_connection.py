@@ -103,8 +103,9 @@ class Connection:
 
     def _run(self) -> None:
         try:
-            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            unpace(self._sock)
+            if self._sock.family in (socket.AF_INET, socket.AF_INET6):
+                self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                unpace(self._sock)
             reader = HeadReader(self._sock)
             while self._one(reader):
                 pass

@@ -23,8 +23,10 @@ import threading
 
 from torchft.checkpointing.chunks import ByteRun
 from torchft.checkpointing.http_connection import Connection, Refused
+from torchft.checkpointing.http_local import listen_locally, peer_name
 from torchft.checkpointing.manifest import Manifest
 from torchft.checkpointing.offer import Offer, Withdrawn
+from torchft.checkpointing.transfers import shut_down
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.fork import close_in_children_fd
 
@@ -34,6 +36,7 @@ logger = logging.getLogger("torchft.checkpointing.http_transport")
 
 MAX_CONNECTIONS = 128
 _MAX_REASON = 1000
+_BACKLOG = 128
 
 
 class SnapshotServer:
@@ -54,11 +57,20 @@ class SnapshotServer:
         self._newest = -1
         self._stopping = False
         self._connections: dict[Connection, None] = {}  # the oldest first
-        self._listener = _listen(port)
-        self.port: int = self._listener.getsockname()[1]
-        close_in_children_fd(self._listener)
-        self._acceptor = threading.Thread(target=self._accept, name="torchft-http-accept", daemon=True)
-        self._acceptor.start()
+        listener = _listen(port)
+        self.port: int = listener.getsockname()[1]
+        self._listeners = [listener]
+        self.local_address: str | None = None
+        """For readers on this machine, beside the port."""
+        if (local := listen_locally(self.port, _BACKLOG)) is not None:
+            self._listeners.append(local[0])
+            self.local_address = local[1]
+        self._acceptors: list[threading.Thread] = []
+        for listener in self._listeners:
+            close_in_children_fd(listener)
+            acceptor = threading.Thread(target=self._accept, args=(listener,), name="torchft-http-accept", daemon=True)
+            self._acceptors.append(acceptor)
+            acceptor.start()
 
     def offer(self, step: int, manifest: Manifest, run: ByteRun) -> Offer:
         """Serves a snapshot, as far as it is told to ``advance``. The one before must have been withdrawn."""
@@ -125,14 +137,12 @@ class SnapshotServer:
             for connection in connections:
                 connection.cut()
             self._changed.notify_all()
-        try:
-            self._listener.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # not every system lets a listener be shut down; closing it is what counts
-        self._listener.close()
+        for listener in self._listeners:
+            shut_down(listener)  # not every system lets a listener be shut down; closing it is what counts
+            listener.close()
         withdrawn = self.withdraw(deadline)
         if wait:
-            for thread in [self._acceptor, *(c.thread for c in connections)]:
+            for thread in [*self._acceptors, *(c.thread for c in connections)]:
                 thread.join(deadline.remaining())
             if not withdrawn or any(c.thread.is_alive() for c in connections):
                 logger.warning("the checkpoint server still has readers after %gs", deadline.timeout)
@@ -140,10 +150,10 @@ class SnapshotServer:
     def _unread(self) -> bool:
         return self._offer is None or (not self._offer.readers and not self._offer.hashing)
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
-                sock, peer = self._listener.accept()
+                sock, peer = listener.accept()
             except OSError as e:
                 if self._stopping:
                     return
@@ -151,7 +161,7 @@ class SnapshotServer:
                 with self._changed:
                     self._changed.wait_for(lambda: self._stopping, 0.1)  # out of file descriptors, for instance
                 continue
-            connection = Connection(self, sock, f"{peer[0]}:{peer[1]}")
+            connection = Connection(self, sock, peer_name(sock, peer))
             with self._changed:
                 if self._stopping or not self._make_room():
                     sock.close()
@@ -237,7 +247,7 @@ class SnapshotServer:
 def _listen(port: int) -> socket.socket:
     if socket.has_dualstack_ipv6():
         try:
-            return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=128)
+            return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG)
         except OSError:
             pass  # IPv6 is compiled in but switched off
-    return socket.create_server(("0.0.0.0", port), backlog=128)
+    return socket.create_server(("0.0.0.0", port), backlog=_BACKLOG)

@@ -43,6 +43,7 @@ from torchft.checkpointing.destination import Destination
 from torchft.checkpointing.fetch_progress import FetchProgress
 from torchft.checkpointing.http_client import SourceConnection
 from torchft.checkpointing.http_download import Download
+from torchft.checkpointing.http_local import is_local
 from torchft.checkpointing.http_partial import Partial
 from torchft.checkpointing.http_probe import sum_of_rates
 from torchft.checkpointing.http_server import SnapshotServer
@@ -136,7 +137,8 @@ class HTTPTransport(CheckpointTransport[T]):
         self._closed = False
         self._receiving = Transfers()
         self._server = SnapshotServer(token, stall=timeout.total_seconds(), port=port)
-        self._addresses = _own_addresses(hostname, self._server.port)
+        local = self._server.local_address
+        self._addresses = [*([local] if local else []), *_own_addresses(hostname, self._server.port)]
 
     def metadata(self) -> str:
         return " ".join([_PROTOCOL, *self._addresses])
@@ -387,7 +389,8 @@ def _addresses_in(metadata: str) -> list[str]:
         raise CheckpointError(f"the source's metadata names no usable address: {metadata[:80]!r}")
     try:
         for address in addresses:
-            parse_address(address)
+            if not is_local(address):
+                parse_address(address)
     except ValueError as e:
         raise CheckpointError(f"the source's metadata names no usable address: {e}") from e
     return addresses
