@@ -9,7 +9,7 @@ from typing import Any
 
 from torchft.checkpointing import HTTPTransport
 
-__all__ = ["SHORT", "TIMEOUT", "address_of", "port_of", "transport"]
+__all__ = ["SHORT", "TIMEOUT", "address_of", "over_tcp", "port_of", "transport"]
 
 TIMEOUT = timedelta(seconds=60)
 SHORT = timedelta(seconds=1)
@@ -30,3 +30,8 @@ def port_of(source: HTTPTransport[Any]) -> int:
 
 def address_of(source: HTTPTransport[Any]) -> str:
     return source.metadata().rpartition("http://")[2]
+
+
+def over_tcp(metadata: str) -> str:
+    """What a receiver on another machine can use of a source's metadata."""
+    return " ".join(word for word in metadata.split(" ") if not word.startswith("unix:"))

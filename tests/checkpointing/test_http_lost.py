@@ -15,7 +15,7 @@ from datetime import timedelta
 import pytest
 import torch
 
-from tests.checkpointing.loopback import SHORT, TIMEOUT, address_of, port_of, transport
+from tests.checkpointing.loopback import SHORT, TIMEOUT, address_of, over_tcp, port_of, transport
 from torchft.checkpointing import CheckpointTimeout, SourceLost
 from torchft.checkpointing.chunks import CHUNK_SIZE
 from torchft.checkpointing.fetch_progress import FetchProgress
@@ -74,9 +74,13 @@ def source_process(size: int) -> Iterator[tuple[subprocess.Popen[str], str]]:
         process.communicate()
 
 
+@pytest.mark.parametrize("local", [True, False], ids=["local", "tcp"])
 @pytest.mark.parametrize(("sign", "expected"), [(signal.SIGKILL, SourceLost), (signal.SIGSTOP, CheckpointTimeout)])
-def test_source_process_dies_or_hangs_mid_transfer(sign: signal.Signals, expected: type[Exception]) -> None:
+def test_source_process_dies_or_hangs_mid_transfer(
+    sign: signal.Signals, expected: type[Exception], local: bool
+) -> None:
     with source_process(64 << 20) as (process, metadata):
+        metadata = metadata if local else over_tcp(metadata)
         live = torch.zeros(64 << 20, dtype=torch.uint8)
 
         def state_dict() -> object:
