@@ -115,7 +115,8 @@ def test_nobody_waits_for_a_silent_rank_0(pair: Pair, ends: queue.SimpleQueue[st
     ]
     server = pair.first.manager._group.server
     assert server is not None
-    wait_until(lambda: server._gather.waiting and server._group_vote._ballots, timeout=30, what="the calls")
+    asking, voting = server._quorum_round._gather, server._group_vote._ballots
+    wait_until(lambda: asking.waiting and voting, timeout=30, what="the calls")
     pair.cut_off()
     asks.append(pair.groups.start(lambda: client.vote(1, step, True, MINUTE)))
     for ask in asks:

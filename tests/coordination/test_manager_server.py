@@ -276,7 +276,7 @@ def test_a_rank_that_is_not_in_the_group_is_refused(start: Start, rank: int) -> 
 def test_shutdown_fails_those_that_wait(start: Start, pool: ThreadPoolExecutor) -> None:
     server = start("a", world_size=2)
     mine = ask(pool, server, 0)
-    wait_until(lambda: server._gather.waiting)
+    wait_until(lambda: server._quorum_round._gather.waiting)
     server.shutdown()
     with pytest.raises(RuntimeError, match="shut down"):
         mine.result(60)

@@ -340,7 +340,7 @@ def test_a_rank_that_dies_ends_what_the_others_wait_for_and_names_itself() -> No
     with ThreadPoolExecutor(4) as pool:
         asked = pool.submit(lambda: server._quorum(0, 1, "", False, MINUTE, 0))
         asked1 = pool.submit(lambda: rank1.client._quorum(1, 1, "", False, MINUTE, 0))
-        wait_until(lambda: len(server._gather.waiting) == 2, timeout=60)
+        wait_until(lambda: len(server._quorum_round._gather.waiting) == 2, timeout=60)
         time_limit = Deadline(40)  # less than the timeouts
         rank2.kill()
         for future in (asked, asked1):

@@ -1,38 +1,32 @@
-"""The server of a replica group: gathers its ranks, asks the lighthouse once for all, counts the commit vote.
+"""The server of a replica group: the quorum round and the commit vote of its ranks, and who of them is gone.
 
 It lives in the process of the group's rank 0. That rank calls :meth:`ManagerServer._quorum` and
 :meth:`ManagerServer.should_commit` directly, so a group of one rank makes no network hop to itself; the other
 ranks, and healing replicas, come by gRPC.
 
 Rules
-    - Decisions are made by :mod:`torchft.core.commit` and :mod:`torchft.core.assignment` under one lock, which is
-      never held while anything is waited for.
-    - Whatever fails on the way to a quorum is answered to every rank that waits; nobody is left to its deadline.
+    - Steps begin in :mod:`torchft.coordination.quorum_round` and end in :mod:`torchft.coordination.group_vote`; what
+      either answers is decided by :mod:`torchft.core`.
     - Who dies is told to all: a rank of this group ends what its other ranks wait for and is reported to the
       lighthouse; what the lighthouse says of other groups is passed on to every rank.
 """
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import logging
-import threading
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
 from torchft.coordination import types
 from torchft.coordination.group_vote import Ballot, GroupVote, Voted
-from torchft.coordination.lighthouse_link import Answer, LighthouseLink
-from torchft.coordination.lighthouses import LIGHTHOUSE_HINT
-from torchft.coordination.manager_service import Ask, register
+from torchft.coordination.lighthouse_link import LighthouseLink
+from torchft.coordination.manager_service import register
 from torchft.coordination.proto import torchft_pb2 as pb
+from torchft.coordination.quorum_round import Ask, QuorumRound
 from torchft.coordination.rank_sessions import RANK_HEARTBEAT_TIMEOUT, RankSessions
 from torchft.coordination.server import GrpcServer
 from torchft.coordination.standing_wire import GroupQuorum
-from torchft.core.assignment import of_group
-from torchft.core.commit import Gather, Gathered
 from torchft.runtime import loop
 from torchft.runtime.deadline import Deadline, seconds
 from torchft.runtime.logs import RankLogger
@@ -80,20 +74,10 @@ class ManagerServer:
         sessions: bool = True,
     ) -> None:
         self.replica_id = replica_id
-        self._lighthouse_addr = lighthouse_addr
-        self._store_addr = store_addr
         self._world_size = world_size
         self._step = 0
-        self._seen_step = 0
-        self._quorum_id: int | None = None
-        self._loud = True
         self._log = RankLogger(logger, replica_id, 0, lambda: self._step)
 
-        self._lock = threading.Lock()
-        self._gather: Gather[Ask] = Gather(world_size, "quorum")
-        self._checkpoint_metadata: dict[int, str] = {}
-
-        self._dead_ranks: dict[int, str] = {}
         self._listener: Callable[[types.Notice], None] = lambda _: None
 
         self._lighthouse = LighthouseLink(
@@ -110,6 +94,17 @@ class ManagerServer:
         )
         self._caller = Worker("torchft-lighthouse-call")
         self._group_vote = GroupVote(world_size, self._lighthouse.standing, self._caller, self._log)
+        self._quorum_round = QuorumRound(
+            replica_id=replica_id,
+            store_addr=store_addr,
+            world_size=world_size,
+            address=self.address,
+            lighthouse=self._lighthouse,
+            lighthouse_addr=lighthouse_addr,
+            worker=self._caller,
+            on_complete=self._group_vote.reset,
+            log=self._log,
+        )
         self._ranks = RankSessions(self, hostname).service
         try:
             self._server = GrpcServer(
@@ -164,123 +159,14 @@ class ManagerServer:
             lineage=lineage,
             waits=waits,
         )
-        ask = Ask(group_rank, request, Deadline(timeout))
-        complete = self._come(ask)
-        if complete is not None:
-            if self._world_size == 1:
-                self._ask_lighthouse(complete)  # in this thread: no hop
-            else:
-                self._caller.submit(lambda: self._ask_lighthouse(complete))
-        try:
-            quorum = ask.answer.result(timeout=ask.deadline.remaining())
-        except concurrent.futures.TimeoutError:
-            if ask.answer.done():
-                raise
-            missing = self._leave(ask, "its deadline passed")
-            raise TimeoutError(self._quorum_timeout_message(ask, missing)) from None
+        self._step = step
+        quorum = self._quorum_round.wait(Ask(group_rank, request, Deadline(timeout)))
         return types.view_to_result(quorum.view(group_rank, init_sync))
 
-    def _quorum_timeout_message(self, ask: Ask, missing: tuple[int, ...]) -> str:
-        if missing:
-            return (
-                f"no quorum within {ask.deadline.timeout:g} s: ranks {list(missing)} of this group of "
-                f"{self._world_size} did not ask for it. Do they still run?"
-            )
-        return (
-            f"no quorum within {ask.deadline.timeout:g} s: the lighthouse at {self._lighthouse_addr} has not "
-            f"answered. Its log says what it waits for; {LIGHTHOUSE_HINT}"
-        )
-
-    def _come(self, ask: Ask) -> dict[int, Ask] | None:
-        """Adds a rank to the open round. Returns the round when it is complete: somebody must ask then."""
-        with self._lock:
-            self._dead_ranks.pop(ask.rank, None)
-            if self._dead_ranks:
-                _fail(ask.answer, RuntimeError(f"no quorum for this group: {next(iter(self._dead_ranks.values()))}"))
-                return None
-            earlier = next((a for a in self._gather.values() if a.rank == ask.rank), None)
-            self._step = ask.request.step
-            got = self._gather.come(ask.rank, ask)
-            self._checkpoint_metadata[ask.rank] = ask.request.checkpoint_metadata
-            if got.complete is not None:
-                self._group_vote.reset()
-        self._log.log(self._level(), "Start quorum for group_rank %d", ask.rank)
-        if got.superseded is not None and earlier is not None:
-            _fail(earlier.answer, RuntimeError(f"rank {ask.rank} asked for a quorum again"))
-        if got.failed is not None:
-            _fail(ask.answer, RuntimeError(f"no quorum for this group: {got.failed}"))
-        return got.complete
-
-    def _leave(self, ask: Ask, cause: str) -> tuple[int, ...]:
-        """A rank gave up waiting. Returns the ranks that had not come."""
-        with self._lock:
-            waiting = {a.rank: a for a in self._gather.values()}
-            if waiting.get(ask.rank) is not ask:
-                return ()
-            missing = self._gather.missing
-            got: Gathered[Ask] = self._gather.leave(ask.rank, cause)
-        for rank in got.answer:
-            _fail(waiting[rank].answer, RuntimeError(f"no quorum for this group: {got.failed}"))
-        return missing
-
-    def _ask_lighthouse(self, asks: dict[int, Ask]) -> None:
-        """Asks once for all ranks and answers each of them, whatever happens."""
-        self._log.log(self._level(), "All workers joined - starting quorum")
-        try:
-            quorum = self._call_lighthouse(list(asks.values()))
-        except Exception as e:
-            self._loud = True
-            for ask in asks.values():
-                _fail(ask.answer, e)
-            return
-        level, self._loud = self._level(), False
-        for ask in asks.values():
-            self._log.log(level, "Finished quorum for group_rank %d", ask.rank)
-            if not ask.answer.done():
-                ask.answer.set_result(quorum)
-
-    def _call_lighthouse(self, asks: list[Ask]) -> GroupQuorum:
-        step, lineage = of_group((a.request.step, a.request.lineage) for a in asks)
-        member = pb.QuorumMember(
-            replica_id=self.replica_id,
-            address=self._address,
-            store_address=self._store_addr,
-            step=step,
-            lineage=lineage,
-            world_size=self._world_size,
-            shrink_only=any(a.request.shrink_only for a in asks),
-            commit_failures=max(a.request.commit_failures for a in asks),
-            timed_out=any(a.request.timed_out for a in asks),
-            seen_step=max(self._seen_step, step),
-            waits=any(a.request.waits for a in asks),
-        )
-        init_sync = any(a.request.init_sync for a in asks)
-        answer = self._lighthouse.quorum(member, init_sync, Deadline(max(a.remaining() for a in asks)))
-        quorum = self._remember_progress(answer)
-        new = quorum.quorum_id != self._quorum_id
-        self._quorum_id = quorum.quorum_id
-        self._loud = self._loud or new
-        if new or self._log.isEnabledFor(logging.DEBUG):
-            what = types.describe(answer.whole) if answer.whole is not None else str(quorum)
-            self._log.log(logging.INFO if new else logging.DEBUG, "got lighthouse quorum %s", what)
-        return quorum
-
-    def _remember_progress(self, answer: Answer) -> GroupQuorum:
-        """How far this group has seen the job: said again here, since not every lighthouse passes it on."""
-        quorum, whole = answer.quorum, answer.whole
-        if quorum.quorum is None or whole is None:
-            view = quorum.views[0]
-            self._seen_step = max(self._seen_step, view.max_step, view.lost_step if view.lost_by_survivor else 0)
-            return quorum
-        for member in whole.participants:
-            if member.replica_id == self.replica_id:
-                self._seen_step = member.seen_step = max(self._seen_step, member.seen_step)
-        self._seen_step = max(self._seen_step, *(m.step for m in whole.participants))
-        return GroupQuorum(self.replica_id, quorum=types.core_quorum(whole))
-
-    def _level(self) -> int:
-        """The lines of each step are for debugging; those of the first one, and after trouble, tell the story."""
-        return logging.INFO if self._loud else logging.DEBUG
+    async def wait_quorum(self, ask: Ask) -> GroupQuorum:
+        """The gRPC side of :meth:`_quorum`: on the loop, without blocking it."""
+        self._step = ask.request.step
+        return await self._quorum_round.wait_on_loop(ask)
 
     # ----------------------------------------------------- deaths, departures
 
@@ -324,8 +210,7 @@ class ManagerServer:
 
     def rank_is_there(self, rank: int) -> None:
         """A rank opened its session: if it was dead, it is no longer."""
-        with self._lock:
-            self._dead_ranks.pop(rank, None)
+        self._quorum_round.rank_is_there(rank)
 
     def rank_left(self, rank: int, reason: str, step: int) -> None:
         """A rank goes on purpose, and with it the group. On the loop."""
@@ -339,19 +224,13 @@ class ManagerServer:
         self._rank_ended(rank, f"rank {rank} of this group is no longer there: {cause}")
 
     def _rank_ended(self, rank: int, cause: str) -> None:
-        with self._lock:
-            self._dead_ranks[rank] = cause
+        self._quorum_round.rank_ended(rank, cause)
         self._break(cause)
         self._tell(types.Notice(self.replica_id, cause, types.ANY_QUORUM))
 
     def _break(self, cause: str) -> None:
         """Ends what ranks of this group wait for."""
-        with self._lock:
-            waiting = self._gather.values()
-            if waiting:
-                self._gather.fail(cause)
-        for ask in waiting:
-            _fail(ask.answer, RuntimeError(f"no quorum for this group: {cause}"))
+        self._quorum_round.end(cause)
         self._group_vote.end(cause)
 
     # -------------------------------------------------------- commit vote
@@ -367,13 +246,16 @@ class ManagerServer:
         """As :meth:`should_commit`; the answer also says whether the next step stands."""
         if self._world_size == 1 and group_rank == 0:
             voted = Voted(self._group_vote.alone(step, should_commit, Deadline(timeout)))
-            self._loud = self._loud or not voted.commit
-            return voted
+        else:
+            voted = self._vote_with_others(group_rank, step, should_commit, timeout)
+        if not voted.commit:
+            self._quorum_round.speak_up()
+        return voted
+
+    def _vote_with_others(self, group_rank: int, step: int, should_commit: bool, timeout: timedelta) -> Voted:
         ballot = self.cast(group_rank, step, should_commit)
         try:
-            voted = ballot.result(timeout=seconds(timeout))
-            self._loud = self._loud or not voted.commit
-            return voted
+            return ballot.result(timeout=seconds(timeout))
         except concurrent.futures.TimeoutError:
             if ballot.done():
                 raise
@@ -385,11 +267,9 @@ class ManagerServer:
 
     def cast(self, rank: int, step: int, commit: bool) -> Ballot:
         """Casts a vote; the future is the group's decision."""
-        with self._lock:
-            dead = next(iter(self._dead_ranks.values()), None)
-        if dead is not None:
+        if (dead := self._quorum_round.dead) is not None:
             ballot: Ballot = concurrent.futures.Future()
-            _fail(ballot, RuntimeError(f"no commit in this group: {dead}"))
+            ballot.set_exception(RuntimeError(f"no commit in this group: {dead}"))
             return ballot
         return self._group_vote.cast(rank, step, commit)
 
@@ -418,23 +298,4 @@ class ManagerServer:
         Raises:
             KeyError: that rank has not asked for a quorum yet.
         """
-        with self._lock:
-            return self._checkpoint_metadata[rank]
-
-    async def wait_quorum(self, ask: Ask) -> GroupQuorum:
-        """The gRPC side of :meth:`_quorum`: on the loop, without blocking it."""
-        complete = self._come(ask)
-        if complete is not None:
-            self._caller.submit(lambda: self._ask_lighthouse(complete))
-        try:
-            return await asyncio.wait_for(asyncio.wrap_future(ask.answer), ask.remaining())
-        except TimeoutError:
-            raise TimeoutError(self._quorum_timeout_message(ask, self._leave(ask, "its deadline passed"))) from None
-        except asyncio.CancelledError:
-            self._leave(ask, "its call ended (deadline, or the process is gone)")
-            raise
-
-
-def _fail(future: concurrent.futures.Future[Any], error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)
+        return self._quorum_round.checkpoint_metadata(rank)

@@ -7,7 +7,6 @@ and a call that ended (deadline, or its process is gone) into a rank that left.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import logging
 import os
 from typing import TYPE_CHECKING
@@ -19,39 +18,17 @@ from torchft.coordination import types
 from torchft.coordination.proto import session_pb2_grpc
 from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
+from torchft.coordination.quorum_round import Ask
 from torchft.coordination.session_server import SessionService
-from torchft.coordination.standing_wire import GroupQuorum
 from torchft.core.assignment import AssignmentError
 from torchft.runtime.deadline import Deadline
 
 if TYPE_CHECKING:
     from torchft.coordination.manager_server import ManagerServer
 
-__all__ = ["Ask", "ManagerService", "register"]
+__all__ = ["ManagerService", "register"]
 
 logger = logging.getLogger(__name__)
-
-
-class Ask:
-    """A rank's quorum request, and where its answer goes.
-
-    Args:
-        rank: of the asking process in its group.
-        request: what it asks.
-        deadline: its own.
-    """
-
-    def __init__(self, rank: int, request: pb.ManagerQuorumRequest, deadline: Deadline) -> None:
-        self.rank = rank
-        self.request = request
-        self.deadline = deadline
-        self.answer: concurrent.futures.Future[GroupQuorum] = concurrent.futures.Future()
-        # What failed must reach the rank before its own deadline does, or it learns nothing but that.
-        self._margin = min(1.0, 0.1 * deadline.timeout)
-
-    def remaining(self) -> float:
-        """Seconds in which an answer is still of use."""
-        return max(0.0, self.deadline.remaining() - self._margin)
 
 
 def register(server: grpc.aio.Server, manager: ManagerServer, ranks: SessionService) -> None:

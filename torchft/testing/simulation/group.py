@@ -1,9 +1,9 @@
 """A replica group's server, in the process of its rank 0.
 
-Mirrors ``coordination/manager_server.py`` (it gathers the ranks' requests, asks the lighthouse once for all of them,
-and passes on who is no longer there), ``coordination/group_vote.py`` (the commit vote, which may wait for the lease)
-and ``coordination/standing_link.py`` (between the session and the steps). The machines of ``core/standing_member.py``,
-``core/commit.py`` and ``core/assignment.py`` decide.
+Mirrors ``coordination/manager_server.py`` (it passes on who is no longer there), ``coordination/quorum_round.py`` (it
+gathers the ranks' requests and asks the lighthouse once for all of them), ``coordination/group_vote.py`` (the commit
+vote, which may wait for the lease) and ``coordination/standing_link.py`` (between the session and the steps). The
+machines of ``core/standing_member.py``, ``core/commit.py`` and ``core/assignment.py`` decide.
 """
 
 from __future__ import annotations
