@@ -16,6 +16,7 @@ import pytest
 
 from torchft.coordination import LighthouseServer, ManagerClient, ManagerServer, QuorumResult
 from torchft.coordination.channel import open_channel
+from torchft.coordination.group_vote import Ballot
 from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
 from torchft.core.assignment import Source
@@ -248,6 +249,20 @@ def test_a_rank_killed_in_the_vote_fails_it_at_once_for_the_others(start: Start,
     finally:
         voter.kill()
         voter.join(60)
+
+
+def test_a_rank_that_dies_just_as_another_votes_leaves_no_vote_waiting(start: Start) -> None:
+    server = start("a", world_size=2)
+    cast = server._group_vote.cast
+
+    def late(rank: int, step: int, commit: bool) -> Ballot:
+        server._rank_ended(1, "rank 1 of this group is no longer there")
+        return cast(rank, step, commit)
+
+    server._group_vote.cast = late  # type: ignore[method-assign]
+    ballot = server.cast(0, 5, True)
+    with pytest.raises(RuntimeError, match="no commit in this group: rank 1 of this group is no longer there"):
+        ballot.result(0)
 
 
 def test_a_vote_that_misses_a_rank_ends_at_its_deadline(start: Start) -> None:

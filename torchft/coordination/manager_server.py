@@ -271,7 +271,10 @@ class ManagerServer:
             ballot: Ballot = concurrent.futures.Future()
             ballot.set_exception(RuntimeError(f"no commit in this group: {dead}"))
             return ballot
-        return self._group_vote.cast(rank, step, commit)
+        ballot = self._group_vote.cast(rank, step, commit)
+        if (dead := self._quorum_round.dead) is not None:  # it died in between: nobody else ends this vote
+            self._group_vote.end(dead)
+        return ballot
 
     def uncast(self, rank: int, ballot: Ballot, cause: str) -> None:
         """The rank that waits on this ballot gave up, or died: the vote fails for the others."""
