@@ -12,8 +12,15 @@ from torch.distributed import ReduceOp
 
 from tests.groups import TIMEOUT, Groups, Replica, running
 from torchft.checkpointing.pg_transport import PGTransport
+from torchft.coordination import ManagerClient
+from torchft.group import Group, join_group
 from torchft.manager import Manager, WorldSizeMode
-from torchft.process_group import ProcessGroupGloo
+from torchft.process_group import (
+    ErrorSwallowingProcessGroupWrapper,
+    FakeProcessGroupWrapper,
+    ManagedProcessGroup,
+    ProcessGroupGloo,
+)
 from torchft.testing.wait import wait_until
 
 
@@ -253,6 +260,53 @@ def test_a_lighthouse_that_is_not_named_is_a_clear_error(monkeypatch: pytest.Mon
 def test_what_is_no_process_group_is_refused_at_once() -> None:
     with pytest.raises(TypeError, match=r"ProcessGroupGloo\(\)"):
         Manager(ProcessGroupGloo, None, None, 1)  # type: ignore[arg-type]
+
+
+def test_a_process_group_is_one_managers_until_that_is_shut_down(groups: Groups) -> None:
+    pg = ProcessGroupGloo(timeout=TIMEOUT)
+    a = groups.replica("a", pg=FakeProcessGroupWrapper(pg))
+    wrapped = FakeProcessGroupWrapper(ErrorSwallowingProcessGroupWrapper(pg))
+    for shared in (pg, wrapped):
+        with pytest.raises(
+            ValueError, match=rf"another Manager's already, that of {a.manager.replica_id()}.* shutdown\(\)"
+        ):
+            groups.replica("b", pg=shared)
+    a.step()
+    a.manager.shutdown()
+    b = groups.replica("b", pg=wrapped)
+    b.step()
+    a.manager.shutdown()  # the group is no longer its own
+    b.step()
+    assert (a.manager.current_step(), b.manager.current_step()) == (1, 2)
+
+
+def test_of_two_managers_made_at_once_with_one_process_group_one_is_refused(
+    groups: Groups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pg, joined, quicker = ProcessGroupGloo(timeout=TIMEOUT), [], []
+
+    def join(**arguments: Any) -> Group:
+        group = join_group(**arguments)
+        joined.append(group)
+        if not quicker:
+            quicker.append(None)
+            quicker[0] = groups.replica("b", pg=pg)
+        return group
+
+    monkeypatch.setattr("torchft.manager.join_group", join)
+    with pytest.raises(ValueError, match="another Manager's already, that of b:"):
+        groups.replica("a", pg=pg)
+    with pytest.raises(RuntimeError, match="not reachable"):
+        ManagerClient(joined[0].server.address(), TIMEOUT, wait=False)._checkpoint_metadata(0, TIMEOUT)
+    quicker[0].step()
+    assert quicker[0].manager.current_step() == 1
+
+
+def test_a_group_that_hands_its_collectives_to_a_manager_carries_them_for_none(groups: Groups) -> None:
+    a = groups.replica("a").manager
+    for pg in (ManagedProcessGroup(a), FakeProcessGroupWrapper(ManagedProcessGroup(a))):
+        with pytest.raises(TypeError, match=r"hands its collectives to a Manager.* ProcessGroupGloo\(\)"):
+            Manager(pg, None, None, 1)
 
 
 def test_a_step_of_which_nothing_was_used_goes_on_when_it_is_begun_again(pair: Groups) -> None:

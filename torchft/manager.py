@@ -37,6 +37,7 @@ from torchft.group_loss import GroupLoss
 from torchft.leaving import Leaving
 from torchft.persistence import Persistence
 from torchft.process_group import ProcessGroup, Reduction
+from torchft.process_group.claim import Claim
 from torchft.quorum_phase import NOBODY, Progress, QuorumPhase
 from torchft.recovery import Recovery
 from torchft.reduction import StepFutures, contribute_nothing
@@ -70,7 +71,7 @@ class Manager:
     """Fault tolerance for one rank of one replica group.
 
     Args:
-        pg: carries the collectives between groups; reconfigured by the manager.
+        pg: carries the collectives between groups; reconfigured by the manager, whose alone it is until its shutdown.
         load_state_dict, state_dict: write and read what a healing group needs: model, optimizer, and so on.
             Registered under the key ``"default"``; both may be None when others are registered.
         min_replica_size: a step with fewer participants is not committed.
@@ -109,8 +110,8 @@ class Manager:
 
     Raises:
         TimeoutError: lighthouse, store or rank 0 did not answer within ``connect_timeout``.
-        TypeError: a timeout is no timedelta, or ``pg`` no process group of torchft.
-        ValueError: an argument is missing or out of range.
+        TypeError: a timeout is no timedelta, or ``pg`` no process group of torchft that carries collectives.
+        ValueError: an argument is missing or out of range, or ``pg`` belongs to another Manager.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class Manager:
             raise ValueError(f"min_replica_size is {min_replica_size}: a step needs at least one participant")
         if isinstance(pg, type) or not hasattr(pg, "configure"):
             raise TypeError(f"pg is {pg!r}: it has to be a process group of torchft, for instance ProcessGroupGloo()")
+        self._claim = Claim(pg)
         self._timeouts = effective(timeouts, timeout, quorum_timeout, connect_timeout, heartbeat_interval)
         self._timeout = self._timeouts.collective
         self._quorum_timeout = self._timeouts.quorum
@@ -255,6 +257,11 @@ class Manager:
             voted=self._all_voted,
         )
         self._loss: GroupLoss | None = None
+        try:
+            self._claim.take(self._group.replica_id)
+        except ValueError:  # another thread was quicker
+            self.shutdown()
+            raise
         self._group.listen(self._hear, self._hear_back, self._check_timeouts)
         leave_at_the_end(self)
 
@@ -617,4 +624,6 @@ class Manager:
         if wait:
             self._begin.close()
         self._start.shutdown(timeout=5.0 if wait else 0.0)
-        self._pg.shutdown()
+        if self._claim.held:  # or else it may be another Manager's by now
+            self._pg.shutdown()
+            self._claim.release()
