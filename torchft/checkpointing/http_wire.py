@@ -13,7 +13,7 @@ import re
 import socket
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torchft.runtime.deadline import Deadline
 
@@ -35,7 +35,8 @@ MAX_HEAD = 16 << 10
 MAX_HEADERS = 64
 _TIMEVAL = struct.Struct("@ll")
 _IOV = 256
-_SMALL = 64 << 10
+_SCATTERED = 16
+"""Views of one piece that are received into as they are: smaller ones cost less to copy than to hand to the kernel."""
 _CHECK = 0.1
 _EAGER = 1 << 20
 """The first bytes of a connection are handed on as they come, whole pieces afterwards: who watches a slow one knows at
@@ -182,61 +183,70 @@ class BodyReader:
             WireError: the connection was closed early.
             TimeoutError: the deadline passed.
         """
-        small: list[memoryview] = []
-        size = 0
-        for view in views:
-            if len(view) >= _SMALL:
-                self._fill_small(small, size, arrived)
-                small, size = [], 0
-                self._fill_one(view, arrived)
-                continue
-            if size + len(view) > PIECE:
-                self._fill_small(small, size, arrived)
-                small, size = [], 0
-            small.append(view)
-            size += len(view)
-        self._fill_small(small, size, arrived)
+        for piece in _pieces(views):
+            if len(piece) <= _SCATTERED:
+                self._fill_piece(piece, arrived)
+            else:
+                self._fill_scattered(piece, arrived)
 
-    def _fill_one(self, view: memoryview, arrived: Callable[[memoryview], object] | None) -> None:
-        position = 0
-        while position < len(view):
-            piece = view[position : position + PIECE]
-            got = self._reader.take([piece])
-            told = 0
-            while got < len(piece):
-                now = time.monotonic()
-                if now - self._checked > _CHECK:  # two system calls for each piece would be felt
-                    set_timeout(self._sock, self._deadline)
-                    self._checked = now
-                try:
-                    whole = socket.MSG_WAITALL if self._came >= _EAGER else 0
-                    came = self._sock.recv_into(piece[got:], len(piece) - got, whole)
-                except BlockingIOError as e:
-                    raise TimeoutError(f"not all data came within {self._deadline.timeout:g}s") from e
-                if not came:
-                    raise WireError("the connection was closed in the middle of the data")
-                got += came
-                self._came += came
-                if arrived is not None and not whole:
-                    arrived(piece[told:got])
-                    told = got
-            if arrived is not None and told < len(piece):
-                arrived(piece[told:])
-            position += len(piece)
+    def _fill_piece(self, piece: list[memoryview], arrived: Callable[[memoryview], object] | None) -> None:
+        came, left = self._reader.take(piece), piece
+        while True:
+            there, left = _split(left, came)
+            if arrived is not None:
+                for view in there:
+                    arrived(view)
+            if not left:
+                return
+            now = time.monotonic()
+            if now - self._checked > _CHECK:  # two system calls for each piece would be felt
+                set_timeout(self._sock, self._deadline)
+                self._checked = now
+            try:
+                whole = socket.MSG_WAITALL if self._came >= _EAGER else 0
+                came = self._sock.recvmsg_into(left, 0, whole)[0]
+            except BlockingIOError as e:
+                raise TimeoutError(f"not all data came within {self._deadline.timeout:g}s") from e
+            if not came:
+                raise WireError("the connection was closed in the middle of the data")
+            self._came += came
 
-    def _fill_small(self, views: list[memoryview], size: int, arrived: Callable[[memoryview], object] | None) -> None:
+    def _fill_scattered(self, piece: list[memoryview], arrived: Callable[[memoryview], object] | None) -> None:
         """Many small views: received together, then handed out."""
-        if len(views) <= 1:
-            for view in views:
-                self._fill_one(view, arrived)
-            return
         if self._bounce is None:
             self._bounce = memoryview(bytearray(PIECE))
-        data = self._bounce[:size]
-        self._fill_one(data, arrived)
-        for view in views:
+        data = self._bounce[: sum(map(len, piece))]
+        self._fill_piece([data], arrived)
+        for view in piece:
             view[:] = data[: len(view)]
             data = data[len(view) :]
+
+
+def _pieces(views: Sequence[memoryview]) -> Iterator[list[memoryview]]:
+    """The same bytes, ``PIECE`` at a time, wherever one view ends and the next begins."""
+    piece: list[memoryview] = []
+    room = PIECE
+    for view in views:
+        rest = view
+        while len(rest) >= room:
+            yield [*piece, rest[:room]]
+            rest = rest[room:]
+            piece, room = [], PIECE
+        if len(rest):
+            piece.append(rest)
+            room -= len(rest)
+    if piece:
+        yield piece
+
+
+def _split(views: list[memoryview], count: int) -> tuple[list[memoryview], list[memoryview]]:
+    """The first ``count`` bytes, and the rest."""
+    for i, view in enumerate(views):
+        if count < len(view):
+            begun = [view[:count]] if count else []
+            return views[:i] + begun, [view[count:], *views[i + 1 :]]
+        count -= len(view)
+    return views, []
 
 
 _RANGE = re.compile(r"bytes=([0-9]{1,19})-([0-9]{1,19})?")
