@@ -137,8 +137,8 @@ class Destination:
             if tuple(local.shape) != spec.dtensor.shape or tuple(local.placements) != spec.dtensor.placements:
                 return None
             local = local.to_local()
-        fits = local.dtype == spec.dtype and tuple(local.shape) == spec.shape
-        usable = local.layout == torch.strided and local.device.type != "meta"
+        fits = local.dtype == spec.dtype and local.shape == spec.shape
+        usable = local.layout == torch.strided and not local.is_meta
         return local if fits and usable and not local.is_conj() and not local.is_neg() else None
 
     def _live(self, members: list[TensorSpec], length: int) -> torch.Tensor | None:
@@ -147,7 +147,7 @@ class Destination:
         filler: torch.Tensor | None = None
         for spec in members:
             live = self._counterpart.get(spec.path)
-            if live is None or live.device.type != "cpu" or spec.packed or live.stride() != spec.stride:
+            if live is None or not live.is_cpu or spec.packed or live.stride() != spec.stride:
                 return None
             start = live.data_ptr() - spec.offset
             if base is not None and start != base:

@@ -20,12 +20,13 @@ Invariants, checked on reading before anything is allocated
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
@@ -59,8 +60,7 @@ class DTensorSpec:
     placements: tuple[Placement, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """One tensor of a state. For a DTensor, shape and stride are the local tensor's."""
 
     path: str
@@ -199,23 +199,26 @@ class _SpecReader:
 
 
 def _sizes(node: JSON, path: str) -> tuple[int, ...]:
-    if (
-        not isinstance(node, list)
-        or len(node) > _MAX_DIMS
-        or not all(type(n) is int and 0 <= n <= MAX_TOTAL for n in node)
-    ):
+    good = isinstance(node, list) and len(node) <= _MAX_DIMS
+    if good:
+        for n in node:
+            if type(n) is not int or not 0 <= n <= MAX_TOTAL:
+                good = False
+    if not good:
         raise ManifestError(f"{path} has a malformed shape or stride")
     return tuple(node)
 
 
 def _shape(node: JSON, path: str) -> tuple[int, ...]:
     sizes = _sizes(node, path)
-    if math.prod(n for n in sizes if n) > _MAX_ELEMENTS:  # without elements, too: torch multiplies all of them
+    multiplied = [n for n in sizes if n] if 0 in sizes else sizes  # without elements, too: torch multiplies all of them
+    if math.prod(multiplied) > _MAX_ELEMENTS:
         raise ManifestError(f"{path} has a shape that no tensor can have")
     return sizes
 
 
-def _contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+@functools.lru_cache(maxsize=1024)  # the tensors of a state have few shapes
+def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     stride: list[int] = []
     step = 1
     for n in reversed(shape):
@@ -295,7 +298,7 @@ class _Collector:
 
     def _plain(self, tensor: torch.Tensor, path: str) -> list[JSON]:
         name = dtype_name(tensor.dtype)
-        if type(tensor) not in _PLAIN or tensor.layout != torch.strided or tensor.device.type == "meta" or not name:
+        if type(tensor) not in _PLAIN or tensor.layout != torch.strided or tensor.is_meta or not name:
             raise UnsafeStateError(
                 f"{path} holds a tensor that cannot be sent: {type(tensor).__name__}, {tensor.dtype}, "
                 f"{tensor.layout}, on {tensor.device}. Dense tensors with memory can be."
@@ -303,9 +306,9 @@ class _Collector:
         data = tensor.detach()
         if data.is_conj() or data.is_neg():
             data = torch.empty_strided(data.shape, data.stride(), dtype=data.dtype, device=data.device).copy_(data)
-        shape, stride = list(data.shape), list(data.stride())
-        contiguous = tuple(stride) == _contiguous_stride(shape)
-        node: list[JSON] = ["T", name, shape, None if contiguous else stride, 0, -1, False]
+        shape, stride = tuple(data.shape), data.stride()
+        contiguous = stride == _contiguous_stride(shape)
+        node: list[JSON] = ["T", name, list(shape), None if contiguous else list(stride), 0, -1, False]
         if numel := data.numel():
             start = int(data.storage_offset()) * data.itemsize
             stop = start + (numel if contiguous else _span(shape, stride)) * data.itemsize
@@ -314,10 +317,10 @@ class _Collector:
 
     def lay_out(self) -> list[torch.Tensor]:
         """Gives each tensor its extent; returns the extents' bytes."""
-        storages: dict[tuple[str, int], list[_Found]] = {}
+        storages: dict[tuple[torch.device, int], list[_Found]] = {}
         for found in self._found:
             storage = found.tensor.untyped_storage()
-            storages.setdefault((str(found.tensor.device), storage.data_ptr()), []).append(found)
+            storages.setdefault((found.tensor.device, storage.data_ptr()), []).append(found)
         groups: dict[int, list[_Found]] = {}
         for members in storages.values():
             for group in _overlapping(members):
@@ -347,11 +350,13 @@ def _overlapping(members: list[_Found]) -> list[list[_Found]]:
 
 def _place(group: list[_Found], extent: int) -> torch.Tensor:
     first = group[0]
-    if len(group) == 1 and first.tensor.numel() * first.tensor.itemsize < first.stop - first.start:
-        first.extent = first.node[5] = extent
-        first.node[6] = True
-        return _bytes_of(first.tensor.contiguous(), 0, first.tensor.numel() * first.tensor.itemsize)
     start = first.start
+    if len(group) == 1:
+        first.extent = first.node[5] = extent
+        if first.tensor.nbytes >= first.stop - start:
+            return _bytes_of(first.tensor, start, first.stop - start)
+        first.node[6] = True
+        return _bytes_of(first.tensor.contiguous(), 0, first.tensor.nbytes)
     if any((f.start - start) % f.tensor.itemsize for f in group):
         start -= start % 16  # views of different element sizes: keep every offset a multiple of its size
     for found in group:
