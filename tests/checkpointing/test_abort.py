@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from torchft.checkpointing import CheckpointTransport, HTTPTransport, PGTransport
+from torchft.checkpointing.http_download import Download
 from torchft.checkpointing.transport import TransferAborted
 from torchft.process_group.gloo import ProcessGroupGloo
 
@@ -47,7 +48,7 @@ t = timedelta(seconds=60)
 w = torch.ones(int(sys.argv[1]), dtype=torch.uint8)
 pg = ProcessGroupGloo(t)
 pg.configure(sys.argv[2], "source", 0, 2)
-PGTransport(pg, t, torch.device("cpu")).send_checkpoint([1], 7, {"w": w}, t)
+PGTransport(pg, t, torch.device("cpu"), local_from=int(sys.argv[3])).send_checkpoint([1], 7, {"w": w}, t)
 sys.stdin.read()
 """
 
@@ -220,19 +221,38 @@ def test_a_failed_step_does_not_end_a_transfer_that_has_begun(
         assert int(receiving.result(50)["w"][-1]) == 1
 
 
-def test_pg_source_stopped_in_the_middle(pool: ThreadPoolExecutor) -> None:
+@pytest.mark.parametrize("local_from", [0, sys.maxsize], ids=["local", "group"])
+def test_pg_source_stopped_in_the_middle(
+    pool: ThreadPoolExecutor, local_from: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     live = torch.zeros(SIZE, dtype=torch.uint8)
     group, other = ProcessGroupGloo(LONG), ProcessGroupGloo(LONG)
     receiver: PGTransport[Any] = PGTransport(group, LONG, torch.device("cpu"), lambda: {"w": live})
     try:
         address = f"127.0.0.1:{store.port}/first"
-        with child(PG_SOURCE, str(SIZE), address) as source:
+        with child(PG_SOURCE, str(SIZE), address, str(local_from)) as source:
             group.configure(address, "receiver", 1, 2)
-            receiving = pool.submit(receiver.recv_checkpoint, 0, "<n/a>", 7, LONG)
-            wait_until(lambda: live[0])
-            os.kill(source.pid, signal.SIGSTOP)
-            os.waitpid(source.pid, os.WUNTRACED)
+            stopped = threading.Event()
+
+            def stop() -> None:
+                if not stopped.is_set():
+                    os.kill(source.pid, signal.SIGSTOP)
+                    os.waitpid(source.pid, os.WUNTRACED)
+                    stopped.set()
+
+            def landed(download: Download, *args: Any) -> None:
+                stop()
+                by_local(download, *args)
+
+            by_local = Download._landed
+            with monkeypatch.context() as patch:
+                patch.setattr(Download, "_landed", landed)
+                receiving = pool.submit(receiver.recv_checkpoint, 0, "<n/a>", 7, LONG)
+                if local_from:
+                    wait_until(lambda: live[0])
+                    stop()
+                wait_until(stopped.is_set)
 
             def abort() -> None:
                 receiver.abort("a member died")

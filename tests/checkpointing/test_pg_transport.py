@@ -26,6 +26,8 @@ from torchft.process_group.gloo import ProcessGroupGloo
 
 TIMEOUT = timedelta(seconds=60)
 CPU = torch.device("cpu")
+LOCAL, GROUP = 0, sys.maxsize
+"""``local_from``: any state goes by the local way, or none."""
 SIZES = (1, 100, (1 << 20) - 1, 1 << 20, BUCKET - 1, BUCKET, BUCKET + 1, 3 * BUCKET)
 
 
@@ -129,26 +131,30 @@ def test_receiver_that_is_gone_does_not_cost_the_other_its_state() -> None:
         assert torch.equal(receiving.result(60)["w"], state["w"])
 
 
-STOPPED = """
+ENDING = """
 import os, signal, sys, threading, torch
 from datetime import timedelta
-from torchft.checkpointing import PGTransport
+from torchft.checkpointing import PGTransport, http_download, pg_transport
 from torchft.process_group.gloo import ProcessGroupGloo
 t = timedelta(seconds=120)
 live = torch.zeros(int(sys.argv[2]), dtype=torch.uint8)
-def stop_when_bytes_came():
-    while not live[0]:
-        pass
-    os.kill(os.getpid(), signal.SIGSTOP)
-threading.Thread(target=stop_when_bytes_came, daemon=True).start()
+def end(*_):
+    os.kill(os.getpid(), int(sys.argv[3]))
+    threading.Event().wait()  # the signal may need a moment
+pg_transport.ChunkHasher.update = http_download.Download._landed = end  # some data has come, and no more is taken
 pg = ProcessGroupGloo(t)
 pg.configure(sys.argv[1], "stops", 2, 3)
 PGTransport(pg, t, torch.device("cpu"), lambda: {"w": live}).recv_checkpoint(0, "<n/a>", 7, t)
 """
 
 
-def test_receiver_that_stops_does_not_cost_the_other_its_state() -> None:
-    """It stops in the middle, with its connection open; only the source's own wait for it is left."""
+@pytest.mark.parametrize(
+    ("signalled", "local_from"),
+    [(signal.SIGSTOP, GROUP), (signal.SIGSTOP, LOCAL), (signal.SIGKILL, LOCAL)],
+    ids=["stopped-group", "stopped-local", "killed-local"],
+)
+def test_receiver_that_ends_does_not_cost_the_other_its_state(signalled: signal.Signals, local_from: int) -> None:
+    """It stops in the middle, with its connection open: only the source's own wait for it is left. Or it is killed."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     address = f"127.0.0.1:{store.port}/pg"
     size = 192 << 20
@@ -156,22 +162,28 @@ def test_receiver_that_stops_does_not_cost_the_other_its_state() -> None:
         "w": torch.full((size,), 3, dtype=torch.uint8),
         "small": [torch.full((1000,), float(i)) for i in range(99)],
     }
-    process = subprocess.Popen([sys.executable, "-c", STOPPED, address, str(size)], cwd=os.getcwd())
+    command = [sys.executable, "-c", ENDING, address, str(size), str(int(signalled))]
+    process = subprocess.Popen(command, cwd=os.getcwd())
     pgs = [ProcessGroupGloo(timedelta(seconds=120)) for _ in range(2)]
     try:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda i: pgs[i].configure(address, f"r{i}", i, 3), range(2)))
-            source: PGTransport[Any] = PGTransport(pgs[0], TIMEOUT, CPU)
+            source: PGTransport[Any] = PGTransport(pgs[0], TIMEOUT, CPU, local_from=local_from)
             receiver: PGTransport[Any] = PGTransport(pgs[1], TIMEOUT, CPU)
             sending = pool.submit(source.send_checkpoint, [2, 1], 7, state, TIMEOUT)
             got = pool.submit(receiver.recv_checkpoint, 0, "<n/a>", 7, TIMEOUT).result(45)
             assert torch.equal(got["w"], state["w"])
             assert all(torch.equal(a, b) for a, b in zip(got["small"], state["small"], strict=True))
+            if signalled == signal.SIGKILL:
+                with pytest.raises(CheckpointError, match="replica rank 2, on this machine, closed its connection"):
+                    sending.result(45)  # the timeout is 60
+                return
             _, status = os.waitpid(process.pid, os.WUNTRACED)
             assert os.WIFSTOPPED(status)
             assert not sending.done()
             source.abort("a member died")
-            pgs[0].abort()
+            if local_from == GROUP:
+                pgs[0].abort()
             with pytest.raises(TransferAborted, match="a member died"):
                 sending.result(45)
     finally:
@@ -189,14 +201,16 @@ from torchft.process_group.gloo import ProcessGroupGloo
 t = timedelta(seconds=120)
 pg = ProcessGroupGloo(t)
 pg.configure(sys.argv[1], "source", 0, 2)
-PGTransport(pg, t, torch.device("cpu")).send_checkpoint([1], 7, {"w": torch.ones(256 << 20, dtype=torch.uint8)}, t)
+transport = PGTransport(pg, t, torch.device("cpu"), local_from=int(sys.argv[2]))
+transport.send_checkpoint([1], 7, {"w": torch.ones(256 << 20, dtype=torch.uint8)}, t)
 """
 
 
-def test_source_process_dies_mid_transfer() -> None:
+@pytest.mark.parametrize("local_from", [GROUP, LOCAL], ids=["group", "local"])
+def test_source_process_dies_mid_transfer(local_from: int) -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     address = f"127.0.0.1:{store.port}/pg"
-    process = subprocess.Popen([sys.executable, "-c", MEMBER, address], cwd=os.getcwd())
+    process = subprocess.Popen([sys.executable, "-c", MEMBER, address, str(local_from)], cwd=os.getcwd())
     pg = ProcessGroupGloo(timedelta(seconds=120))
     try:
         pg.configure(address, "receiver", 1, 2)

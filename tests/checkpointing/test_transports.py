@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from tests.checkpointing.loopback import over_tcp
-from torchft.checkpointing import HTTPTransport, PGTransport
+from torchft.checkpointing import HTTPTransport, PGTransport, pg_local
+from torchft.checkpointing.offer import Offer
+from torchft.checkpointing.pg_local import LocalOffer
 from torchft.process_group.gloo import ProcessGroupGloo
 from torchft.runtime.deadline import Deadline
 from torchft.testing.transport_suite import Pair, TransportSuite
 
 TIMEOUT = timedelta(seconds=60)
+
+
+def _damage(offer: Offer) -> None:
+    """Of what was hashed, the last byte."""
+    assert offer.await_seal(Deadline(60)) is not None
+    total = offer.cut.total
+    with offer.reading(threading.Lock(), total - 1, total) as views:
+        views[0][0] ^= 1
 
 
 class _HTTPSuite(TransportSuite):
@@ -41,10 +53,7 @@ class _HTTPSuite(TransportSuite):
         def corrupt() -> None:
             offer = source._server._offer
             assert offer is not None
-            assert offer.await_seal(Deadline(60)) is not None
-            total = offer.cut.total
-            with offer.reading(threading.Lock(), total - 1, total) as views:
-                views[0][0] ^= 1
+            _damage(offer)
 
         def close() -> None:
             source.shutdown()
@@ -93,8 +102,8 @@ class _DamagingGroup:
         return _DamagedWork(work, tensors[0]) if self.damage and tensors[0].numel() > 1000 else work
 
 
-class TestPGTransport(TransportSuite):
-    test_more_than_2_gib_in_one_tensor = pytest.mark.slow(TransportSuite.test_more_than_2_gib_in_one_tensor)
+class _PGSuite(TransportSuite):
+    local_from: int
 
     def open(self, into: Callable[[], Any] | None = None, allow_pickle: bool = False) -> Pair:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -109,16 +118,49 @@ class TestPGTransport(TransportSuite):
             thread.join(60)
         receiving = _DamagingGroup(groups[1])
         cpu = torch.device("cpu")
-        source: PGTransport[Any] = PGTransport(groups[0], TIMEOUT, cpu, allow_pickle=allow_pickle, copy_below=0)
-        receiver: PGTransport[Any] = PGTransport(receiving, TIMEOUT, cpu, into, allow_pickle=allow_pickle, copy_below=0)
+        options: Any = {"allow_pickle": allow_pickle, "copy_below": 0, "local_from": self.local_from}
+        source: PGTransport[Any] = PGTransport(groups[0], TIMEOUT, cpu, **options)
+        receiver: PGTransport[Any] = PGTransport(receiving, TIMEOUT, cpu, into, **options)
+        offers: list[LocalOffer] = []
+
+        class _Noted(LocalOffer):
+            def __init__(self, *args: Any) -> None:
+                super().__init__(*args)
+                offers.append(self)
+
+        noting = mock.patch.object(pg_local, "LocalOffer", _Noted)
+        noting.start()
 
         def corrupt() -> None:
             receiving.damage = True
+            for offer in offers:
+                _damage(offer._offer)
+
+        def lose_source() -> None:
+            for offer in offers:
+                offer.close()
+            groups[0].abort()
 
         def close(keep: dist.TCPStore = store) -> None:
+            noting.stop()
             source.shutdown()
             receiver.shutdown()
             for group in groups:
                 group.shutdown()
 
-        return Pair(source, receiver, groups[0].abort, corrupt, close)
+        return Pair(source, receiver, lose_source, corrupt, close)
+
+
+class TestPGTransport(_PGSuite):
+    local_from = sys.maxsize
+    test_more_than_2_gib_in_one_tensor = pytest.mark.slow(_PGSuite.test_more_than_2_gib_in_one_tensor)
+
+
+class TestPGTransportOnOneMachine(_PGSuite):
+    local_from = 0
+    test_more_than_2_gib_in_one_tensor = pytest.mark.slow(_PGSuite.test_more_than_2_gib_in_one_tensor)
+
+    def test_the_data_went_by_the_local_way(self, caplog: pytest.LogCaptureFixture) -> None:
+        with caplog.at_level("INFO", "torchft.checkpointing.pg_transport"):
+            self.round_trip({"w": torch.ones(1000)})
+        assert any("from replica rank 0 on this machine" in r.getMessage() for r in caplog.records)

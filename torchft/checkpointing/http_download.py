@@ -68,6 +68,7 @@ class Download:
         connections: to each source.
         unmeasured: nothing is known about the way to the sources, and others wait: what is far too slow is given up at
             once.
+        receiver: what the sources know this receiver by; None: a name that is drawn.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Download:
         transfer: Transfer,
         connections: int = 2,
         unmeasured: bool = False,
+        receiver: str | None = None,
     ) -> None:
         self._look = sources
         self._token = token
@@ -87,7 +89,7 @@ class Download:
         self._transfer = transfer
         self._connections = connections
         self._unmeasured = unmeasured
-        self._receiver = uuid.uuid4().hex
+        self._receiver = receiver or uuid.uuid4().hex
         self._changed = threading.Condition()
         self._over = False
         self._sources: list[HTTPSource] = []

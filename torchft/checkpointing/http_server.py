@@ -16,10 +16,12 @@ Invariants
 
 from __future__ import annotations
 
+import errno
 import hmac
 import logging
 import socket
 import threading
+from collections.abc import Callable
 
 from torchft.checkpointing.chunks import ByteRun
 from torchft.checkpointing.http_connection import Connection, Refused
@@ -45,10 +47,13 @@ class SnapshotServer:
     Args:
         token: readers must send ``Authorization: Bearer {token}``; None: anybody may read.
         stall: seconds after which a reader that takes nothing is dropped.
-        port: 0: any.
+        port: 0: any; None: none, for readers on this machine alone.
+
+    Raises:
+        OSError: it cannot listen.
     """
 
-    def __init__(self, token: str | None = None, stall: float = 60.0, port: int = 0) -> None:
+    def __init__(self, token: str | None = None, stall: float = 60.0, port: int | None = 0) -> None:
         self._token = token
         self._stall = stall
         self._changed = threading.Condition()
@@ -57,14 +62,15 @@ class SnapshotServer:
         self._newest = -1
         self._stopping = False
         self._connections: dict[Connection, None] = {}  # the oldest first
-        listener = _listen(port)
-        self.port: int = listener.getsockname()[1]
-        self._listeners = [listener]
+        self._listeners = [] if port is None else [_listen(port)]
+        self.port: int = self._listeners[0].getsockname()[1] if self._listeners else 0
         self.local_address: str | None = None
         """For readers on this machine, beside the port."""
         if (local := listen_locally(self.port, _BACKLOG)) is not None:
             self._listeners.append(local[0])
             self.local_address = local[1]
+        if not self._listeners:
+            raise OSError(errno.EAFNOSUPPORT, "this system has no addresses that only its own processes know")
         self._acceptors: list[threading.Thread] = []
         for listener in self._listeners:
             close_in_children_fd(listener)
@@ -92,6 +98,26 @@ class SnapshotServer:
         """Whether all readers of the offer have ended before the deadline."""
         with self._changed:
             return self._changed.wait_for(lambda: self._offer is None or not self._offer.readers, deadline.remaining())
+
+    def wait_for_receiver(self, receiver: str, deadline: Deadline, over: Callable[[], bool]) -> bool:
+        """Whether all connections of one receiver that reads have ended, before the deadline and before it is over.
+
+        Args:
+            receiver: the name that it gives.
+            deadline: until when.
+            over: whether the answer does not matter any more; asked at the beginning, and after each :meth:`stir`.
+        """
+
+        def ended() -> bool:
+            return self._offer is None or all(r.receiver != receiver for r in self._offer.readers)
+
+        with self._changed:
+            return self._changed.wait_for(lambda: over() or ended(), deadline.remaining()) and ended()
+
+    def stir(self) -> None:
+        """Lets who waits here look again."""
+        with self._changed:
+            self._changed.notify_all()
 
     @property
     def current(self) -> Offer | None:

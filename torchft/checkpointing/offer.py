@@ -136,6 +136,11 @@ class Offer:
             self._sent.setdefault(reader.receiver, set()).add(index)
             self.bytes_sent += self.cut.length(index)
 
+    def was_sent(self, receiver: str) -> bool:
+        """Whether a receiver was sent every chunk."""
+        with self._changed:
+            return len(self._sent.get(receiver, ())) == self.cut.count
+
     def needed(self) -> set[int]:
         """Chunks that somebody who reads was not sent."""
         with self._changed:

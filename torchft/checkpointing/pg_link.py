@@ -17,7 +17,8 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Protocol
 
@@ -33,7 +34,7 @@ from torchft.runtime.deadline import Deadline
 __all__ = ["GROUP", "Buffers", "Link", "SendRecv", "message_of"]
 
 _TAG = 1
-_READY = 2
+_ANSWER = 2
 GROUP = 4 << 20
 """Bytes after which is waited. Larger: fewer changes of threads. Smaller: what has come is in the cache still, and the
 thread that hashes it is done before gloo's wakes up and must look for another processor."""
@@ -106,7 +107,7 @@ class Link:
         self._rank = rank
         self._deadline = deadline
         self._buffers = buffers
-        self._transfer = transfer
+        self.transfer = transfer
         self._lent: dict[int, torch.Tensor] = {}
         self._under_way: deque[tuple[torch.Tensor, Work]] = deque()
         self._groups: deque[int] = deque()
@@ -130,6 +131,23 @@ class Link:
             self._lane.run(job, f"torchft-transfer-{self._rank}")
         finally:
             self._lane = None
+
+    @contextmanager
+    def ends_transfer(self) -> Iterator[None]:
+        """Inside, the transfer is aborted when the process group gives its works up. After the first message."""
+        ending = self._ending
+        if ending is None:
+            yield
+            return
+
+        def give_up(error: Exception) -> None:
+            self.transfer.abort(f"the process group was given up: {error}")
+
+        ending.listen(give_up)
+        try:
+            yield
+        finally:
+            ending.leave(give_up)
 
     def buffer(self, length: int) -> torch.Tensor:
         """Memory for one message; given back by :meth:`done_with`, or when the message is sent."""
@@ -183,16 +201,28 @@ class Link:
         for _ in range(count):
             self.done_with(self._under_way.popleft()[0])
 
-    def await_ready(self) -> None:
-        """Returns when the receiver has announced messages."""
-        self._wait(self._pg.recv([message_of(b"\0").to(self._device)], self._rank, _READY))
+    def await_answer(self, *expected: int) -> int:
+        """What the receiver answers.
+
+        Raises:
+            CheckpointError: something else than expected.
+        """
+        message = message_of(b"\0").to(self._device)
+        self._wait(self._pg.recv([message], self._rank, _ANSWER))
+        answer = int(message[0])
+        if answer not in expected:
+            raise CheckpointError(
+                f"replica rank {self._rank} answered {answer} where one of {expected} was expected: run the same "
+                "torchft on both sides"
+            )
+        return answer
 
     # -------------------------------------------------------------------------------------------- the receiver
 
-    def tell_ready(self) -> None:
-        """What :meth:`await_ready` waits for."""
+    def answer(self, value: int) -> None:
+        """What :meth:`await_answer` waits for."""
         try:
-            self._wait(self._pg.send([message_of(b"\1").to(self._device)], self._rank, _READY))
+            self._wait(self._pg.send([message_of(bytes([value])).to(self._device)], self._rank, _ANSWER))
         except CheckpointError:
             raise
         except Exception as e:
@@ -237,7 +267,7 @@ class Link:
         return message.cpu().numpy().tobytes()
 
     def _wait(self, work: Work) -> None:
-        self._transfer.check()
+        self.transfer.check()
         left = self._deadline.remaining()
         try:
             if left > 0:

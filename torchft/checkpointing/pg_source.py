@@ -17,13 +17,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from torchft.checkpointing.chunks import ByteRun, Seal, host_view
 from torchft.checkpointing.manifest import Manifest
 from torchft.checkpointing.pg_link import Link, message_of
-from torchft.checkpointing.pg_stream import Bucket, ChunkHasher, Prologue, buckets
+from torchft.checkpointing.pg_local import LocalOffer
+from torchft.checkpointing.pg_stream import ANNOUNCED, BY_GROUP, LOCALLY, Bucket, ChunkHasher, Prologue, buckets
 
 __all__ = ["Outgoing"]
 
@@ -37,6 +39,7 @@ class Outgoing:
         sources: the bytes of each extent, where they are sent from.
         run: the same, readable by the host.
         log: where to say what took how long.
+        local: the state as it is served to receivers on this machine; None: it is not.
     """
 
     def __init__(
@@ -46,12 +49,14 @@ class Outgoing:
         sources: Sequence[torch.Tensor],
         run: ByteRun,
         log: logging.LoggerAdapter[logging.Logger],
+        local: LocalOffer | None = None,
     ) -> None:
         self._prologue = prologue
         self._manifest = manifest
         self._sources = sources
         self._run = run
         self._log = log
+        self._local = local
         self._hashing = threading.Lock()
         self._hasher = ChunkHasher()
         self._hashed = 0
@@ -81,21 +86,38 @@ class Outgoing:
 
     def _to(self, rank: int, link: Link) -> None:
         began = time.perf_counter()
-        link.send(message_of(self._prologue.pack()))
-        link.send(message_of(self._manifest.body))
-        link.drain()
-        if self._prologue.waits:
-            link.await_ready()
+        taken = self._takes_local_way(link)
+        if taken is None:
+            link.send(message_of(self._manifest.body))
+            link.drain()
+            if self._prologue.waits:
+                link.await_answer(ANNOUNCED)
         ready = time.perf_counter()
         self._log.info(
             "send manifest took %.3fs (%d bytes to replica rank %d)", ready - began, len(self._manifest.body), rank
         )
-        link.apart(lambda: self._data_to(link))
+        if taken is None:
+            link.apart(lambda: self._data_to(link))
+        else:
+            assert self._local is not None
+            with link.ends_transfer():
+                self._local.await_receiver(taken, rank, link.transfer)
         took = max(time.perf_counter() - ready, 1e-9)
         total = self._manifest.total
         self._log.info(
             "send tensors took %.3fs (%d bytes to replica rank %d, %.2f GB/s)", took, total, rank, total / took / 1e9
         )
+
+    def _takes_local_way(self, link: Link) -> str | None:
+        """Announces the state; the receiver's name on the local way, if it takes that."""
+        if self._local is None:
+            link.send(message_of(self._prologue.pack()))
+            return None
+        way, receiver = self._local.way()
+        link.send(message_of(replace(self._prologue, way=len(way)).pack()))
+        link.send(message_of(way))
+        link.drain()
+        return receiver if link.await_answer(LOCALLY, BY_GROUP) == LOCALLY else None
 
     def _data_to(self, link: Link) -> None:
         for bucket in buckets(self._manifest.extents, self._prologue.bucket):

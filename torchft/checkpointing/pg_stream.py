@@ -1,12 +1,15 @@
 """The wire form of a state that is sent over a process group.
 
-Four kinds of messages, each one ``send`` of a ``uint8`` tensor, from the source to one receiver, and one back:
+Five kinds of messages, each one ``send`` of a ``uint8`` tensor, from the source to one receiver, and two back:
 
     1. the *prologue*, ``PROLOGUE_BYTES``: magic, version, step, bytes of the manifest, bytes of data, sizes of
-       chunks and buckets, and whether the source waits for the receiver;
-    2. the manifest's body; if the source waits, the receiver answers with one byte when it has announced messages;
-    3. the data in *buckets* (:func:`buckets`, computed alike on both sides);
-    4. the *trailer*: the root, then the xxh3-128 of each chunk.
+       chunks and buckets, whether the source waits for the receiver, bytes of the next message;
+    2. if there are any, the *way*: an address for processes of the same machine, what to say there
+       (:mod:`torchft.checkpointing.pg_local`). The receiver answers with one byte, :data:`LOCALLY`: all else comes
+       there, or :data:`BY_GROUP`: it goes on here;
+    3. the manifest's body; if the source waits, the receiver answers with one byte when it has announced messages;
+    4. the data in *buckets* (:func:`buckets`, computed alike on both sides);
+    5. the *trailer*: the root, then the xxh3-128 of each chunk.
 
 Invariants
     - The sizes of all messages follow from the prologue and the manifest, and are bounded before memory is allocated.
@@ -26,12 +29,25 @@ from torchft.checkpointing.chunks import CHUNK_SIZE, DIGEST_BYTES
 from torchft.checkpointing.manifest import MAX_MANIFEST_BYTES
 from torchft.checkpointing.transport import ManifestError
 
-__all__ = ["BUCKET", "DEVICE_BUCKET", "PROLOGUE_BYTES", "Bucket", "ChunkHasher", "Prologue", "buckets"]
+__all__ = [
+    "ANNOUNCED",
+    "BUCKET",
+    "BY_GROUP",
+    "DEVICE_BUCKET",
+    "LOCALLY",
+    "PROLOGUE_BYTES",
+    "Bucket",
+    "ChunkHasher",
+    "Prologue",
+    "buckets",
+]
 
 _MAGIC = b"TORCHFT\x01"
-_VERSION = 2
-_FORMAT = struct.Struct("<8sIqQQQQ?")
+_VERSION = 3
+_FORMAT = struct.Struct("<8sIqQQQQ?H")
 PROLOGUE_BYTES = 64
+ANNOUNCED, LOCALLY, BY_GROUP = 1, 2, 3
+"""What a receiver answers: messages are announced; the local way is taken, or is not."""
 BUCKET = 4 << 20
 """Most bytes of one message between hosts. Small enough to be in the cache still when it is sent after it was hashed,
 and hashed after it came; large enough that a message's own cost does not matter: to announce one takes a system call
@@ -40,6 +56,7 @@ DEVICE_BUCKET = 32 << 20
 """The same where messages go from device to device: each costs more there, and the cache has no part in it."""
 _DIRECT = 1 << 20
 _MAX_BUCKET = 64 << 20
+_MAX_WAY = 256
 _MAX_TOTAL = 1 << 50
 
 
@@ -57,10 +74,12 @@ class Prologue:
     waits: bool = True
     """The source sends no data before the receiver has announced messages. Not between devices: there what a member
     does happens in order, and a byte that goes back would wait behind the data that waits for it."""
+    way: int = 0
+    """Bytes of the offer of a local way; 0: there is none."""
 
     def pack(self) -> bytes:
-        packed = _FORMAT.pack(_MAGIC, _VERSION, self.step, self.body, self.total, CHUNK_SIZE, self.bucket, self.waits)
-        return packed.ljust(PROLOGUE_BYTES, b"\0")
+        numbers = (self.step, self.body, self.total, CHUNK_SIZE, self.bucket, self.waits, self.way)
+        return _FORMAT.pack(_MAGIC, _VERSION, *numbers).ljust(PROLOGUE_BYTES, b"\0")
 
     @classmethod
     def unpack(cls, data: bytes) -> Prologue:
@@ -69,7 +88,7 @@ class Prologue:
         Raises:
             ManifestError: it is not one, or announces what this side does not accept.
         """
-        magic, version, step, body, total, chunk_size, bucket, waits = _FORMAT.unpack_from(data)
+        magic, version, step, body, total, chunk_size, bucket, waits, way = _FORMAT.unpack_from(data)
         if magic != _MAGIC:
             raise ManifestError(
                 f"what arrives is not a torchft checkpoint (it begins {data[:8].hex()}): the source uses another "
@@ -84,7 +103,9 @@ class Prologue:
             raise ManifestError(f"the source announces a manifest of {body} bytes and {total} bytes of data")
         if not _DIRECT <= bucket <= _MAX_BUCKET:
             raise ManifestError(f"the source announces messages of {bucket} bytes")
-        return cls(step, body, total, bucket, waits)
+        if way > _MAX_WAY:
+            raise ManifestError(f"the source announces {way} bytes of an address")
+        return cls(step, body, total, bucket, waits, way)
 
     @property
     def trailer(self) -> int:

@@ -19,6 +19,7 @@ Rules
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -31,10 +32,14 @@ from torchft.checkpointing.chunks import Seal, host_view
 from torchft.checkpointing.destination import Destination
 from torchft.checkpointing.manifest import Manifest, describe
 from torchft.checkpointing.pg_link import GROUP, Buffers, Link, SendRecv
+from torchft.checkpointing.pg_local import LocalWay, local_offer
 from torchft.checkpointing.pg_source import Outgoing
 from torchft.checkpointing.pg_stream import (
+    ANNOUNCED,
     BUCKET,
+    BY_GROUP,
     DEVICE_BUCKET,
+    LOCALLY,
     PROLOGUE_BYTES,
     Bucket,
     ChunkHasher,
@@ -50,6 +55,7 @@ from torchft.checkpointing.transport import (
     CheckpointTransport,
     IntegrityError,
     ManifestError,
+    SourceLost,
     StepNotServed,
 )
 from torchft.runtime.collection import collection_put_off
@@ -63,6 +69,8 @@ logger = SpeakerLogger(__name__)
 
 _ANNOUNCED = 4096
 """Messages that a receiver has announced, at most; more follow when half of them are there."""
+_WORTH_A_WAY = 32 << 20
+"""Bytes: less is there by the group before the two sides have found another way."""
 
 
 class PGTransport(CheckpointTransport[T]):
@@ -75,6 +83,7 @@ class PGTransport(CheckpointTransport[T]):
         state_dict: returns the tree whose tensors are received into where path, dtype and shape match.
         allow_pickle: also send and load what the format refuses.
         copy_below: bytes; smaller storages are copied on both sides, see ``COPY_BELOW``.
+        local_from: bytes; smaller states go over the process group between processes of one machine too.
     """
 
     needs_metadata = False
@@ -88,9 +97,11 @@ class PGTransport(CheckpointTransport[T]):
         *,
         allow_pickle: bool = False,
         copy_below: int = COPY_BELOW,
+        local_from: int = _WORTH_A_WAY,
     ) -> None:
         self._pg = pg
         self._copy_below = copy_below
+        self._local_from = local_from
         self._timeout = timeout
         self._device = torch.device(device)
         self._state_dict = state_dict
@@ -127,7 +138,14 @@ class PGTransport(CheckpointTransport[T]):
         bucket_size = BUCKET if on_host else DEVICE_BUCKET
         prologue = Prologue(step, len(manifest.body), manifest.total, bucket_size, waits=on_host)
         links = {rank: self._link(rank, deadline, transfer) for rank in dst_ranks}
-        failed = Outgoing(prologue, manifest, sources, run, logger).to_all(links)
+        local = None
+        if on_host and manifest.total >= self._local_from:
+            local = local_offer(step, manifest, run, deadline)
+        try:
+            failed = Outgoing(prologue, manifest, sources, run, logger, local).to_all(links)
+        finally:
+            if local is not None:
+                local.close()
         transfer.check()
         if failed:
             text = "; ".join(f"replica rank {rank}: {e}" for rank, e in failed.items())
@@ -142,13 +160,62 @@ class PGTransport(CheckpointTransport[T]):
         clock = _Clock()
         link = self._link(src_rank, deadline, transfer)
         prologue = Prologue.unpack(link.recv_bytes(PROLOGUE_BYTES))
-        body = link.recv_bytes(prologue.body)
         if prologue.step != step:
             raise StepNotServed(
                 f"step {step} was asked for, but replica rank {src_rank} sends step {prologue.step}: the two are not "
                 "in the same quorum"
             )
-        manifest = Manifest.parse(body, self._allow_pickle)
+        come = self._recv_locally(link, prologue, src_rank, deadline) if prologue.way else None
+        destination, root = come or self._recv_by_group(link, prologue, src_rank)
+        state = destination.finish(self._allow_pickle)
+        took = clock.lap()
+        logger.info(
+            "received step %d from replica rank %d%s: %d bytes, %d of them in place, in %.3fs, %.2f GB/s, verified, "
+            "root %s",
+            step,
+            src_rank,
+            " on this machine" if come else "",
+            prologue.total,
+            destination.bytes_in_place,
+            took,
+            prologue.total / took / 1e9,
+            root,
+        )
+        return cast(T, state)
+
+    def _recv_locally(
+        self, link: Link, prologue: Prologue, src_rank: int, deadline: Deadline
+    ) -> tuple[Destination, str] | None:
+        """The state's bytes and root by the local way, if there is one from here."""
+        way = LocalWay.parse(link.recv_bytes(prologue.way))
+        with link.ends_transfer(), way.download(src_rank, prologue.step, deadline, link.transfer) as download:
+            try:
+                manifest, _ = download.begin(self._allow_pickle)
+            except CheckpointError as e:
+                link.transfer.check()
+                # Refused is what most are: the source is on another machine.
+                level = logging.DEBUG if isinstance(e, SourceLost) else logging.WARNING
+                logger.log(level, "the state comes over the process group: %s", e)
+            else:
+                link.answer(LOCALLY)
+                destination = self._destination(manifest, prologue, src_rank)
+                return destination, download.run(destination.run, {}).root
+        link.answer(BY_GROUP)
+        return None
+
+    def _recv_by_group(self, link: Link, prologue: Prologue, src_rank: int) -> tuple[Destination, str]:
+        """The state's bytes and root from the process group."""
+        manifest = Manifest.parse(link.recv_bytes(prologue.body), self._allow_pickle)
+        destination = self._destination(manifest, prologue, src_rank)
+        hasher = ChunkHasher()
+        coming = buckets(manifest.extents, prologue.bucket)
+        link.receive_apart(lambda: self._receive(link, prologue, coming, destination, hasher))
+        trailer = link.recv_bytes(prologue.trailer)
+        seal = Seal.of(manifest, hasher.finish())
+        self._verify(seal, trailer, prologue.step, src_rank)
+        return destination, seal.root
+
+    def _destination(self, manifest: Manifest, prologue: Prologue, src_rank: int) -> Destination:
         if manifest.total != prologue.total:
             raise ManifestError(
                 f"replica rank {src_rank} describes {manifest.total} bytes but announces {prologue.total}"
@@ -157,25 +224,7 @@ class PGTransport(CheckpointTransport[T]):
         destination = Destination(manifest, into, self._device, self._copy_below)
         for misfit in destination.misfits():
             logger.warning("%s", misfit)
-        hasher = ChunkHasher()
-        coming = buckets(manifest.extents, prologue.bucket)
-        link.receive_apart(lambda: self._receive(link, prologue, coming, destination, hasher))
-        trailer = link.recv_bytes(prologue.trailer)
-        self._verify(Seal.of(manifest, hasher.finish()), trailer, step, src_rank)
-        state = destination.finish(self._allow_pickle)
-        took = clock.lap()
-        logger.info(
-            "received step %d from replica rank %d: %d bytes, %d of them in place, in %.3fs, %.2f GB/s, verified, "
-            "root %s",
-            step,
-            src_rank,
-            manifest.total,
-            destination.bytes_in_place,
-            took,
-            manifest.total / took / 1e9,
-            trailer[:16].hex(),
-        )
-        return cast(T, state)
+        return destination
 
     def _receive(
         self, link: Link, prologue: Prologue, coming: Iterator[Bucket], destination: Destination, hasher: ChunkHasher
@@ -201,7 +250,7 @@ class PGTransport(CheckpointTransport[T]):
 
         announce()
         if prologue.waits:
-            link.tell_ready()
+            link.answer(ANNOUNCED)
         while arriving:
             group: list[tuple[Bucket, torch.Tensor]] = []
             size = 0

@@ -1,8 +1,9 @@
 """What a transport is doing right now, so that another thread can end it.
 
 The idea
-    Each call that moves a state is a :class:`Transfer` while it runs. It names what it waits on (sockets) by how to end
-    it. An abort ends the transfers that run at that moment; what begins later is another one and never hears of it.
+    Each call that moves a state is a :class:`Transfer` while it runs. It names what it waits on by how to end it:
+    sockets, or a listener. An abort ends the transfers that run at that moment; what begins later is another one and
+    never hears of it.
 
 Invariants
     - ``abort`` waits for nobody but for a lock that is held only to register, to forget and to end.
@@ -17,7 +18,7 @@ import os
 import select
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -40,6 +41,7 @@ class Transfer:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
+        self._listeners: list[Callable[[], None]] = []
         self._reason: str | None = None
         self._finished = False
 
@@ -57,6 +59,18 @@ class Transfer:
                 self._reason = reason
             for sock in self._sockets:
                 shut_down(sock)
+            listeners = list(self._listeners)
+        for listener in listeners:
+            listener()
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """``listener`` is called at each abort from here on, until :meth:`leave`. Look at ``aborted`` then."""
+        with self._lock:
+            self._listeners.append(listener)
+
+    def leave(self, listener: Callable[[], None]) -> None:
+        with self._lock:
+            self._listeners.remove(listener)
 
     @property
     def aborted(self) -> bool:
