@@ -9,9 +9,10 @@ from contextlib import contextmanager
 
 import pytest
 
-from torchft.checkpointing import CheckpointError, TooSlow
+from torchft.checkpointing import CheckpointError, StepNotServed, TooSlow
 from torchft.heal_pause import HealPause, Pausing
 from torchft.runtime.logs import RankLogger
+from torchft.runtime.loop import Timer
 
 MB = 10**6
 
@@ -97,3 +98,33 @@ def test_a_heal_that_went_well_is_a_measurement() -> None:
     with pause_of(lambda: 0.0) as pause:
         pause.over()
         assert pause.measured
+
+
+def test_who_is_refused_tries_again_at_once_and_then_waits_beside_the_others_steps(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    ends: list[Callable[[], None]] = []
+
+    def later(delay: float, end: Callable[[], None]) -> Timer:
+        pauses.append(delay)
+        ends.append(end)
+        return Timer(delay, end)
+
+    monkeypatch.setattr("torchft.heal_pause.call_later", later)
+    monkeypatch.setattr("torchft.heal_pause._SOON", 1.0)
+    monkeypatch.setattr("torchft.heal_pause._SELDOM", 3.0)
+    refusal = StepNotServed("the state dict function 'x' raised")
+    with pause_of(lambda: 0.0) as pause:
+        assert all(0 < pause.refused(refusal) <= 0.4 for _ in range(4))
+        assert not pause.waits
+        for _ in range(3):
+            assert pause.refused(refusal) == 0
+            with pytest.raises(Pausing, match="'x' raised"):
+                pause.check()
+            ends.pop()()
+            pause.check()
+        assert pauses == [1.0, 2.0, 3.0]
+        pause.over()
+        assert pause.refused(refusal) > 0, "it begins anew"
+    assert caplog.text.count("no group gives its state to this one") == 1

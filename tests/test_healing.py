@@ -194,3 +194,61 @@ def test_all_sources_lost_in_the_middle_no_half_state_is_used_or_given_away() ->
         a.link.restore()
         until(lambda: b.committed and c.committed)
         finish([a, b, c], trains)
+
+
+def test_sources_that_cannot_give_their_state_train_on_and_the_joiner_is_told_why(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchft.heal_pause._SOON", 0.05)
+    monkeypatch.setattr("torchft.heal_pause._SELDOM", 0.05)
+    broken, goal = threading.Event(), list[int]()
+
+    def sampler() -> int:
+        if broken.is_set():
+            raise OSError("the sampler's file is gone")
+        return 1
+
+    def train(r: Replica) -> list[bool]:
+        limit, committed = Deadline(150), []
+        while not goal or r.manager.current_step() < goal[0]:
+            assert not limit.expired, r.manager.errored()
+            r.optimizer.zero_grad()
+            r.compute(1.0)
+            committed.append(r.manager.should_commit())
+            if committed[-1]:
+                r.inner.step()
+        return committed
+
+    with caplog.at_level("INFO"), running(heartbeat_timeout_ms=60_000, join_timeout_ms=60_000) as groups:
+        a, b = (groups.replica(name) for name in ("a", "b"))
+        for r in (a, b):
+            r.manager.register_state_dict_fn("sampler", lambda state: None, sampler)
+        together = groups.train_together((a.manager, a.step), (b.manager, b.step))
+        broken.set()
+        c = groups.replica("c", seed=1)
+        c.manager.register_state_dict_fn("sampler", lambda state: None, sampler)
+        before = c.weights()
+        loops = [groups.start(lambda r=r: train(r)) for r in (a, b, c)]
+        until(lambda: "no group gives its state to this one" in caplog.text)
+        at = a.manager.current_step()
+        assert at > together, "they train on"
+        until(lambda: a.manager.current_step() > at + 20)
+        assert c.manager.current_step() == c.manager.batches_committed() == 0
+        assert c.weights() == before
+        broken.clear()
+        until(lambda: c.manager.current_step() > at + 20)  # it has healed
+        goal.append(max(r.manager.current_step() for r in (a, b, c)) + 5)
+        committed = [loop.result(60) for loop in loops]
+        assert {r.manager.current_step() for r in (a, b, c)} == {goal[0]}
+        assert a.weights() == b.weights() == c.weights() != before
+        assert a.manager.batches_committed() == b.manager.batches_committed() == c.manager.batches_committed()
+    assert all(committed[0]), "no step is lost for the joiner"
+    assert all(committed[1])
+    lines = [r.getMessage() for r in caplog.records]
+    said = [line for line in lines if "this group trains on, but cannot give its state" in line]
+    assert len(said) == 2, "once at each source"
+    why = "the state dict function 'sampler' raised OSError: the sampler's file is gone"
+    assert all(why in line and "test_healing.py, line" in line for line in said)
+    told = [line for line in lines if line.startswith("[c:") and "is not healed in this step" in line]
+    assert told
+    assert f"could not be offered: {why}" in told[0]

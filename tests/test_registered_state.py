@@ -65,25 +65,8 @@ def test_a_broken_in_place_heal_leaves_a_replica_that_asks_as_one_without_state(
     assert a.weights() == b.weights()
 
 
-def test_a_replica_without_registered_state_says_so_when_a_peer_needs_it(groups: Groups) -> None:
-    a = groups.replica("a", load_state_dict=None, state_dict=None)
-    a.step()
-    b = groups.replica("b", load_state_dict=None, state_dict=None)
-    groups.start(b.step)
-
-    def until_asked() -> str:
-        while a.manager.errored() is None:
-            a.step()
-        return str(a.manager.errored())
-
-    assert "register_state_dict_fn" in groups.start(until_asked).result(60)
-
-
-def test_groups_that_register_different_state_say_so(groups: Groups) -> None:
-    a = groups.replica("a")
-    a.step()
-    b = groups.replica("b")
-    b.manager.register_state_dict_fn("extra", lambda s: None, lambda: {"x": 1})
+def what_the_joiner_says(groups: Groups, a: Replica, b: Replica) -> str:
+    """Why ``b`` is not healed, while both train."""
     errors: list[str] = []
 
     def train(r: Replica) -> None:
@@ -94,7 +77,26 @@ def test_groups_that_register_different_state_say_so(groups: Groups) -> None:
         r.manager.leave("the test has seen enough")
 
     groups.together(lambda: train(a), lambda: train(b))
-    assert "['default', 'extra']" in errors[0]
+    return errors[0]
+
+
+def test_a_replica_without_registered_state_says_so_when_a_peer_needs_it(
+    groups: Groups, caplog: pytest.LogCaptureFixture
+) -> None:
+    a = groups.replica("a", load_state_dict=None, state_dict=None)
+    a.step()
+    b = groups.replica("b", load_state_dict=None, state_dict=None)
+    assert "register_state_dict_fn" in what_the_joiner_says(groups, a, b)
+    said = [r.getMessage() for r in caplog.records if "cannot give its state" in r.getMessage()]
+    assert [line.startswith("[a:") and "register_state_dict_fn" in line for line in said] == [True], "once"
+
+
+def test_groups_that_register_different_state_say_so(groups: Groups) -> None:
+    a = groups.replica("a")
+    a.step()
+    b = groups.replica("b")
+    b.manager.register_state_dict_fn("extra", lambda s: None, lambda: {"x": 1})
+    assert "['default', 'extra']" in what_the_joiner_says(groups, a, b)
 
 
 def test_every_registered_piece_of_state_is_healed(groups: Groups) -> None:

@@ -11,6 +11,9 @@ States
     *trying* again. Where it was measured well and was hopeless all the same, what was measured is not worth much:
     the next measurement is then ``_FIRST`` seconds away, twice as long each time. The same pause, and then a try, is
     all there is where nothing can be measured.
+
+    *trying* → ``refused`` by all who have the state → tried again in the next steps, after a moment in each; when that
+    has gone on, *waiting* beside the others' steps, longer each time → *trying* again.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from collections.abc import Callable
 
 from torchft.checkpointing import TooSlow
 from torchft.runtime.logs import RankLogger
+from torchft.runtime.loop import Timer, call_later
+from torchft.runtime.retry import Backoff
 
 __all__ = ["HealPause", "Pausing"]
 
@@ -29,6 +34,12 @@ _LONGEST = 300.0
 _SOON = 1.0
 _SELDOM = 30.0
 _END = 10.0
+_MOMENTS = 0.05, 0.4
+"""Seconds of the first and the longest pause within a step after a refusal: what made a source refuse is often over."""
+_REFUSALS = 4
+"""So many are answered by a moment; what lasts longer is waited for beside the others' steps."""
+_TOO_SLOW = "the way to the sources is too slow for this state"
+_ANOTHER = "another rank of this group takes no state now: its log says why"
 
 
 class Pausing(RuntimeError):
@@ -52,6 +63,11 @@ class HealPause:
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._waiting = threading.Event()
+        self._refusals = 0
+        self._moments = Backoff(*_MOMENTS)
+        self._timer: Timer | None = None
+        self.why = _ANOTHER
+        """Why this group waits, as far as this rank knows."""
         self.measured = False
         """The way to the sources is known to be good enough: it was measured, or a state has come by it."""
 
@@ -66,7 +82,7 @@ class HealPause:
             Pausing: no state is taken now.
         """
         if self.waits:
-            raise Pausing("the way to the sources is too slow for this state")
+            raise Pausing(self.why)
 
     def hopeless(self, why: TooSlow) -> None:
         """A heal was given up. Not called while it waits."""
@@ -74,20 +90,48 @@ class HealPause:
         if self.measured or not why.nbytes:
             pause = self._length = min(_LONGEST, max(_FIRST, 2 * self._length))
         self.measured = False
+        self.why = _TOO_SLOW
         self._waiting.set()
         self._thread = threading.Thread(
             target=self._watch, args=(why.nbytes, pause), name="torchft-measure", daemon=True
         )
         self._thread.start()
 
+    def refused(self, why: Exception) -> float:
+        """All who have the state live, and do not give it. Not called while it waits.
+
+        Returns:
+            Seconds to pause in this step; 0 where it waits beside the others' steps from now on.
+        """
+        self._refusals += 1
+        if self._refusals <= _REFUSALS:
+            return self._moments.delay()
+        pause = min(_SELDOM, _SOON * 2.0 ** (self._refusals - _REFUSALS - 1))
+        if self._refusals == _REFUSALS + 1:
+            self._log.warning(
+                "no group gives its state to this one: %s. This group contributes nothing, holds nobody up, and asks "
+                "again, at last every %.0f s",
+                why,
+                _SELDOM,
+            )
+        self.why = f"no group gave its state when it was last asked: {why}"
+        self._waiting.set()
+        self._timer = call_later(pause, self._waiting.clear)
+        return 0.0
+
     def over(self) -> None:
         """A heal went well."""
+        self.why = _ANOTHER
         self._length = 0.0
+        self._refusals = 0
+        self._moments = Backoff(*_MOMENTS)
         self.measured = True
 
     def stop(self) -> None:
         """Ends the thread that measures, soon."""
         self._stop.set()
+        if self._timer is not None:
+            self._timer.cancel()
 
     def close(self) -> None:
         """Waits until it has ended."""

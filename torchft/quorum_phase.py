@@ -11,7 +11,11 @@ Rules
     - While the live state may be half written, this replica asks with step -1: it is nobody's source.
     - A group that heals contributes zeros when it has the state. If the state does not come, over a transport that
       leaves the process group alone, it contributes them all the same and votes no: the others lose no step by it.
-    - A group whose state would come too slowly says so when it asks (:mod:`torchft.heal_pause`): nobody serves it then.
+    - Nor by a source that cannot give its state: it trains on, says once why, and whoever asked is told the reason.
+      Not at step 0, where all have to begin alike; nor where those that heal count as participants, or share the
+      process group with the transfer.
+    - A group whose state would come too slowly, or is refused for long, says so when it asks
+      (:mod:`torchft.heal_pause`): nobody serves it then.
     - A step that stands (:mod:`torchft.core.standing`) begins with the quorum and the process group of the one before
       it. If a notice comes before the step has used them, it begins once more, by asking, and nothing is lost.
 """
@@ -26,7 +30,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from torchft.checkpointing import CheckpointTransport, TooSlow
+from torchft.checkpointing import CheckpointTransport, StepNotServed, TooSlow
 from torchft.coordination import QuorumResult
 from torchft.coordination.types import Notice
 from torchft.core.participation import Participation, participation
@@ -150,6 +154,7 @@ class QuorumPhase:
         self.unhealed: Exception | None = None
         """Why the state that this replica needs did not come, in a step that the others can do without it."""
         self._pause = HealPause(recovery.measure, recovery.timeout, log)
+        self._cannot_serve = ""  # why, as it was said
         self.lost: StateLost | None = None
         """Nobody holds the state of the job any more."""
 
@@ -284,11 +289,11 @@ class QuorumPhase:
         if quorum.quorum_id != self._configured:
             self._configure(quorum)
         if allow_heal:
-            own = self._recovery.serve(quorum, self._progress.state_dict())
+            own = self._serve(quorum)
             self.loads = self._together.all_load(quorum)
             if quorum.heal:
                 self.healing = True
-                if self._use_async_quorum and getattr(self._transport, "receives_beside_collectives", False):
+                if self._heals_aside:
                     self._try_to_heal(quorum)
                 else:
                     self._heal(quorum)
@@ -298,9 +303,39 @@ class QuorumPhase:
                 self._state.keep_own(own)
         self.participation = part
 
-    def _heal(self, quorum: QuorumResult, unmeasured: bool = False) -> None:
+    @property
+    def _heals_aside(self) -> bool:
+        """A step is as good without those that heal in it: they do not count, and the process group stays whole."""
+        return self._use_async_quorum and getattr(self._transport, "receives_beside_collectives", False)
+
+    def _serve(self, quorum: QuorumResult) -> dict[str, Any] | None:
+        """What cannot be given is no error of the step where that can do without those that heal.
+
+        At step 0 it is one: a job whose groups cannot be made alike does not begin.
+        """
+        try:
+            own = self._recovery.serve(quorum, self._progress.state_dict())
+        except Exception as e:
+            if self._error.current is not None or not self._heals_aside or quorum.max_step <= 0:
+                raise
+            self._together.refuse(quorum, str(e))
+            new, self._cannot_serve = str(e) != self._cannot_serve, str(e)
+            self._log.log(
+                logging.ERROR if new else logging.DEBUG,
+                "this group trains on, but cannot give its state to the groups that need it: %s: %s. Unless another "
+                "one gives them its own, they cannot take part",
+                type(e).__name__,
+                e,
+                exc_info=e.__cause__ if new else None,
+            )
+            return None
+        if own is not None:
+            self._cannot_serve = ""
+        return own
+
+    def _heal(self, quorum: QuorumResult, unmeasured: bool = False, pauses: bool = True) -> None:
         began = time.monotonic()
-        received = self._recovery.heal(quorum, self._progress.step, self._error, unmeasured=unmeasured)
+        received = self._recovery.heal(quorum, self._progress.step, self._error, unmeasured=unmeasured, pauses=pauses)
         self._progress.load_state_dict(received)
         self._telemetry.heal(quorum, time.monotonic() - began)
         self._progress.lineage = quorum.lineage
@@ -309,7 +344,7 @@ class QuorumPhase:
         """A heal that fails is no error of the step: the process group is as good as before, and carries zeros."""
         try:
             self._pause.check()  # not every lighthouse passes on that this group waits
-            self._heal(quorum, unmeasured=not self._pause.measured)
+            self._heal(quorum, unmeasured=not self._pause.measured, pauses=False)
             self._pause.over()
         except Exception as e:
             if isinstance(e, TooSlow):
@@ -318,12 +353,14 @@ class QuorumPhase:
             self._together.refuse(quorum, str(e))
             level = logging.DEBUG if isinstance(e, Pausing) else logging.WARNING
             self._log.log(level, "this group is not healed in this step: %s: %s", type(e).__name__, e)
+            if isinstance(e, StepNotServed):
+                self._stop.wait(self._pause.refused(e))
 
     def _sit_out(self, quorum: QuorumResult) -> None:
         """This group said that it takes no state in this step: it contributes zeros, and nobody serves it."""
         self._recovery.know(quorum)
         self.healing, self.loads = True, False
-        self.unhealed = Pausing("the way of this group, or of another rank of it, to the sources is too slow")
+        self.unhealed = Pausing(self._pause.why)
         self._together.refuse(quorum, str(self.unhealed))
 
     def _enter(self, quorum: QuorumResult, step: int, again: Callable[[], bool]) -> None:

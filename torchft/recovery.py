@@ -239,7 +239,9 @@ class Recovery:
         finally:
             client.close()
 
-    def heal(self, quorum: QuorumResult, step: int, error: StepError, *, unmeasured: bool = False) -> dict[str, int]:
+    def heal(
+        self, quorum: QuorumResult, step: int, error: StepError, *, unmeasured: bool = False, pauses: bool = True
+    ) -> dict[str, int]:
         """Takes the state from the members that the quorum names. It waits in ``state`` to be applied.
 
         Args:
@@ -247,6 +249,7 @@ class Recovery:
             step: where this replica is, for the log.
             error: of the step under way: with one, nothing is begun.
             unmeasured: nothing is known about the way to them: what would be far too slow is given up at once.
+            pauses: where all of them refuse, raise after a moment, so that the loop does not spin.
 
         Returns:
             The manager's own part of the state.
@@ -272,8 +275,9 @@ class Recovery:
             self._pauses = Backoff(*_PAUSES)
             return taken
         except StepNotServed:  # at once: what keeps a source from giving its state may do so in each step
-            with heal.changed:
-                heal.changed.wait(self._pauses.delay())
+            if pauses:
+                with heal.changed:
+                    heal.changed.wait(self._pauses.delay())
             raise
         finally:
             self._heal = None
