@@ -26,6 +26,9 @@ def _transfer(run: Run, mib: int, count: int) -> Figures:
     }
     if "place" in speed:
         figures["in place, GB/s"] = speed["place"]
+    if "place, tcp" in speed:
+        figures["in place over TCP, GB/s"] = speed["place, tcp"]
+        figures["over TCP of two TCP streams, fraction"] = speed["place, tcp"] / speed["raw2"]
     way = "place" if "place" in speed else "fresh"
     extra = ends.beyond(way) / ends.total
     figures[f"receiver's memory ({way}), states"] = 1 + extra - (0 if way == "place" else 1)

@@ -1,12 +1,13 @@
 """One end of state transfers over HTTP, and of the same bytes over bare TCP.
 
 The state is `--count` tensors of `--mib` MiB in all. It is moved in every way that the implementation has: where
-`HTTPTransport` takes a `state_dict`, into the receiver's own tensors; then into fresh memory, without and with
-`num_chunks`. Each way has its rounds, one way after the other: gigabytes that are given back keep the system busy for a
-while. In turn with the first, `recv_into` of 1 MiB from one and from two TCP streams into those same tensors, checked
-by nobody: what the kernel gives; and from two whose congestion control does not pace (`reno`), where the default one
-may. The receiver tells the seconds of each, from when the source may begin until everything is there, and both what
-their memory peaked at beyond what they held before.
+`HTTPTransport` takes a `state_dict`, into the receiver's own tensors, by the way that it takes between two processes of
+one machine, and by TCP; then into fresh memory, without and with `num_chunks`. What is in place takes turns with
+`recv_into` of 1 MiB from one and from two TCP streams into those same tensors, checked by nobody: what the kernel
+gives; and from two whose congestion control does not pace (`reno`), where the default one may. Each other way has its
+rounds after that: gigabytes that are given back keep the system busy for a while. The receiver tells the seconds of
+each, from when the source may begin until everything is there, and both what their memory peaked at beyond what they
+held before.
 """
 
 import inspect
@@ -58,15 +59,19 @@ def at_once(move: object, sockets: list[socket.socket], state: State) -> None:
 def transports(state: State | None) -> dict[str, HTTPTransport]:
     """By the name of the way: of a source if there is no state to receive into."""
     out = {"fresh": HTTPTransport(TIMEOUT, 0), "chunks": HTTPTransport(TIMEOUT, 8)}
-    if "state_dict" in inspect.signature(HTTPTransport.__init__).parameters:
-        out["place"] = HTTPTransport(TIMEOUT, snapshot="lock", state_dict=None if state is None else lambda: state)
+    options = inspect.signature(HTTPTransport.__init__).parameters
+    into = None if state is None else lambda: state
+    if "state_dict" in options:
+        out["place"] = HTTPTransport(TIMEOUT, snapshot="lock", state_dict=into)
+    if "local" in options:
+        out["place, tcp"] = HTTPTransport(TIMEOUT, snapshot="lock", state_dict=into, local=False)
     return out
 
 
 def phases(ways: dict[str, HTTPTransport]) -> list[tuple[list[str], list[str]]]:
     """The ways that alternate, with a transport and without. The transports end with their phase, and free memory."""
-    alone = [([way], []) for way in ways if way != "place"]
-    return [([way for way in ways if way == "place"], list(RAW)), *alone]
+    place = [way for way in ways if way.startswith("place")]
+    return [(place, list(RAW)), *(([way], []) for way in ways if way not in place)]
 
 
 def serve(end: End) -> None:

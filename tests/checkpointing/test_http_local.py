@@ -51,6 +51,13 @@ def test_a_system_without_such_names_serves_over_tcp(monkeypatch: pytest.MonkeyP
         assert receiver.recv_checkpoint(0, source.metadata(), 1, TIMEOUT) == {"x": 1}
 
 
+def test_the_way_can_be_switched_off() -> None:
+    with transport(local=False) as source, transport() as receiver:
+        assert source.metadata() == f"torchft-http/1 http://127.0.0.1:{port_of(source)}"
+        source.send_checkpoint([1], 1, {"x": 1}, TIMEOUT)
+        assert receiver.recv_checkpoint(0, source.metadata(), 1, TIMEOUT) == {"x": 1}
+
+
 def test_the_token_is_asked_for_there_too() -> None:
     with transport(token="s3cret") as source, transport(token="wrong") as receiver:
         source.send_checkpoint([1], 1, {"x": 1}, TIMEOUT)

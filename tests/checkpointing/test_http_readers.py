@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tests.checkpointing.loopback import TIMEOUT, port_of, transport
-from torchft.checkpointing import CheckpointError, HTTPTransport
+from torchft.checkpointing import CheckpointError, HTTPTransport, SourceLost, http_server
+from torchft.checkpointing.http_connection import Connection
 from torchft.runtime.deadline import Deadline
 
 
@@ -143,3 +144,25 @@ def test_memory_is_reused_and_freed() -> None:
         assert source._arena.nbytes == 0
         with pytest.raises(CheckpointError, match="shut down"):
             source.send_checkpoint([1], 3, {}, TIMEOUT)
+
+
+def test_a_source_without_threads_refuses_a_reader_and_serves_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused: list[Connection] = []
+
+    class First(Connection):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            if not refused:
+                refused.append(self)
+                self.thread.start = self.no_more  # type: ignore[method-assign]
+
+        def no_more(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(http_server, "Connection", First)
+    with transport() as source, transport() as receiver:
+        source.send_checkpoint([1], 1, {"x": 1}, TIMEOUT)
+        with pytest.raises(SourceLost):
+            receiver.recv_checkpoint(0, source.metadata(), 1, TIMEOUT)
+        assert receiver.recv_checkpoint(0, source.metadata(), 1, TIMEOUT) == {"x": 1}
+    assert len(refused) == 1

@@ -87,16 +87,21 @@ class Agreement:
         taking_part = [s for s in sources if s.usable]
         if not taking_part or any(s.seal is None for s in taking_part):
             return None
-        seal, differing = _judge(taking_part, {s.index for s in taking_part if plan.distrusted(s.index)})
+        distrusted = {s.index for s in taking_part if plan.distrusted(s.index)}
+        seal, differing = _judge(taking_part, distrusted)
+        believed = [s for s in taking_part if s not in differing]
+        undecided = sum(s.index not in distrusted for s in differing) >= len(believed)
         for source in differing:
             self._progress.bad_sources.append(source.name)
             logger.error(
-                "%s announces root %s for step %d, the others %s: its state differs, which is a silent corruption. It "
-                "is not used; look at that machine's memory",
+                "%s announces root %s for step %d, the others %s: its state differs, which is a silent corruption. %s",
                 source,
                 source.seal.root if source.seal else "-",
                 self._step,
                 seal.root,
+                f"Which side is right nobody can say: {believed[0]} is believed. Look at the memory of both machines"
+                if undecided
+                else "It is not used; look at that machine's memory",
             )
             source.end(IntegrityError(f"{source} has another state of step {self._step} than the others"))
         wrong = [i for i, value in self.verified.items() if value != seal.digest_of(i)]

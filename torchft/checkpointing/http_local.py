@@ -12,6 +12,7 @@ Only Linux has such names (``man 7 unix``, "abstract"). They leave nothing in a 
 from __future__ import annotations
 
 import errno
+import itertools
 import re
 import secrets
 import socket
@@ -21,6 +22,8 @@ import sys
 __all__ = ["is_local", "listen_locally", "local_socket", "peer_name"]
 
 _UCRED = struct.Struct("3i")
+_PEERCRED = getattr(socket, "SO_PEERCRED", -1)  # Linux
+_numbers = itertools.count(1)
 _ADDRESS = re.compile(r"unix:@([a-z0-9-]{1,90})")
 
 
@@ -65,7 +68,7 @@ def local_socket(address: str) -> tuple[socket.socket, bytes]:
 
 
 def peer_name(sock: socket.socket, peer: object) -> str:
-    """Who is at the other end of an accepted connection, for messages.
+    """Who is at the other end of an accepted connection; no two have the same name.
 
     Args:
         sock: the connection.
@@ -74,7 +77,9 @@ def peer_name(sock: socket.socket, peer: object) -> str:
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         assert isinstance(peer, tuple)
         return f"{peer[0]}:{peer[1]}"
-    if sys.platform != "linux":
-        return "a process of this machine"
-    pid, _, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    return f"process {pid} of this machine"
+    number = next(_numbers)
+    try:
+        pid, _, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, _PEERCRED, _UCRED.size))
+    except OSError:
+        return f"connection {number} of this machine"  # a sandbox may not tell
+    return f"connection {number} of this machine's process {pid}"

@@ -48,12 +48,13 @@ class SnapshotServer:
         token: readers must send ``Authorization: Bearer {token}``; None: anybody may read.
         stall: seconds after which a reader that takes nothing is dropped.
         port: 0: any; None: none, for readers on this machine alone.
+        local: also under a name that only this machine knows.
 
     Raises:
         OSError: it cannot listen.
     """
 
-    def __init__(self, token: str | None = None, stall: float = 60.0, port: int | None = 0) -> None:
+    def __init__(self, token: str | None = None, stall: float = 60.0, port: int | None = 0, local: bool = True) -> None:
         self._token = token
         self._stall = stall
         self._changed = threading.Condition()
@@ -66,9 +67,9 @@ class SnapshotServer:
         self.port: int = self._listeners[0].getsockname()[1] if self._listeners else 0
         self.local_address: str | None = None
         """For readers on this machine, beside the port."""
-        if (local := listen_locally(self.port, _BACKLOG)) is not None:
-            self._listeners.append(local[0])
-            self.local_address = local[1]
+        if local and (listening := listen_locally(self.port, _BACKLOG)) is not None:
+            self._listeners.append(listening[0])
+            self.local_address = listening[1]
         if not self._listeners:
             raise OSError(errno.EAFNOSUPPORT, "this system has no addresses that only its own processes know")
         self._acceptors: list[threading.Thread] = []
@@ -169,7 +170,8 @@ class SnapshotServer:
         withdrawn = self.withdraw(deadline)
         if wait:
             for thread in [*self._acceptors, *(c.thread for c in connections)]:
-                thread.join(deadline.remaining())
+                if thread.ident is not None:
+                    thread.join(deadline.remaining())
             if not withdrawn or any(c.thread.is_alive() for c in connections):
                 logger.warning("the checkpoint server still has readers after %gs", deadline.timeout)
 
@@ -187,13 +189,19 @@ class SnapshotServer:
                 with self._changed:
                     self._changed.wait_for(lambda: self._stopping, 0.1)  # out of file descriptors, for instance
                 continue
+            close_in_children_fd(sock)
             connection = Connection(self, sock, peer_name(sock, peer))
             with self._changed:
                 if self._stopping or not self._make_room():
                     sock.close()
                     continue
                 self._connections[connection] = None
-            connection.thread.start()
+            try:
+                connection.thread.start()
+            except RuntimeError as e:  # the system gives no more threads: the reader is told, and others may come later
+                logger.warning("a connection from %s could not be served: %s", connection.receiver, e)
+                self.ended(connection)
+                sock.close()
 
     def _make_room(self) -> bool:
         """Whether one more may come. If all places are taken, the oldest that reads nothing has to go for it: whoever

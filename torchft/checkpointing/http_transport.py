@@ -92,6 +92,7 @@ class HTTPTransport(CheckpointTransport[T]):
         port: to listen on; 0: any.
         copy_below: bytes; smaller storages are copied on both sides, see ``COPY_BELOW``.
         connections: to each source, of a receiver.
+        local: receivers on this machine may come by a Unix socket; False: everybody by TCP, to ``hostname``.
     """
 
     takes_many_sources = True
@@ -111,6 +112,7 @@ class HTTPTransport(CheckpointTransport[T]):
         port: int = 0,
         copy_below: int = COPY_BELOW,
         connections: int = 2,
+        local: bool = True,
     ) -> None:
         if snapshot not in ("copy", "lock"):
             raise ValueError(f"snapshot={snapshot!r}: expected 'copy' or 'lock'")
@@ -136,9 +138,9 @@ class HTTPTransport(CheckpointTransport[T]):
         self._copy_below = copy_below
         self._closed = False
         self._receiving = Transfers()
-        self._server = SnapshotServer(token, stall=timeout.total_seconds(), port=port)
-        local = self._server.local_address
-        self._addresses = [*([local] if local else []), *_own_addresses(hostname, self._server.port)]
+        self._server = SnapshotServer(token, stall=timeout.total_seconds(), port=port, local=local)
+        here = self._server.local_address
+        self._addresses = [*([here] if here else []), *_own_addresses(hostname, self._server.port)]
 
     def metadata(self) -> str:
         return " ".join([_PROTOCOL, *self._addresses])
