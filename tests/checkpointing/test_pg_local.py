@@ -156,16 +156,21 @@ class Half:
         assert self.there.wait(PLENTY)
 
 
+def given_up(what: str, transport: PGTransport[Any], group: ProcessGroupGloo) -> str:
+    """Aborts one of the two, and returns the reason that its side then gives."""
+    if what == "transport":
+        transport.abort("a member died")
+        return "a member died"
+    group.abort()
+    return "the process group was given up"
+
+
 @pytest.mark.parametrize("what", ["transport", "group"])
 def test_an_abort_at_the_source_ends_both(what: str) -> None:
     with groups(2) as pgs, ThreadPoolExecutor(2) as pool:
         half = Half(pgs, pool)
         try:
-            if what == "transport":
-                half.source.abort("a member died")
-            else:
-                pgs[0].abort()
-            reason = "a member died" if what == "transport" else "the process group was given up"
+            reason = given_up(what, half.source, pgs[0])
             with pytest.raises(CheckpointError, match=f"the transfer was aborted: {reason}"):
                 half.sending.result(PLENTY)
         finally:
@@ -179,11 +184,7 @@ def test_an_abort_at_the_receiver_ends_both(what: str) -> None:
     with groups(2) as pgs, ThreadPoolExecutor(2) as pool:
         half = Half(pgs, pool)
         try:
-            if what == "transport":
-                half.receiver.abort("a member died")
-            else:
-                pgs[1].abort()
-            reason = "a member died" if what == "transport" else "the process group was given up"
+            reason = given_up(what, half.receiver, pgs[1])
             with pytest.raises(CheckpointError, match="replica rank 1, on this machine, closed its connection"):
                 half.sending.result(PLENTY)
         finally:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import xxhash
 
@@ -243,8 +243,6 @@ def _connect(addresses: Sequence[str], deadline: Deadline, transfer: Transfer) -
             failures.append(f"{address}: no time left")
             continue
         try:
-            if is_local(address):
-                return _connect_locally(address, limit, transfer), address
             return _connect_to(address, limit, transfer), address
         except OSError as e:
             if not is_local(address) or len(addresses) == 1:  # most sources are on other machines
@@ -256,22 +254,9 @@ def _connect(addresses: Sequence[str], deadline: Deadline, transfer: Transfer) -
     )
 
 
-def _connect_locally(address: str, limit: float, transfer: Transfer) -> socket.socket:
-    sock, target = local_socket(address)
-    try:
-        transfer.connect(sock, target, limit)
-    except BaseException:
-        transfer.close(sock)
-        transfer.check()
-        raise
-    return sock
-
-
 def _connect_to(address: str, limit: float, transfer: Transfer) -> socket.socket:
-    host, _, port = parse_address(address).rpartition(":")
     failure: OSError | None = None
-    for family, kind, protocol, _, target in socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM):
-        sock = socket.socket(family, kind, protocol)
+    for sock, target in _sockets(address):
         try:
             transfer.connect(sock, target, limit)
         except BaseException as e:
@@ -281,6 +266,17 @@ def _connect_to(address: str, limit: float, transfer: Transfer) -> socket.socket
                 raise
             failure = e
         else:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if not is_local(address):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock
     raise failure or OSError("its name has no address")
+
+
+def _sockets(address: str) -> Iterator[tuple[socket.socket, object]]:
+    """One after another, the sockets that may lead there, and what their ``connect`` takes."""
+    if is_local(address):
+        yield local_socket(address)
+        return
+    host, _, port = parse_address(address).rpartition(":")
+    for family, kind, protocol, _, target in socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM):
+        yield socket.socket(family, kind, protocol), target

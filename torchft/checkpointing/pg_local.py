@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 from torchft.checkpointing.chunks import ByteRun
 from torchft.checkpointing.http_download import Download
+from torchft.checkpointing.http_local import is_local
 from torchft.checkpointing.http_server import SnapshotServer
 from torchft.checkpointing.manifest import Manifest
 from torchft.checkpointing.transfers import Transfer
@@ -38,7 +39,7 @@ __all__ = ["LocalOffer", "LocalWay", "local_offer"]
 
 logger = SpeakerLogger("torchft.checkpointing.pg_transport")
 
-_WAY = re.compile(r"(unix:@[a-z0-9-]{1,90}) ([0-9a-f]{32}) ([0-9a-f]{32})")
+_WAY = re.compile(r"(\S+) ([0-9a-f]{32}) ([0-9a-f]{32})")
 _END = 10.0
 
 
@@ -124,7 +125,7 @@ class LocalWay:
             ManifestError: it is none.
         """
         match = _WAY.fullmatch(told.decode("latin-1"))
-        if match is None:
+        if match is None or not is_local(match[1]):
             raise ManifestError(f"the source offers a way that this side does not know: {told[:60]!r}")
         return cls(*match.groups())
 
