@@ -140,19 +140,14 @@ def send_views(sock: socket.socket, views: Sequence[memoryview], stall: float) -
         TimeoutError: the other end took nothing for ``stall`` seconds.
     """
     pending = [v for v in views if len(v)]
-    i = 0
     moved_on = time.monotonic()
-    while i < len(pending):
-        sent = send_some(sock, pending[i : i + _IOV])
+    while pending:
+        sent = send_some(sock, pending)
         if not sent and time.monotonic() - moved_on > stall:
             raise TimeoutError("the other end takes nothing")
         if sent:
             moved_on = time.monotonic()
-        while i < len(pending) and sent >= len(pending[i]):
-            sent -= len(pending[i])
-            i += 1
-        if sent:
-            pending[i] = pending[i][sent:]
+        _, pending = _split(pending, sent)
 
 
 class BodyReader:
