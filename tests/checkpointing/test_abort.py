@@ -142,7 +142,7 @@ def test_http_receiver_that_waits_for_the_step(receiver: HTTPTransport[Any], poo
     source: HTTPTransport[Any] = HTTPTransport(LONG, hostname="127.0.0.1")
     try:
         receiving = pool.submit(receiver.recv_checkpoint, 0, source.metadata(), 7, LONG)
-        wait_until(lambda: source._server._connections)
+        wait_until(lambda: source._server.connections)
         assert_aborted(receiving, lambda: receiver.abort("a member died"))
     finally:
         source.shutdown()

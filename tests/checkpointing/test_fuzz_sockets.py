@@ -18,9 +18,8 @@ import torch
 
 from tests.checkpointing.hostile import CASES
 from tests.checkpointing.hostile_manifest import BODIES, STATES, mutated_bytes, random_for
-from torchft.checkpointing import CheckpointError, HTTPTransport
+from torchft.checkpointing import CheckpointError, HTTPTransport, http_porter
 from torchft.checkpointing.chunks import Cut, Seal, digest, write_hashes, write_manifest
-from torchft.checkpointing.http_server import MAX_CONNECTIONS
 from torchft.checkpointing.manifest import describe
 from torchft.testing.wait import wait_until
 
@@ -194,17 +193,20 @@ def test_source_survives_hostile_clients(caplog: pytest.LogCaptureFixture) -> No
         source.shutdown()
 
 
-def test_connections_that_say_nothing_do_not_keep_a_receiver_out() -> None:
-    """Each sends a byte of a request now and then; there are more of them than the source serves at once."""
+def test_connections_that_say_nothing_do_not_keep_a_receiver_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has sent a part of a request, or asks for what never comes; there are more than the source lets in."""
+    monkeypatch.setattr(http_porter, "MAX_OPEN", 20)
+    monkeypatch.setattr(http_porter, "GRACE", 0.05)
     source: HTTPTransport[Any] = HTTPTransport(LONG, hostname="127.0.0.1")
     receiver: HTTPTransport[Any] = HTTPTransport(LONG, hostname="127.0.0.1")
     port = int(source.metadata().rpartition(":")[2])
     idle: list[socket.socket] = []
     try:
         source.send_checkpoint([1], 7, {"w": torch.ones(1000)}, LONG)
-        for _ in range(MAX_CONNECTIONS + 20):
+        for number in range(100):
             idle.append(socket.create_connection(("127.0.0.1", port), 60))
-            idle[-1].sendall(b"G")
+            never = b"GET /checkpoint/99/manifest HTTP/1.1\r\nPrefer: wait=3600\r\n\r\n"
+            idle[-1].sendall(never if number % 2 else b"G")
         assert float(receiver.recv_checkpoint(0, source.metadata(), 7, LONG)["w"].sum()) == 1000
     finally:
         for sock in idle:

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from tests.checkpointing.loopback import TIMEOUT, port_of, transport
-from torchft.checkpointing import CheckpointError, HTTPTransport, SourceLost, http_server
-from torchft.checkpointing.http_connection import Connection
+from torchft.checkpointing import CheckpointError, HTTPTransport, SourceLost
 from torchft.runtime.deadline import Deadline
 
 
@@ -147,19 +146,16 @@ def test_memory_is_reused_and_freed() -> None:
 
 
 def test_a_source_without_threads_refuses_a_reader_and_serves_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    refused: list[Connection] = []
+    refused: list[threading.Thread] = []
+    start = threading.Thread.start
 
-    class First(Connection):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            if not refused:
-                refused.append(self)
-                self.thread.start = self.no_more  # type: ignore[method-assign]
-
-        def no_more(self) -> None:
+    def no_more(thread: threading.Thread) -> None:
+        if thread.name == "torchft-http-serve" and not refused:
+            refused.append(thread)
             raise RuntimeError("can't start new thread")
+        start(thread)
 
-    monkeypatch.setattr(http_server, "Connection", First)
+    monkeypatch.setattr(threading.Thread, "start", no_more)
     with transport() as source, transport() as receiver:
         source.send_checkpoint([1], 1, {"x": 1}, TIMEOUT)
         with pytest.raises(SourceLost):

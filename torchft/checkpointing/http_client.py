@@ -32,7 +32,7 @@ from torchft.checkpointing.transport import (
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.net import parse_address
 
-__all__ = ["ChunksGone", "Landed", "SourceConnection"]
+__all__ = ["ChunksGone", "Landed", "SourceBusy", "SourceConnection"]
 
 Landed = Callable[[int, bytes, bytes], None]
 """A chunk's index, the hash of what came, the hash that was announced."""
@@ -40,11 +40,20 @@ _CONNECT = 5.0
 _MAX_DOCUMENT = MAX_MANIFEST_BYTES + (1 << 20)
 _MAX_TEXT = 4096
 _STATUS = re.compile(r"[1-5][0-9]{2}")
+_SECONDS = re.compile(r"[0-9]{1,4}")
 _LENGTH = re.compile(r"[0-9]{1,19}")
 
 
 class ChunksGone(CheckpointError):
     """The source still serves the step, but not these chunks: it had sent them before it went on."""
+
+
+class SourceBusy(CheckpointError):
+    """The source has no place for this reader now, which is to come again after so many seconds."""
+
+    def __init__(self, message: str, pause: float) -> None:
+        super().__init__(message)
+        self.pause = pause
 
 
 class SourceConnection:
@@ -86,7 +95,7 @@ class SourceConnection:
         """Waits until the source offers ``step``, and reads how its data is cut and the manifest's body.
 
         Raises:
-            StepNotServed, SourceLost, ManifestError, IntegrityError, CheckpointTimeout
+            SourceBusy, StepNotServed, SourceLost, ManifestError, IntegrityError, CheckpointTimeout
         """
         served, cut, body = open_manifest(self._document(step, "manifest"))
         self._check_step(served, step)
@@ -121,7 +130,7 @@ class SourceConnection:
         fields = {"Range": f"bytes={start}-{stop - 1}", "Accept": HASHED, **self._patience()}
         status, headers, length = self._ask(f"/checkpoint/{step}/data", fields)
         if status != 206:
-            raise self._refusal(status, length, step)
+            raise self._refusal(status, headers, length, step)
         whole = stop - start + DIGEST_BYTES * (last - first)
         if headers.get("content-type") != HASHED or length != whole:
             raise CheckpointError(
@@ -157,9 +166,9 @@ class SourceConnection:
             raise self._lost(e) from e
 
     def _document(self, step: int, name: str) -> bytearray:
-        status, _, length = self._ask(f"/checkpoint/{step}/{name}", self._patience())
+        status, headers, length = self._ask(f"/checkpoint/{step}/{name}", self._patience())
         if status != 200:
-            raise self._refusal(status, length, step)
+            raise self._refusal(status, headers, length, step)
         if length > _MAX_DOCUMENT:
             raise ManifestError(f"the source {self.address} announces {length} bytes of {name}")
         document = bytearray(length)
@@ -213,7 +222,7 @@ class SourceConnection:
         except OSError as e:
             raise self._lost(e) from e
 
-    def _refusal(self, status: int, length: int, step: int) -> CheckpointError:
+    def _refusal(self, status: int, headers: dict[str, str], length: int, step: int) -> CheckpointError:
         text = bytearray(min(length, _MAX_TEXT))
         self._receive([memoryview(text)])
         said = text.decode("utf-8", "replace").strip()
@@ -223,6 +232,8 @@ class SourceConnection:
             return StepNotServed(f"the source {self.address} does not serve what was asked for: {said}")
         if status == 503 and self._deadline.remaining() < 1.0:
             return CheckpointTimeout(f"the source {self.address} was not ready with step {step} in time: {said}")
+        if status == 503 and _SECONDS.fullmatch(headers.get("retry-after", "")):
+            return SourceBusy(f"the source {self.address} is busy: {said}", float(headers["retry-after"]))
         return CheckpointError(f"the source {self.address} answered {status}: {said}")
 
     def _late(self) -> CheckpointTimeout:

@@ -15,7 +15,12 @@ Requests
     the hashes are not there. ``Prefer: wait=seconds`` lets the server hold the request that long instead of answering
     404 or 503 at once. ``Receiver: name`` says which connections belong together.
 
+    A source whose places are all taken answers a request that waits for a step with 503, ``Retry-After`` and
+    ``Connection: close``: the reader comes again.
+
 Rules
+    - A connection has no thread of its own: :mod:`torchft.checkpointing.http_porter` gives it one for a request that
+      can be answered. What is asked for and is not there yet is put aside (:class:`NotYet`) and served later.
     - Bodies go out of the snapshot's memory in pieces that stay in the cache between hashing and sending.
     - No call on the socket takes longer than ``_TICK`` while a lease is held, so that the memory can be had back.
 """
@@ -27,13 +32,14 @@ import re
 import socket
 import threading
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import xxhash
 
 from torchft.checkpointing.http_probe import MAX_PROBE, noise
 from torchft.checkpointing.http_wire import HASHED, PIECE, HeadReader, limit_calls, parse_range, send_some, send_views
-from torchft.checkpointing.offer import Gone, Offer, Withdrawn
+from torchft.checkpointing.offer import Gone, Offer
 from torchft.checkpointing.transfers import shut_down
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.loopback import unpace
@@ -41,11 +47,10 @@ from torchft.runtime.loopback import unpace
 if TYPE_CHECKING:
     from torchft.checkpointing.http_server import SnapshotServer
 
-__all__ = ["Connection", "Refused"]
+__all__ = ["Connection", "NotYet", "Refused"]
 
 logger = logging.getLogger("torchft.checkpointing.http_transport")
 
-_IDLE = 60.0
 _MAX_WAIT = 3600.0
 _TICK = 0.02
 _PATH = re.compile(r"/checkpoint/(\d{1,18})/(manifest|data|hashes)")
@@ -75,17 +80,47 @@ class Refused(Exception):
         self.status = status
 
 
+class NotYet(Exception):
+    """What is asked for may be there later. The request is kept."""
+
+
+@dataclass(frozen=True)
+class _Request:
+    method: str
+    target: str
+    headers: dict[str, str]
+    step: int
+    """-1: of no state."""
+    document: str
+    deadline: Deadline
+    """Until when the source may hold it."""
+
+
 class Connection:
-    """One reader's connection and its thread."""
+    """One reader's connection.
+
+    Args:
+        server: whose.
+        sock: accepted.
+        peer: who is at the other end; no two have the same name.
+    """
 
     def __init__(self, server: SnapshotServer, sock: socket.socket, peer: str) -> None:
         self._server = server
         self._sock = sock
         self._peer = peer
+        self._reader = HeadReader(sock)
+        self._request: _Request | None = None
+        self._greeted = False
         self.dropped = False
         self.receiver = peer
         self.lease = threading.Lock()
-        self.thread = threading.Thread(target=self._run, name=f"torchft-http-{peer}", daemon=True)
+
+    def __str__(self) -> str:
+        return self._peer
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
 
     def cut(self) -> None:
         """Makes every call on the socket fail now. The server's lock is held: the socket is not closed meanwhile."""
@@ -101,68 +136,122 @@ class Connection:
         except OSError:
             return True
 
-    def _run(self) -> None:
+    def close(self) -> None:
+        self._sock.close()
+
+    def listen(self) -> bool:
+        """Takes what has come, without waiting: whether there is a request to :meth:`serve`.
+
+        Raises:
+            OSError: the other end closed it.
+        """
+        return self._reader.listen()
+
+    @property
+    def asks(self) -> bool:
+        """There is a request to serve."""
+        return self._request is not None or self._reader.ready
+
+    @property
+    def waits_for(self) -> tuple[int, Deadline] | None:
+        """The step that is not there yet, and until when the request waits for it."""
+        return None if self._request is None else (self._request.step, self._request.deadline)
+
+    def await_request(self, limit: float) -> bool:
+        """Whether a further request comes within so many seconds.
+
+        Raises:
+            OSError: the other end closed it.
+        """
+        if self._reader.ready:
+            return True
+        limit_calls(self._sock, limit)
         try:
+            data = self._sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        return bool(data) and self.listen()
+
+    def tell_busy(self) -> None:
+        """Asks the reader to come again, and does not wait for it. It is to be closed then."""
+        text = b"this source serves as many readers as it can\n"
+        fields = {"Retry-After": "1", "Connection": "close", "Content-Type": "text/plain"}
+        try:
+            self._sock.send(_head(503, fields, len(text)) + text, socket.MSG_DONTWAIT)
+        except OSError as e:
+            logger.debug("checkpoint reader %s was not told that there is no place: %s", self._peer, e)
+
+    def serve(self) -> bool:
+        """Answers the request that is there; whether further ones may follow.
+
+        Raises:
+            NotYet: it cannot be answered yet.
+            OSError, TimeoutError, Withdrawn, Gone: the connection has to end.
+        """
+        if not self._greeted:
+            self._greeted = True
             if self._sock.family in (socket.AF_INET, socket.AF_INET6):
                 self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 unpace(self._sock)
-            reader = HeadReader(self._sock)
-            while self._one(reader):
-                pass
-        except (OSError, TimeoutError, Withdrawn, Gone) as e:
-            logger.debug("checkpoint reader %s: %s", self._peer, e)
-        except Exception:
-            logger.exception("serving the checkpoint reader %s failed", self._peer)
-        finally:
-            self._server.ended(self)
-            self._sock.close()
-
-    def _one(self, reader: HeadReader) -> bool:
-        head = reader.head(Deadline(_IDLE))
-        if head is None:
-            return False
-        line, headers = head
         limit_calls(self._sock, _TICK)
+        request = self._request
+        try:
+            if request is None:
+                request = self._read()
+            self._answer_to(request)
+        except NotYet:
+            self._request = request
+            raise
+        except Refused as e:
+            self._answer(e.status, {"Retry-After": "1"} if e.status == 503 else {}, f"{e}\n".encode())
+        self._request = None
+        return request is not None and request.headers.get("connection", "").lower() != "close"
+
+    def _read(self) -> _Request:
+        """The request that has come.
+
+        Raises:
+            Refused: it is none that is served.
+        """
+        head = self._reader.head(Deadline(_TICK))
+        assert head is not None
+        line, headers = head
         try:
             method, target, version = line.split(" ")
         except ValueError:
-            self._answer(400, {}, b"not HTTP\n")
-            return False
+            raise Refused(400, "not HTTP") from None
+        if version != "HTTP/1.1" or headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
+            raise Refused(400, "HTTP/1.1 requests without a body are served")
+        path = _PATH.fullmatch(target)
+        wait = _WAIT.search(headers.get("prefer", ""))
+        deadline = Deadline(min(float(wait[1]) if wait else 0.0, _MAX_WAIT))
+        if path is None:
+            return _Request(method, target, headers, -1, "", deadline)
+        return _Request(method, target, headers, int(path[1]), path[2], deadline)
+
+    def _answer_to(self, request: _Request) -> None:
+        if request.method not in ("GET", "HEAD"):
+            raise Refused(405, "GET is served")
+        if not self._server.allows(request.headers):
+            raise Refused(401, "this source asks for a token: give the transport the job's token=")
+        if (probe := _PROBE.fullmatch(request.target)) is not None:
+            self._probe(int(probe[1]), request.method)
+            return
+        if request.step < 0:
+            raise Refused(404, "GET /checkpoint/{step}/manifest, /checkpoint/{step}/data or /checkpoint/{step}/hashes")
+        self.receiver = request.headers.get("receiver", self._peer)[:64]
+        offer = self._server.find(request.step, self, request.deadline)
         try:
-            if version != "HTTP/1.1" or headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
-                raise Refused(400, "HTTP/1.1 requests without a body are served")
-            if method not in ("GET", "HEAD"):
-                raise Refused(405, "GET is served")
-            if not self._server.allows(headers):
-                raise Refused(401, "this source asks for a token: give the transport the job's token=")
-            if (probe := _PROBE.fullmatch(target)) is not None:
-                self._probe(int(probe[1]), method)
-                return headers.get("connection", "").lower() != "close"
-            path = _PATH.fullmatch(target)
-            if path is None:
-                raise Refused(
-                    404, "GET /checkpoint/{step}/manifest, /checkpoint/{step}/data or /checkpoint/{step}/hashes"
-                )
-            wait = _WAIT.search(headers.get("prefer", ""))
-            deadline = Deadline(min(float(wait[1]) if wait else 0.0, _MAX_WAIT))
-            self.receiver = headers.get("receiver", self._peer)[:64]
-            offer = self._server.find(int(path[1]), self, deadline)
-            try:
-                if path[2] == "manifest":
-                    self._document(offer, offer.document, method)
-                elif path[2] == "hashes":
-                    if offer.await_seal(deadline, self) is None:
-                        raise Refused(503, f"the snapshot of step {offer.step} is being hashed")
-                    self._document(offer, offer.hashes, method)
-                else:
-                    self._data(offer, headers, method, deadline)
-            except Gone as e:
-                raise Refused(410, str(e)) from e
-        except Refused as e:
-            self._answer(e.status, {"Retry-After": "1"} if e.status == 503 else {}, f"{e}\n".encode())
-            if e.status == 400:
-                return False
-        return headers.get("connection", "").lower() != "close"
+            if request.document == "manifest":
+                self._document(offer, offer.document, request.method)
+            elif request.document == "hashes":
+                if offer.await_seal(request.deadline, self) is None:
+                    raise Refused(503, f"the snapshot of step {offer.step} is being hashed")
+                self._document(offer, offer.hashes, request.method)
+            else:
+                self._data(offer, request.headers, request.method, request.deadline)
+        except Gone as e:
+            raise Refused(410, str(e)) from e
 
     def _probe(self, nbytes: int, method: str) -> None:
         if nbytes > MAX_PROBE:

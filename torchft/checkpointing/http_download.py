@@ -11,13 +11,15 @@ Rules
     - Where chunks came from more than one source, or were kept from an earlier attempt, the sources must agree on all
       of them before the state is handed out: :mod:`torchft.checkpointing.http_agreement`.
     - A connection that is lost is made anew, ``ATTEMPTS`` times without a chunk in between; one that cannot be made, or
-      is refused, ends its source. With all sources out, the fetch fails with the names of all.
+      is refused, ends its source; one that has no place for it yet is asked again. With all sources out, the fetch
+      fails with the names of all.
     - When ``run`` or ``close`` has returned, no thread writes the memory any more.
 """
 
 from __future__ import annotations
 
 import contextvars
+import random
 import threading
 import time
 import uuid
@@ -26,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torchft.checkpointing.chunks import ByteRun, Cut, Seal, digest, parse_manifest
 from torchft.checkpointing.fetch_progress import FetchProgress
 from torchft.checkpointing.http_agreement import Agreement
-from torchft.checkpointing.http_client import ChunksGone, SourceConnection
+from torchft.checkpointing.http_client import ChunksGone, SourceBusy, SourceConnection
 from torchft.checkpointing.http_source import HTTPSource, failure_of
 from torchft.checkpointing.manifest import Manifest
 from torchft.checkpointing.transfers import Transfer
@@ -283,6 +285,14 @@ class Download:
         return SourceConnection(source.addresses, self._token, self._deadline, self._transfer, self._receiver)
 
     def _ask_for_manifest(self, source: HTTPSource) -> None:
+        while (pause := self._ask_once_for_manifest(source)) is not None:
+            until = Deadline(min(pause * random.uniform(0.5, 1.0), self._deadline.remaining()))
+            with self._changed:
+                if self._changed.wait_for(lambda: self._over, until.remaining()):
+                    return
+
+    def _ask_once_for_manifest(self, source: HTTPSource) -> float | None:
+        """Seconds after which to ask again; None: it is not to be asked again."""
         connection = self._connect(source)
         handed_on = False
         try:
@@ -290,7 +300,7 @@ class Download:
             layout = cut, body, digest([memoryview(body)])
             with self._changed:
                 if self._over:
-                    return
+                    return None
                 source.address = connection.address
                 if self._layout is None:
                     self._layout = layout
@@ -301,6 +311,10 @@ class Download:
                 source.state, source.first, handed_on = "ready", connection, True
                 if self._plan is not None:
                     self._staff(source)
+            return None
+        except SourceBusy as e:
+            logger.debug("%s; asking again", e)
+            return e.pause
         finally:
             if not handed_on:
                 connection.close()

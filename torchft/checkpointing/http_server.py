@@ -8,7 +8,7 @@ States of the offer
     was there.
 
 Invariants
-    - One thread per connection, at most ``MAX_CONNECTIONS``; all end with ``stop``.
+    - Who comes is let in, and given a thread, by :mod:`torchft.checkpointing.http_porter`; all ends with ``stop``.
     - A connection that has asked for a snapshot is its reader until the connection ends or asks for another step. To a
       closed offer may also come whose receiver reads it already, on another connection.
     - A slow or dead reader holds up nobody: a connection that takes nothing for ``stall`` seconds is closed.
@@ -24,21 +24,18 @@ import threading
 from collections.abc import Callable
 
 from torchft.checkpointing.chunks import ByteRun
-from torchft.checkpointing.http_connection import Connection, Refused
+from torchft.checkpointing.http_connection import Connection, NotYet, Refused
 from torchft.checkpointing.http_local import listen_locally, peer_name
+from torchft.checkpointing.http_porter import BACKLOG, Porter
 from torchft.checkpointing.manifest import Manifest
 from torchft.checkpointing.offer import Offer, Withdrawn
-from torchft.checkpointing.transfers import shut_down
 from torchft.runtime.deadline import Deadline
-from torchft.runtime.fork import close_in_children_fd
 
 __all__ = ["SnapshotServer"]
 
 logger = logging.getLogger("torchft.checkpointing.http_transport")
 
-MAX_CONNECTIONS = 128
 _MAX_REASON = 1000
-_BACKLOG = 128
 
 
 class SnapshotServer:
@@ -61,23 +58,16 @@ class SnapshotServer:
         self._offer: Offer | None = None
         self._declined: tuple[int, str] | None = None
         self._newest = -1
-        self._stopping = False
-        self._connections: dict[Connection, None] = {}  # the oldest first
-        self._listeners = [] if port is None else [_listen(port)]
-        self.port: int = self._listeners[0].getsockname()[1] if self._listeners else 0
+        listeners = [] if port is None else [_listen(port)]
+        self.port: int = listeners[0].getsockname()[1] if listeners else 0
         self.local_address: str | None = None
         """For readers on this machine, beside the port."""
-        if local and (listening := listen_locally(self.port, _BACKLOG)) is not None:
-            self._listeners.append(listening[0])
+        if local and (listening := listen_locally(self.port, BACKLOG)) is not None:
+            listeners.append(listening[0])
             self.local_address = listening[1]
-        if not self._listeners:
+        if not listeners:
             raise OSError(errno.EAFNOSUPPORT, "this system has no addresses that only its own processes know")
-        self._acceptors: list[threading.Thread] = []
-        for listener in self._listeners:
-            close_in_children_fd(listener)
-            acceptor = threading.Thread(target=self._accept, args=(listener,), name="torchft-http-accept", daemon=True)
-            self._acceptors.append(acceptor)
-            acceptor.start()
+        self._porter = Porter(listeners, self, self._changed)
 
     def offer(self, step: int, manifest: Manifest, run: ByteRun) -> Offer:
         """Serves a snapshot, as far as it is told to ``advance``. The one before must have been withdrawn."""
@@ -87,13 +77,14 @@ class SnapshotServer:
             self._declined = None
             self._newest = max(self._newest, step)
             self._changed.notify_all()
+        self._porter.stir()
         return offer
 
     def decline(self, step: int, reason: str) -> None:
         """Who asks for ``step`` is refused at once, with the reason, until something is offered."""
         with self._changed:
             self._declined = step, " ".join(reason.split())[:_MAX_REASON]
-            self._changed.notify_all()
+        self._porter.stir()
 
     def wait_for_readers(self, deadline: Deadline) -> bool:
         """Whether all readers of the offer have ended before the deadline."""
@@ -158,69 +149,36 @@ class SnapshotServer:
 
     def stop(self, wait: bool, deadline: Deadline) -> None:
         """Closes everything. Idempotent."""
-        with self._changed:
-            self._stopping = True
-            connections = list(self._connections)
-            for connection in connections:
-                connection.cut()
-            self._changed.notify_all()
-        for listener in self._listeners:
-            shut_down(listener)  # not every system lets a listener be shut down; closing it is what counts
-            listener.close()
+        threads = self._porter.stop()
         withdrawn = self.withdraw(deadline)
         if wait:
-            for thread in [*self._acceptors, *(c.thread for c in connections)]:
+            for thread in threads:
                 if thread.ident is not None:
                     thread.join(deadline.remaining())
-            if not withdrawn or any(c.thread.is_alive() for c in connections):
+            if not withdrawn or any(t.is_alive() for t in threads):
                 logger.warning("the checkpoint server still has readers after %gs", deadline.timeout)
 
     def _unread(self) -> bool:
         return self._offer is None or (not self._offer.readers and not self._offer.hashing)
 
-    def _accept(self, listener: socket.socket) -> None:
-        while True:
-            try:
-                sock, peer = listener.accept()
-            except OSError as e:
-                if self._stopping:
-                    return
-                logger.warning("a connection could not be accepted: %s", e)
-                with self._changed:
-                    self._changed.wait_for(lambda: self._stopping, 0.1)  # out of file descriptors, for instance
-                continue
-            close_in_children_fd(sock)
-            connection = Connection(self, sock, peer_name(sock, peer))
-            with self._changed:
-                if self._stopping or not self._make_room():
-                    sock.close()
-                    continue
-                self._connections[connection] = None
-            try:
-                connection.thread.start()
-            except RuntimeError as e:  # the system gives no more threads: the reader is told, and others may come later
-                logger.warning("a connection from %s could not be served: %s", connection.receiver, e)
-                self.ended(connection)
-                sock.close()
+    @property
+    def connections(self) -> int:
+        """How many there are."""
+        return self._porter.open
 
-    def _make_room(self) -> bool:
-        """Whether one more may come. If all places are taken, the oldest that reads nothing has to go for it: whoever
-        opens connections and says nothing on them keeps no receiver out.
-        """
-        if len(self._connections) < MAX_CONNECTIONS:
-            return True
-        readers = set() if self._offer is None else self._offer.readers
-        idle = next((c for c in self._connections if c not in readers and not c.dropped), None)
-        if idle is None or len(self._connections) >= 2 * MAX_CONNECTIONS:
-            return False
-        idle.cut()
-        return True
+    # What follows is called by the porter, and by connections in its threads.
 
-    # What follows is called by connections, in their threads.
+    def admit(self, sock: socket.socket, peer: object) -> Connection:
+        return Connection(self, sock, peer_name(sock, peer))
+
+    def reads(self, connection: Connection) -> bool:
+        return self._offer is not None and connection in self._offer.readers
+
+    def settled(self, step: int, connection: Connection) -> bool:
+        return step < self._newest or bool(self._why_declined(step)) or self._readable(step, connection) is not None
 
     def ended(self, connection: Connection) -> None:
         with self._changed:
-            self._connections.pop(connection, None)
             if self._offer is not None:
                 self._offer.readers.discard(connection)
             self._changed.notify_all()
@@ -236,19 +194,20 @@ class SnapshotServer:
         return self._stall
 
     def find(self, step: int, connection: Connection, deadline: Deadline) -> Offer:
-        """The offer of ``step``; ``connection`` is a reader of it from here on."""
+        """The offer of ``step``; ``connection`` is a reader of it from here on.
 
-        def settled() -> bool:
-            if self._stopping or connection.dropped or step < self._newest or self._why_declined(step):
-                return True
-            return self._readable(step, connection) is not None
-
+        Raises:
+            NotYet: it may be offered before the deadline.
+            Refused: it is not served.
+            Withdrawn: this reader was dropped.
+        """
         with self._changed:
             if self._offer is not None and self._offer.step != step:
                 self._offer.readers.discard(connection)
-            self._changed.wait_for(settled, deadline.remaining())
             if connection.dropped:  # whoever dropped it waits for it to end
                 raise Withdrawn("this reader was dropped")
+            if not self.settled(step, connection) and not deadline.expired:
+                raise NotYet
             offer = self._readable(step, connection)
             if offer is None:
                 raise self._refusal(step)
@@ -281,7 +240,7 @@ class SnapshotServer:
 def _listen(port: int) -> socket.socket:
     if socket.has_dualstack_ipv6():
         try:
-            return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG)
+            return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG)
         except OSError:
             pass  # IPv6 is compiled in but switched off
-    return socket.create_server(("0.0.0.0", port), backlog=_BACKLOG)
+    return socket.create_server(("0.0.0.0", port), backlog=BACKLOG)

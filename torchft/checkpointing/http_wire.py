@@ -79,6 +79,29 @@ class HeadReader:
                     raise WireError("the connection was closed in the middle of a head")
                 return None
             self._buffer += data
+        return self._parse(end)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a whole head has come, or more than one may have: :meth:`head` does not wait."""
+        return b"\r\n\r\n" in self._buffer or len(self._buffer) > MAX_HEAD
+
+    def listen(self) -> bool:
+        """Takes what has come, without waiting: whether it is :attr:`ready`.
+
+        Raises:
+            WireError: the other end closed the connection.
+        """
+        try:
+            data = self._sock.recv(MAX_HEAD, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return self.ready
+        if not data:
+            raise WireError("it was closed")
+        self._buffer += data
+        return self.ready
+
+    def _parse(self, end: int) -> tuple[str, dict[str, str]]:
         lines = bytes(self._buffer[:end]).decode("latin-1").split("\r\n")
         del self._buffer[: end + 4]
         if len(lines) > MAX_HEADERS or end > MAX_HEAD:
