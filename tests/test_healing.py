@@ -42,7 +42,7 @@ class Big(Replica):
         self.big.copy_(state["big"])
 
     def all_state(self) -> Any:
-        return self.manager._state.read(self.manager.state_dict(), 20.0)
+        return self.manager.live_state()
 
     def train(self, enough: Callable[[], bool] = lambda: False) -> None:
         """Until told to stop, or ``enough``."""

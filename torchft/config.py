@@ -143,6 +143,14 @@ HOST = Setting(
     "The address of this machine that others are told. By default the interface that routes to the lighthouse.",
     _host,
 )
+TOKEN = Setting(
+    "TORCHFT_TOKEN",
+    "printable ASCII without spaces",
+    _none_str,
+    "A secret of the job: the Manager's default transport gives the state only to who presents it, and presents it to "
+    "others. The same in all groups. Another transport is given its own, `HTTPTransport(token=)`.",
+    str,
+)
 PROACTIVE_RECOVERY = Setting(
     "TORCHFT_PROACTIVE_RECOVERY",
     "0 or 1",

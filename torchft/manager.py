@@ -89,7 +89,8 @@ class Manager:
         port: of the ManagerServer; ``TORCHFT_MANAGER_PORT``, else any, by default.
         hostname: what other groups are told; chosen by the route to the lighthouse where it does not resolve.
         heartbeat_interval: between signs of life.
-        checkpoint_transport: moves the state; an :class:`HTTPTransport` by default.
+        checkpoint_transport: moves the state; an :class:`HTTPTransport` by default, which receives into
+            :meth:`live_state`, with the token ``TORCHFT_TOKEN`` if that is set.
         init_sync: at step 0 all groups take the primary's state. With False they must start from the same.
         max_retries: :meth:`should_commit` raises after more failed steps in a row; None: never.
         quorum_retries: how often a lighthouse call that broke is repeated within a quorum.
@@ -298,7 +299,8 @@ class Manager:
         return HTTPTransport(
             self._timeout,
             snapshot="lock",
-            state_dict=lambda: self._state.read(self.state_dict(), seconds(self._timeout)),
+            state_dict=self.live_state,
+            token=config.TOKEN.read(),
         )
 
     # ------------------------------------------------------------- the state
@@ -334,6 +336,23 @@ class Manager:
     def state_dict(self) -> dict[str, int]:
         """``{"step", "batches_committed"}``: save it with a checkpoint of the model."""
         return self._progress.state_dict()
+
+    def live_state(self) -> dict[str, Any]:
+        """All that is registered and may be read here, as it travels: what a transport receives into in place.
+
+        For a transport that is not the default one; it asks when a state comes, and the Manager is there by then::
+
+            transport = HTTPTransport(token=secret, snapshot="lock", state_dict=lambda: manager.live_state())
+            manager = Manager(..., checkpoint_transport=transport)
+
+        Returns:
+            ``{"user": {key: save()}, "torchft": state_dict()}``, without pieces that are saved on the training thread.
+
+        Raises:
+            RuntimeError: nothing is registered, or a function raised.
+            TimeoutError: reading was not allowed within ``timeout``.
+        """
+        return self._state.read(self.state_dict(), seconds(self._timeout))
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Continues from what :meth:`state_dict` returned."""

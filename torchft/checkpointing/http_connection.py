@@ -233,7 +233,12 @@ class Connection:
         if request.method not in ("GET", "HEAD"):
             raise Refused(405, "GET is served")
         if not self._server.allows(request.headers):
-            raise Refused(401, "this source asks for a token: give the transport the job's token=")
+            given = "another one was" if "authorization" in request.headers else "none was"
+            raise Refused(
+                401,
+                f"this source asks for a token, and {given} given: set TORCHFT_TOKEN to the same text in all groups, "
+                "or give all their transports the same token=",
+            )
         if (probe := _PROBE.fullmatch(request.target)) is not None:
             self._probe(int(probe[1]), request.method)
             return

@@ -86,7 +86,8 @@ class HTTPTransport(CheckpointTransport[T]):
         snapshot: ``"copy"`` or ``"lock"``, see the module.
         hostname: the address of this machine for receivers; by default ``TORCHFT_HOST``, else the interface that
             routes to the lighthouse.
-        token: readers must present it, and it is presented to sources; the same on both sides.
+        token: readers must present it, and it is presented to sources; the same on both sides. The Manager's default
+            transport takes ``TORCHFT_TOKEN``.
         allow_pickle: also send and load what the format refuses, with ``torch.save`` and
             ``torch.load(weights_only=True)``.
         port: to listen on; 0: any.
@@ -116,8 +117,8 @@ class HTTPTransport(CheckpointTransport[T]):
     ) -> None:
         if snapshot not in ("copy", "lock"):
             raise ValueError(f"snapshot={snapshot!r}: expected 'copy' or 'lock'")
-        if token is not None and (not token.isascii() or not token.isprintable() or " " in token):
-            raise ValueError("a token is printable ASCII without spaces")
+        if token is not None and (not token or not token.isascii() or not token.isprintable() or " " in token):
+            raise ValueError("a token (token=, TORCHFT_TOKEN) is printable ASCII without spaces, and not empty")
         self._timeout = timeout
         self._state_dict = state_dict
         self._snapshot = snapshot

@@ -1,0 +1,83 @@
+"""The Manager's default transport, and how one of the user's own does what it does."""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from tests.checkpointing.loopback import port_of
+from tests.groups import Replica, running
+from torchft.checkpointing import HTTPTransport
+
+
+def test_the_token_of_the_environment_is_asked_for_and_presented(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running() as groups:
+        monkeypatch.setenv("TORCHFT_TOKEN", "right")
+        a, b = (groups.replica(name, seed=seed) for seed, name in enumerate("ab"))
+        groups.train_together((a.manager, a.step), (b.manager, b.step))
+        assert a.weights() == b.weights()
+        transport: Any = a.manager._transport
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"http://127.0.0.1:{port_of(transport)}/checkpoint/1/manifest", timeout=60)
+        assert refused.value.code == 401
+
+
+@pytest.mark.parametrize(("token", "given"), [("wrong", "another one was given"), ("", "none was given")])
+def test_groups_with_other_tokens_fail_with_an_error_that_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch, token: str, given: str
+) -> None:
+    with running() as groups:
+        monkeypatch.setenv("TORCHFT_TOKEN", "right")
+        a = groups.replica("a")
+        a.step()
+        monkeypatch.setenv("TORCHFT_TOKEN", token)
+        b = groups.replica("b")
+        why: list[str] = []
+
+        def heal() -> None:
+            while not why:
+                b.step()
+                why.extend([str(e)] if "token" in str(e := b.manager.errored()) else [])
+            b.manager.shutdown(wait=False)  # or the other one would wait for it
+
+        def train() -> None:
+            while not why:
+                a.step()
+
+        groups.together(heal, train)
+        assert given in why[0]
+        assert "set TORCHFT_TOKEN to the same text in all groups" in why[0]
+        assert "right" not in why[0]
+
+
+def test_a_bad_token_is_refused_by_the_name_of_the_variable_and_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    for token in ("two words", "schlüssel", ""):
+        with pytest.raises(ValueError, match="TORCHFT_TOKEN") as error:
+            HTTPTransport(token=token)
+        assert not token or token not in str(error.value)
+
+
+def test_a_transport_of_ones_own_receives_into_the_registered_state(caplog: pytest.LogCaptureFixture) -> None:
+    with running() as groups, caplog.at_level("INFO", "torchft.checkpointing"):
+        replicas: list[Replica] = []
+        for number, name in enumerate("ab"):
+            transport: HTTPTransport[Any] = HTTPTransport(
+                timedelta(seconds=40),
+                snapshot="lock",
+                token="secret",
+                copy_below=0,
+                state_dict=lambda number=number: replicas[number].manager.live_state(),
+            )
+            replicas.append(groups.replica(name, seed=number, checkpoint_transport=transport))
+        a, b = replicas
+        groups.train_together((a.manager, a.step), (b.manager, b.step))
+        assert a.weights() == b.weights()
+        live = a.manager.live_state()
+        assert live["user"]["default"]["model"]["weight"].data_ptr() == a.model.weight.data_ptr()
+        assert live["torchft"] == a.manager.state_dict()
+        size = sum(p.numel() * 4 for p in b.model.parameters())
+        assert f", {size} of them in place" in caplog.text
