@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 __all__ = ["SETTINGS", "ConfigError", "Setting", "markdown"]
 
@@ -87,6 +87,13 @@ def _flag(text: str) -> bool:
     if lowered in ("1", "true", "yes", "on"):
         return True
     raise ValueError("0 or 1 is needed")
+
+
+def _comparing(text: str) -> Literal["sample", "all", "none"]:
+    match text.lower():
+        case "sample" | "all" | "none" as known:
+            return known
+    raise ValueError("one of these three words is needed")
 
 
 _none_seconds: timedelta | None = None
@@ -164,6 +171,14 @@ DRAIN = Setting(
     False,
     "On SIGTERM finish the step under way, leave the job and exit with code 0. Wins over `Manager(drain=)`.",
     _flag,
+)
+COMPARE_SOURCES: Setting[Literal["sample", "all", "none"]] = Setting(
+    "TORCHFT_COMPARE_SOURCES",
+    "sample, all or none",
+    "sample",
+    "What a healing group asks of the groups that it takes nothing from, to find one whose state differs: the hashes "
+    "of a few chunks drawn at random, all hashes, or nothing. `HTTPTransport(compare_sources=)` wins.",
+    _comparing,
 )
 STATE_DIR = Setting(
     "TORCHFT_STATE_DIR",

@@ -24,7 +24,7 @@ from tests.checkpointing.hostile_manifest import (
     mutated_document,
     random_for,
 )
-from torchft.checkpointing.chunks import CHUNK_SIZE, Cut, Seal, digest, write_hashes, write_manifest
+from torchft.checkpointing.chunks import CHUNK_SIZE, Cut, Seal, digest, write_hashes, write_manifest, write_sample
 from torchft.checkpointing.pg_stream import PROLOGUE_BYTES, ChunkHasher, Prologue
 
 __all__ = ["CASES"]
@@ -62,10 +62,42 @@ def hashes(draw: random.Random) -> bytes:
     return as_json(header)
 
 
+def sample(draw: random.Random) -> bytes:
+    """A document with the hashes of some chunks."""
+    cut = Cut(draw.choice((0, 1, CHUNK_SIZE, CHUNK_SIZE + 1, 5 * CHUNK_SIZE, 1 << 40)))
+    chunks = [draw.randbytes(16) for _ in range(draw.choice((0, 1, 1, 2, 3, 8, 16, 17)))]
+    real = write_sample(draw.choice((0, 7)), cut, draw.randbytes(16), chunks)
+    kind = draw.randrange(3)
+    if kind == 0:
+        return mutated_bytes(real, draw)
+    return real if kind == 1 else as_json(mutated_document(json.loads(real), draw))
+
+
+_INDICES = (
+    *(str(n).encode() for n in (0, 1, 2, 5, 17, 10**10, 10**11, 10**25)),
+    b"",
+    b"-1",
+    b"\xb2",
+    b" 3",
+    b"0x1",
+    b"01",
+)
+
+
+def indices(draw: random.Random) -> bytes:
+    """What a client asks the hashes of."""
+    kind = draw.randrange(4)
+    if kind == 0:
+        return b",".join(str(n).encode() for n in sorted(draw.sample(range(40), draw.choice((0, 1, 2, 16, 17, 40)))))
+    data = b",".join(draw.choice(_INDICES) for _ in range(draw.choice((1, 2, 2, 3, 300))))
+    return mutated_bytes(data, draw) if kind == 1 and data else data
+
+
 _HEADS = (
     b"GET /checkpoint/7/manifest HTTP/1.1\r\nHost: a\r\nPrefer: wait=0.5\r\nReceiver: me\r\n\r\n",
     b"GET /checkpoint/7/data HTTP/1.1\r\nHost: a\r\nRange: bytes=0-99\r\nAccept: application/x-torchft-hashed\r\n\r\n",
     b'GET /checkpoint/7/hashes HTTP/1.1\r\nAuthorization: Bearer s3cret\r\nIf-Match: "00"\r\n\r\n',
+    b"GET /checkpoint/7/hashes?chunks=0,1 HTTP/1.1\r\nHost: a\r\nPrefer: wait=0.5\r\n\r\n",
     b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-99/100\r\nContent-Length: 116\r\n\r\n",
     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 3\r\n\r\nno\n",
 )
@@ -118,7 +150,9 @@ def head(draw: random.Random) -> bytes:
             b"/checkpoint/%37/data",
             b"/checkpoint/" + b"9" * 30 + b"/data",
             b"/checkpoint/7/../8/data",
+            b"/checkpoint/7/data?chunks=0",
         )
+        out = out.replace(b"?chunks=0,1", b"?chunks=" + indices(draw).replace(b"\r", b"").replace(b"\n", b""))
         return out.replace(b"/checkpoint/7/data", draw.choice(paths))
     if kind == 5:
         methods = (b"POST", b"HEAD", b"get", b"", b"GET GET", b"\x16\x03\x01")
@@ -170,7 +204,7 @@ def stream(draw: random.Random) -> bytes:
 
 
 CASES: dict[str, Callable[[random.Random], bytes]] = {
-    f.__name__: f for f in (manifest, document, hashes, head, span, prologue, stream)
+    f.__name__: f for f in (manifest, document, hashes, sample, indices, head, span, prologue, stream)
 }
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from tests.checkpointing.hostile import CASES
 from tests.checkpointing.hostile_manifest import STATES, random_for
 from torchft.checkpointing import CheckpointError, PGTransport, pg_transport
 from torchft.checkpointing import destination as destinations
-from torchft.checkpointing.chunks import open_manifest, parse_manifest, read_hashes
+from torchft.checkpointing.chunks import open_manifest, parse_manifest, read_hashes, read_sample
 from torchft.checkpointing.destination import Destination
-from torchft.checkpointing.http_wire import HeadReader, WireError, content_range, parse_range
+from torchft.checkpointing.http_wire import MAX_SAMPLE, HeadReader, WireError, content_range, parse_indices, parse_range
 from torchft.checkpointing.manifest import Manifest
 from torchft.checkpointing.pg_stream import Prologue
 from torchft.checkpointing.transport import IntegrityError, ManifestError
@@ -145,6 +145,28 @@ def test_chunk_tables() -> None:
         assert len(seal.chunks) == 16 * seal.cut.count
 
     assert run("hashes", range(17_000), attack, (ManifestError, IntegrityError), 60) > 5
+
+
+def test_samples() -> None:
+    wanted = [0, 1, 4]
+
+    def attack(data: bytes) -> None:
+        _, sample = read_sample(data, wanted)
+        assert sorted(sample.chunks) == [i for i in wanted if i < sample.cut.count]
+        assert all(len(value) == 16 for value in sample.chunks.values())
+
+    assert run("sample", range(6_000), attack, (ManifestError,), 60) > 5
+
+
+def test_indices() -> None:
+    def attack(data: bytes) -> None:
+        read = parse_indices(data.decode("latin-1"))
+        if read is None:
+            raise ManifestError("refused")
+        assert read == sorted(set(read))
+        assert len(read) <= MAX_SAMPLE
+
+    assert run("indices", range(6_000), attack, (ManifestError,), 60) > 100
 
 
 class _Socket:

@@ -7,7 +7,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,8 +18,9 @@ import torch
 
 from tests.checkpointing.hostile import CASES
 from tests.checkpointing.hostile_manifest import BODIES, STATES, mutated_bytes, random_for
+from tests.checkpointing.hostile_server import HostileServer
 from torchft.checkpointing import CheckpointError, HTTPTransport, http_porter
-from torchft.checkpointing.chunks import Cut, Seal, digest, write_hashes, write_manifest
+from torchft.checkpointing.chunks import Cut, Seal, digest, write_hashes, write_manifest, write_sample
 from torchft.checkpointing.manifest import describe
 from torchft.testing.wait import wait_until
 
@@ -28,42 +29,6 @@ SHORT = timedelta(seconds=0.3)
 ANSWERS = 600
 WORKERS = 4
 REQUESTS = 3000
-
-
-class HostileServer:
-    """Answers each connection's requests with what ``answer`` makes of them, then closes it."""
-
-    def __init__(self, answer: Callable[[bytes], list[bytes] | None]) -> None:
-        self._answer = answer
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        self._thread = threading.Thread(target=self._accept, daemon=True)
-        self._thread.start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
-
-    def _serve(self, sock: socket.socket) -> None:
-        with sock:
-            sock.settimeout(5)
-            try:
-                while (request := sock.recv(65536)) and (parts := self._answer(request)) is not None:
-                    for part in parts:
-                        if not part:
-                            return  # and closes
-                        sock.sendall(part)
-            except OSError:
-                pass  # the receiver has had enough
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._thread.join(30)
 
 
 def _framed(body: bytes, draw: random.Random, status: str = "200 OK", more: str = "") -> list[bytes]:
@@ -93,6 +58,9 @@ def hostile_answer(request: bytes, draw: random.Random) -> list[bytes] | None:
     if b"/manifest" in request:
         good = write_manifest(7, described)
         return _framed(good if draw.random() < 0.5 else CASES["document"](draw), draw)
+    if b"/hashes?" in request:
+        good = write_sample(7, seal.cut, seal.body, [chunks] if chunks else [])
+        return _framed(good if draw.random() < 0.5 else CASES["sample"](draw), draw)
     if b"/hashes" in request:
         good = write_hashes(7, seal)
         return _framed(good if draw.random() < 0.5 else CASES["hashes"](draw), draw)
@@ -122,6 +90,7 @@ def _receive_from_hostile_servers(numbers: range, into: object) -> int:
     receiver: HTTPTransport[Any] = HTTPTransport(
         LONG, state_dict=None if into is None else lambda: into, hostname="127.0.0.1"
     )
+    metadata = f"torchft-http/1 http://127.0.0.1:{server.port}"
     got = 0
     try:
         for number in numbers:
@@ -129,7 +98,7 @@ def _receive_from_hostile_servers(numbers: range, into: object) -> int:
                 draw = random_for("server", number)
             began = time.monotonic()
             try:
-                receiver.recv_checkpoint(0, f"torchft-http/1 http://127.0.0.1:{server.port}", 7, SHORT)
+                receiver.recv_from_many([(rank, metadata) for rank in range(1 + number // 4 % 2)], 7, SHORT)
                 got += 1
             except (CheckpointError, TimeoutError):
                 pass

@@ -14,6 +14,7 @@ import torch
 from tests.checkpointing.loopback import address_of
 from torchft.checkpointing import CheckpointError, HTTPTransport, IntegrityError, SourceLost
 from torchft.checkpointing.chunks import CHUNK_SIZE
+from torchft.checkpointing.http_comparison import Comparing
 from torchft.checkpointing.offer import Offer
 from torchft.runtime.deadline import Deadline
 from torchft.testing.faults import Link
@@ -31,7 +32,7 @@ def make_state() -> dict[str, torch.Tensor]:
 class Sources:
     """Transports that offer a state, each behind a link, and a receiver that writes into ``live``."""
 
-    def __init__(self, stack: ExitStack, count: int, rate: float | None) -> None:
+    def __init__(self, stack: ExitStack, count: int, rate: float | None, compare: Comparing = "sample") -> None:
         self.state = make_state()
         self.live = {k: torch.zeros_like(v) for k, v in self.state.items()}
         self.transports: list[HTTPTransport[Any]] = []
@@ -42,7 +43,9 @@ class Sources:
             self.transports.append(source)
             self.links.append(stack.enter_context(Link(address_of(source))))
             self.links[-1].throttle(rate)
-        self.receiver: HTTPTransport[Any] = HTTPTransport(TIMEOUT, hostname="127.0.0.1", state_dict=lambda: self.live)
+        self.receiver: HTTPTransport[Any] = HTTPTransport(
+            TIMEOUT, hostname="127.0.0.1", state_dict=lambda: self.live, compare_sources=compare
+        )
         stack.callback(self.receiver.shutdown)
         for rank in range(count):
             self.offer(rank, self.state)
@@ -95,9 +98,9 @@ class Sources:
 
 
 @contextmanager
-def sources(count: int, rate: float | None = 100e6) -> Iterator[Sources]:
+def sources(count: int, rate: float | None = 100e6, compare: Comparing = "sample") -> Iterator[Sources]:
     with ExitStack() as stack:
-        yield Sources(stack, count, rate)
+        yield Sources(stack, count, rate, compare)
 
 
 def test_slow_sources_share_the_work() -> None:
@@ -111,7 +114,7 @@ def test_slow_sources_share_the_work() -> None:
 def test_a_fast_source_needs_no_other_and_the_others_hash_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for limit in ("_SOON", "_PATIENCE"):  # whatever this machine does, it is fast enough
         monkeypatch.setattr(f"torchft.checkpointing.http_download.{limit}", 60.0)
-    with sources(3, rate=None) as s:
+    with sources(3, rate=None, compare="none") as s:
         metadata = [(rank, t.metadata()) for rank, t in enumerate(s.transports)]
         s.assert_right(s.receiver.recv_from_many(metadata, STEP, TIMEOUT))
         for rank in (1, 2):

@@ -9,7 +9,8 @@ The idea
 What a source serves beside the data, both JSON
     The *manifest document*, known before a byte is copied: a line ``{"format", "step", "total", "chunk_size", "body"}``
     and the manifest's body, whose hash ``body`` is. The *hashes*, known when everything is hashed: ``{"format", "step",
-    "total", "chunk_size", "chunks", "body", "root"}``, ``chunks`` being base64 of 16 bytes each.
+    "total", "chunk_size", "chunks", "body", "root"}``, ``chunks`` being base64 of 16 bytes each. A *sample* is the same
+    of some chunks, and without a root: those that were asked for and that the state has, in order.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import bisect
 import itertools
 import json
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -36,6 +37,7 @@ __all__ = [
     "FORMAT",
     "ByteRun",
     "Cut",
+    "Sample",
     "Seal",
     "digest",
     "host_view",
@@ -43,8 +45,10 @@ __all__ = [
     "parse_manifest",
     "read_hashes",
     "read_manifest",
+    "read_sample",
     "write_hashes",
     "write_manifest",
+    "write_sample",
 ]
 
 FORMAT = "torchft-checkpoint/1"
@@ -146,6 +150,20 @@ class Seal:
         return self.chunks[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The hashes of some chunks of a state."""
+
+    cut: Cut
+    body: bytes
+    """The digest of the manifest's body."""
+    chunks: Mapping[int, bytes]
+    """Digests, by index."""
+
+    def digest_of(self, index: int) -> bytes | None:
+        return self.chunks.get(index)
+
+
 def write_manifest(step: int, manifest: Manifest) -> bytes:
     """The manifest document."""
     body = digest([memoryview(manifest.body)])
@@ -203,16 +221,50 @@ def read_hashes(document: bytes | bytearray) -> tuple[int, Seal]:
         IntegrityError: it does not have its own hash.
     """
     header, step, cut, body = _read_header(bytes(document))
-    try:
-        chunks = base64.b64decode(str(header.get("chunks")), validate=True)
-    except (binascii.Error, ValueError) as e:
-        raise ManifestError(f"the chunk table is not readable: {e}") from e
-    if len(chunks) != cut.count * DIGEST_BYTES:
-        raise ManifestError("the chunk table does not cover the data")
+    chunks = _read_chunks(header, cut.count)
     seal = Seal(cut, chunks, body)
     if seal.root != header.get("root"):
         raise IntegrityError("the chunk table does not have its own hash: it was damaged on the way")
     return step, seal
+
+
+def write_sample(step: int, cut: Cut, body: bytes, chunks: Sequence[bytes]) -> bytes:
+    """The sample document.
+
+    Args:
+        step: of the state.
+        cut: how its data is cut.
+        body: the digest of its manifest's body.
+        chunks: the digests of the chunks that were asked for and that it has, in order.
+    """
+    return _header(step, cut, body, chunks=base64.b64encode(b"".join(chunks)).decode())
+
+
+def read_sample(document: bytes | bytearray, indices: Sequence[int]) -> tuple[int, Sample]:
+    """Reads and checks a sample document.
+
+    Args:
+        document: of a state that may be cut otherwise than the receiver's.
+        indices: what was asked for.
+
+    Raises:
+        ManifestError: it is not such a document, or not what was asked for.
+    """
+    header, step, cut, body = _read_header(bytes(document))
+    there = [i for i in indices if i < cut.count]
+    chunks = _read_chunks(header, len(there))
+    digests = (chunks[at : at + DIGEST_BYTES] for at in range(0, len(chunks), DIGEST_BYTES))
+    return step, Sample(cut, body, dict(zip(there, digests, strict=True)))
+
+
+def _read_chunks(header: dict[str, object], count: int) -> bytes:
+    try:
+        chunks = base64.b64decode(str(header.get("chunks")), validate=True)
+    except (binascii.Error, ValueError) as e:
+        raise ManifestError(f"the chunk table is not readable: {e}") from e
+    if len(chunks) != count * DIGEST_BYTES:
+        raise ManifestError("the chunk table does not cover the data")
+    return chunks
 
 
 def _header(step: int, cut: Cut, body: bytes, **more: str) -> bytes:

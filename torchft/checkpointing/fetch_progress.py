@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from torchft.checkpointing.transport import TooSlow
 from torchft.runtime.logs import SpeakerLogger
 
 __all__ = ["FetchProgress"]
@@ -49,6 +50,8 @@ class FetchProgress:
         """Sources that are not believed."""
         self.sources = 0
         """That gave chunks."""
+        self.compared = 0
+        """Sources that told hashes of their own, to be compared."""
         self.taken_over: set[int] = set()
         """Workers that were ended because others are faster."""
 
@@ -111,6 +114,26 @@ class FetchProgress:
             return False  # it may pause
         needed = (self.total - self.kept - received) * span / came
         return any(span >= after and needed > times * time_left for after, times in _GLANCES)
+
+    def check_pace(self, received: int, time_left: float, unmeasured: bool, sources: str) -> None:
+        """Gives up what comes too slowly.
+
+        Args:
+            received: bytes so far.
+            time_left: seconds.
+            unmeasured: a glance is enough: nothing is known about the way to the sources, and others wait.
+            sources: their names.
+
+        Raises:
+            TooSlow: it would not be there in time.
+        """
+        if self.hopeless(received, time_left) or (unmeasured and self.far_too_slow(received, time_left)):
+            raise TooSlow(
+                f"step {self._step} comes too slowly from source {sources}: {received / 1e6:.1f} of "
+                f"{self.total / 1e6:.0f} MB came in {self.elapsed:.2f}s, and {time_left:.0f}s are left for the rest. "
+                "A longer timeout lets the other groups wait longer for this one",
+                self.total,
+            )
 
     def tell(self, received: int, sources: int) -> None:
         """A line each second, for a fetch that takes longer than two."""

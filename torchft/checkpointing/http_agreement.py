@@ -2,8 +2,10 @@
 
 The idea
     That a chunk is what its source announced does not say that the source is right. Where chunks came from more than
-    one source, or were kept from an earlier attempt, every source that takes part tells its hashes of *all* chunks
-    (:class:`torchft.checkpointing.chunks.Seal`), and the state is handed out when they are the same.
+    one source, were kept from an earlier attempt, or are *disputed* by a source that gave nothing
+    (:mod:`torchft.checkpointing.http_comparison`), every source that takes part tells its hashes of *all* chunks
+    (:class:`torchft.checkpointing.chunks.Seal`), and the state is handed out when they are the same. In a dispute all
+    sources take part.
 
 Rules
     - One whose hashes differ from most (from the assigned one's, if there are as many on both sides) is named and not
@@ -44,6 +46,8 @@ class Agreement:
         self._step = step
         self._progress = progress
         self._kept = False
+        self.disputed = False
+        """A source says that what was received is wrong."""
         self._givers: dict[int, HTTPSource] = {}
         self.verified: dict[int, bytes] = {}
         """The chunks that are there, and their hashes."""
@@ -69,8 +73,8 @@ class Agreement:
 
     @property
     def of_several(self) -> bool:
-        """Whether what is there came from more than one source, or was kept: only the hashes of all tell then."""
-        return self._kept or len(self._used()) > 1
+        """Whether only the hashes of all tell: what is there came from more than one, was kept, or is disputed."""
+        return self._kept or self.disputed or len(self._used()) > 1
 
     def whole(self, cut: Cut, body: bytes) -> Seal:
         """Of a state that is there and came from one source."""
@@ -87,6 +91,8 @@ class Agreement:
         taking_part = [s for s in sources if s.usable]
         if not taking_part or any(s.seal is None for s in taking_part):
             return None
+        if self.disputed and any(s.state in ("idle", "opening") for s in sources):
+            return None  # they are being asked
         distrusted = {s.index for s in taking_part if plan.distrusted(s.index)}
         seal, differing = _judge(taking_part, distrusted)
         believed = [s for s in taking_part if s not in differing]
@@ -94,7 +100,8 @@ class Agreement:
         for source in differing:
             self._progress.bad_sources.append(source.name)
             logger.error(
-                "%s announces root %s for step %d, the others %s: its state differs, which is a silent corruption. %s",
+                "%s announces root %s for step %d, the others %s: its state differs, which is a silent corruption, "
+                "or the groups' states are not alike on purpose. %s",
                 source,
                 source.seal.root if source.seal else "-",
                 self._step,
@@ -126,6 +133,10 @@ class Agreement:
             if source.seal is None and asked is not None and now - asked > patience:
                 logger.warning("%s does not tell its hashes: what it gave is compared with the others'", source)
                 source.end(SourceLost(f"{source} did not tell its hashes within {patience:.1f}s"))
+        for source in sources if self.disputed else ():
+            if source.state == "opening" and now - source.opened > patience:
+                logger.warning("%s does not answer: it has no say in what is right", source)
+                source.end(SourceLost(f"{source} did not answer within {patience:.1f}s"))
 
 
 def _judge(sources: Sequence[HTTPSource], distrusted: Collection[int]) -> tuple[Seal, list[HTTPSource]]:

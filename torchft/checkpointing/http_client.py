@@ -16,7 +16,16 @@ from collections.abc import Callable, Iterator, Sequence
 
 import xxhash
 
-from torchft.checkpointing.chunks import DIGEST_BYTES, ByteRun, Cut, Seal, open_manifest, read_hashes
+from torchft.checkpointing.chunks import (
+    DIGEST_BYTES,
+    ByteRun,
+    Cut,
+    Sample,
+    Seal,
+    open_manifest,
+    read_hashes,
+    read_sample,
+)
 from torchft.checkpointing.http_local import is_local, local_socket
 from torchft.checkpointing.http_probe import MAX_PROBE, rate_of, sample
 from torchft.checkpointing.http_wire import HASHED, BodyReader, HeadReader, WireError, content_range, set_timeout
@@ -38,6 +47,7 @@ Landed = Callable[[int, bytes, bytes], None]
 """A chunk's index, the hash of what came, the hash that was announced."""
 _CONNECT = 5.0
 _MAX_DOCUMENT = MAX_MANIFEST_BYTES + (1 << 20)
+_MAX_SAMPLE_DOCUMENT = 4096
 _MAX_TEXT = 4096
 _STATUS = re.compile(r"[1-5][0-9]{2}")
 _SECONDS = re.compile(r"[0-9]{1,4}")
@@ -111,6 +121,22 @@ class SourceConnection:
         self._check_step(served, step)
         return seal
 
+    def hashes_of(self, step: int, indices: Sequence[int]) -> Sample:
+        """Waits until the source offers the state, and reads the hashes of some chunks.
+
+        Args:
+            step: whose.
+            indices: ascending, at most ``MAX_SAMPLE``.
+
+        Raises:
+            StepNotServed: also where the source is of a version that has no such request.
+            SourceLost, ManifestError, CheckpointTimeout
+        """
+        name = f"hashes?chunks={','.join(map(str, indices))}"
+        served, told = read_sample(self._document(step, name, _MAX_SAMPLE_DOCUMENT), indices)
+        self._check_step(served, step)
+        return told
+
     def fetch(self, step: int, cut: Cut, run: ByteRun, first: int, last: int, landed: Landed) -> None:
         """Receives chunks ``first`` to ``last`` (not included) into ``run``.
 
@@ -165,11 +191,11 @@ class SourceConnection:
         except OSError as e:
             raise self._lost(e) from e
 
-    def _document(self, step: int, name: str) -> bytearray:
+    def _document(self, step: int, name: str, most: int = _MAX_DOCUMENT) -> bytearray:
         status, headers, length = self._ask(f"/checkpoint/{step}/{name}", self._patience())
         if status != 200:
             raise self._refusal(status, headers, length, step)
-        if length > _MAX_DOCUMENT:
+        if length > most:
             raise ManifestError(f"the source {self.address} announces {length} bytes of {name}")
         document = bytearray(length)
         self._receive([memoryview(document)])

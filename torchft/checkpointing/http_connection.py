@@ -6,7 +6,9 @@ Requests
       application/x-torchft-hashed`` the range must consist of whole chunks, and the body has the 16 bytes of each
       chunk's hash right after the chunk: it is hashed as it is sent.
     - ``GET /checkpoint/{step}/hashes``, when all is hashed; asking makes the source hash what it has not yet.
-
+    - ``GET /checkpoint/{step}/hashes?chunks=3,17,40``: the hashes of these chunks and of the manifest's body, at once.
+      Indices ascend, ``MAX_SAMPLE`` of them at most (400 otherwise); those that the state does not have are passed
+      over. Who has asked for hashes alone compares, and is not waited for: it is cut off when the memory is wanted.
     - ``GET /probe/{bytes}``, at any time: bytes that mean nothing (:mod:`torchft.checkpointing.http_probe`).
 
     Once all is hashed answers carry ``ETag: "root"``; ``If-Match: "root"`` has it hashed and is checked. 401 without
@@ -38,7 +40,17 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from torchft.checkpointing.http_probe import MAX_PROBE, noise
-from torchft.checkpointing.http_wire import HASHED, PIECE, HeadReader, limit_calls, parse_range, send_some, send_views
+from torchft.checkpointing.http_wire import (
+    HASHED,
+    MAX_SAMPLE,
+    PIECE,
+    HeadReader,
+    limit_calls,
+    parse_indices,
+    parse_range,
+    send_some,
+    send_views,
+)
 from torchft.checkpointing.offer import Gone, Offer
 from torchft.checkpointing.transfers import shut_down
 from torchft.runtime.deadline import Deadline
@@ -53,7 +65,7 @@ logger = logging.getLogger("torchft.checkpointing.http_transport")
 
 _MAX_WAIT = 3600.0
 _TICK = 0.02
-_PATH = re.compile(r"/checkpoint/(\d{1,18})/(manifest|data|hashes)")
+_PATH = re.compile(r"/checkpoint/(\d{1,18})/(manifest|data|hashes(?:\?chunks=(.*))?)")
 _PROBE = re.compile(r"/probe/(\d{1,18})")
 _WAIT = re.compile(r"wait=(\d{1,9}(?:\.\d{1,6})?)")
 _REASONS = {
@@ -92,6 +104,8 @@ class _Request:
     step: int
     """-1: of no state."""
     document: str
+    indices: list[int] | None
+    """Of the chunks whose hashes are asked for, where that are not all."""
     deadline: Deadline
     """Until when the source may hold it."""
 
@@ -113,6 +127,7 @@ class Connection:
         self._request: _Request | None = None
         self._greeted = False
         self.dropped = False
+        self.comparing = True
         self.receiver = peer
         self.lease = threading.Lock()
 
@@ -226,8 +241,11 @@ class Connection:
         wait = _WAIT.search(headers.get("prefer", ""))
         deadline = Deadline(min(float(wait[1]) if wait else 0.0, _MAX_WAIT))
         if path is None:
-            return _Request(method, target, headers, -1, "", deadline)
-        return _Request(method, target, headers, int(path[1]), path[2], deadline)
+            return _Request(method, target, headers, -1, "", None, deadline)
+        indices = None if path[3] is None else parse_indices(path[3])
+        if path[3] is not None and indices is None:
+            raise Refused(400, f"chunks= takes at most {MAX_SAMPLE} indices, ascending, with commas between")
+        return _Request(method, target, headers, int(path[1]), path[2], indices, deadline)
 
     def _answer_to(self, request: _Request) -> None:
         if request.method not in ("GET", "HEAD"):
@@ -245,10 +263,14 @@ class Connection:
         if request.step < 0:
             raise Refused(404, "GET /checkpoint/{step}/manifest, /checkpoint/{step}/data or /checkpoint/{step}/hashes")
         self.receiver = request.headers.get("receiver", self._peer)[:64]
+        if request.document in ("manifest", "data"):
+            self.comparing = False
         offer = self._server.find(request.step, self, request.deadline)
         try:
             if request.document == "manifest":
                 self._document(offer, offer.document, request.method)
+            elif request.indices is not None:
+                self._sample(offer, request.indices, request.method, request.deadline)
             elif request.document == "hashes":
                 if offer.await_seal(request.deadline, self) is None:
                     raise Refused(503, f"the snapshot of step {offer.step} is being hashed")
@@ -269,6 +291,13 @@ class Connection:
         fields = {**_etag(offer), "Content-Type": "application/json"}
         views = [memoryview(_head(200, fields, len(document))), memoryview(document)]
         send_views(self._sock, views if method == "GET" else views[:1], self._server.stall)
+
+    def _sample(self, offer: Offer, indices: list[int], method: str, deadline: Deadline) -> None:
+        try:
+            document = offer.sample(indices, deadline, self)
+        except TimeoutError as e:
+            raise Refused(503, f"the snapshot of step {offer.step} is being made: {e}") from e
+        self._document(offer, document, method)
 
     def _data(self, offer: Offer, headers: dict[str, str], method: str, deadline: Deadline) -> None:
         if "if-match" in headers:

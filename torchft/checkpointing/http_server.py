@@ -87,9 +87,9 @@ class SnapshotServer:
         self._porter.stir()
 
     def wait_for_readers(self, deadline: Deadline) -> bool:
-        """Whether all readers of the offer have ended before the deadline."""
+        """Whether all readers of the offer that do not only compare have ended before the deadline."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._offer is None or not self._offer.readers, deadline.remaining())
+            return self._changed.wait_for(lambda: self._offer is None or not self._offer.wanted, deadline.remaining())
 
     def wait_for_receiver(self, receiver: str, deadline: Deadline, over: Callable[[], bool]) -> bool:
         """Whether all connections of one receiver that reads have ended, before the deadline and before it is over.
@@ -172,7 +172,7 @@ class SnapshotServer:
         return Connection(self, sock, peer_name(sock, peer))
 
     def reads(self, connection: Connection) -> bool:
-        return self._offer is not None and connection in self._offer.readers
+        return self._offer is not None and connection in self._offer.readers and not connection.comparing
 
     def settled(self, step: int, connection: Connection) -> bool:
         return step < self._newest or bool(self._why_declined(step)) or self._readable(step, connection) is not None

@@ -28,6 +28,8 @@ class HTTPSource:
     state: str = "idle"
     why: CheckpointError | None = None
     """Why it is out."""
+    opened: float = 0.0
+    """When it was asked for its manifest."""
     failures: int = 0
     """Connections lost since a chunk came from it."""
     address: str = ""

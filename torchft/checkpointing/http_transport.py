@@ -25,7 +25,6 @@ Invariants
 from __future__ import annotations
 
 import concurrent.futures
-import socket
 import threading
 import time
 import uuid
@@ -41,16 +40,17 @@ from torchft.checkpointing import metrics
 from torchft.checkpointing.chunks import Cut
 from torchft.checkpointing.destination import Destination
 from torchft.checkpointing.fetch_progress import FetchProgress
+from torchft.checkpointing.http_addresses import PROTOCOL, addresses_in, named_sources, own_addresses
 from torchft.checkpointing.http_client import SourceConnection
+from torchft.checkpointing.http_comparison import Comparing, Outvoted
 from torchft.checkpointing.http_download import Download
-from torchft.checkpointing.http_local import is_local
 from torchft.checkpointing.http_partial import Partial
 from torchft.checkpointing.http_probe import sum_of_rates
 from torchft.checkpointing.http_server import SnapshotServer
 from torchft.checkpointing.manifest import Manifest, describe
 from torchft.checkpointing.offer import Offer
 from torchft.checkpointing.snapshot import Arena, SideStreams, host_run
-from torchft.checkpointing.transfers import Transfers
+from torchft.checkpointing.transfers import Transfer, Transfers
 from torchft.checkpointing.transport import (
     COPY_BELOW,
     CheckpointError,
@@ -59,7 +59,6 @@ from torchft.checkpointing.transport import (
 )
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.logs import SpeakerLogger
-from torchft.runtime.net import advertised_host, format_address, parse_address
 from torchft.runtime.worker import Worker
 
 __all__ = ["HTTPTransport"]
@@ -67,7 +66,6 @@ __all__ = ["HTTPTransport"]
 T = TypeVar("T")
 logger = SpeakerLogger(__name__)
 
-_PROTOCOL = "torchft-http/1"
 _DROP = 10.0
 _WINDOW = 0.05
 _GLANCE = 0.005
@@ -94,6 +92,10 @@ class HTTPTransport(CheckpointTransport[T]):
         copy_below: bytes; smaller storages are copied on both sides, see ``COPY_BELOW``.
         connections: to each source, of a receiver.
         local: receivers on this machine may come by a Unix socket; False: everybody by TCP, to ``hostname``.
+        compare_sources: what a receiver asks of sources that it takes nothing from, to find one whose state differs.
+            ``"sample"``: the hashes of 8 chunks, drawn at random, at no cost to speak of; ``"all"``: all hashes, a pass
+            over its state for each source and heal; ``"none"``: nothing, as where the groups' states are not alike on
+            purpose. By default ``TORCHFT_COMPARE_SOURCES``, else ``"sample"``.
     """
 
     takes_many_sources = True
@@ -114,9 +116,12 @@ class HTTPTransport(CheckpointTransport[T]):
         copy_below: int = COPY_BELOW,
         connections: int = 2,
         local: bool = True,
+        compare_sources: Comparing | None = None,
     ) -> None:
         if snapshot not in ("copy", "lock"):
             raise ValueError(f"snapshot={snapshot!r}: expected 'copy' or 'lock'")
+        if compare_sources not in (None, "sample", "all", "none"):
+            raise ValueError(f"compare_sources={compare_sources!r}: expected 'sample', 'all' or 'none'")
         if token is not None and (not token or not token.isascii() or not token.isprintable() or " " in token):
             raise ValueError("a token (token=, TORCHFT_TOKEN) is printable ASCII without spaces, and not empty")
         self._timeout = timeout
@@ -126,6 +131,7 @@ class HTTPTransport(CheckpointTransport[T]):
         self._allow_pickle = allow_pickle
         self.receives_in_place = state_dict is not None
         self._connections = connections
+        self._compare = compare_sources or config.COMPARE_SOURCES.read()
         self.last_receive: FetchProgress | None = None
         """How the newest receive goes, or went: bytes that were fetched, kept, bad, retries."""
         self._partial: Partial | None = None
@@ -141,10 +147,10 @@ class HTTPTransport(CheckpointTransport[T]):
         self._receiving = Transfers()
         self._server = SnapshotServer(token, stall=timeout.total_seconds(), port=port, local=local)
         here = self._server.local_address
-        self._addresses = [*([here] if here else []), *_own_addresses(hostname, self._server.port)]
+        self._addresses = [*([here] if here else []), *own_addresses(hostname, self._server.port)]
 
     def metadata(self) -> str:
-        return " ".join([_PROTOCOL, *self._addresses])
+        return " ".join([PROTOCOL, *self._addresses])
 
     def send_checkpoint(self, dst_ranks: list[int], step: int, state_dict: T, timeout: timedelta) -> None:
         """Offers the state to whoever asks for ``step``, and begins to copy it (``snapshot="copy"``)."""
@@ -257,11 +263,38 @@ class HTTPTransport(CheckpointTransport[T]):
         self, sources: Sequence[tuple[int, str]], step: int, timeout: timedelta, *, unmeasured: bool = False
     ) -> T:
         deadline = Deadline(timeout)
+        addresses_in(sources[0][1])  # a source that does not speak this is an error, not one less
+        outvoted: frozenset[str] = frozenset()
+        with self._receiving.begin() as whole:  # an abort between two attempts is one of both
+            while True:
+                try:
+                    return self._receive(sources, step, deadline, unmeasured, outvoted, whole)
+                except Outvoted as e:
+                    outvoted |= e.names
+                    logger.warning("%s: once more, without", e)
+
+    def _receive(
+        self,
+        sources: Sequence[tuple[int, str]],
+        step: int,
+        deadline: Deadline,
+        unmeasured: bool,
+        outvoted: frozenset[str],
+        whole: Transfer,
+    ) -> T:
         started = time.perf_counter()
-        _addresses_in(sources[0][1])  # a source that does not speak this is an error, not one less
         with self._receiving.begin() as transfer:
+            whole.check()
             download = Download(
-                lambda: _named(sources), self._token, step, deadline, transfer, self._connections, unmeasured
+                lambda: named_sources(sources),
+                self._token,
+                step,
+                deadline,
+                transfer,
+                self._connections,
+                unmeasured,
+                compare=self._compare,
+                outvoted=outvoted,
             )
             self.last_receive = download.progress
             with download:
@@ -322,7 +355,7 @@ class HTTPTransport(CheckpointTransport[T]):
                 finally:
                     connection.close()
 
-            probes = [partial(probe, addresses) for _, addresses in _named(sources) if addresses]
+            probes = [partial(probe, addresses) for _, addresses in named_sources(sources) if addresses]
             if not probes:
                 raise CheckpointError("none of the sources speaks HTTP as this transport does")
             try:
@@ -350,50 +383,3 @@ class HTTPTransport(CheckpointTransport[T]):
             if self._worker is not None:
                 self._worker.shutdown(timeout=_DROP if wait else 0.0)
             self._arena.close()
-
-
-def _own_addresses(hostname: str | None, port: int) -> list[str]:
-    lighthouse = config.LIGHTHOUSE.read()
-    toward = None if lighthouse is None else parse_address(lighthouse.split(",")[0])
-    hosts = [advertised_host(toward, hostname)]
-    if not config.HOST.is_set() and hostname is None:
-        name = socket.gethostname()
-        try:
-            socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-        except OSError:
-            pass  # nobody could be told this name
-        else:
-            hosts.append(name)
-    return [format_address(h, port) for h in dict.fromkeys(hosts)]
-
-
-def _named(sources: Sequence[tuple[int, str]]) -> list[tuple[str, list[str]]]:
-    """The sources whose metadata can be read. Who speaks something else is passed over."""
-    named: list[tuple[str, list[str]]] = []
-    for rank, metadata in list(sources):
-        try:
-            named.append((f"replica rank {rank}", _addresses_in(metadata)))
-        except CheckpointError as e:
-            named.append((f"replica rank {rank}", []))
-            logger.debug("replica rank %d: %s", rank, e)
-    return named
-
-
-def _addresses_in(metadata: str) -> list[str]:
-    protocol, *addresses = metadata.split(" ")
-    if protocol != _PROTOCOL:
-        family = _PROTOCOL.partition("/")[0]
-        spoken = protocol if protocol.startswith(f"{family}/") else f"something else ({metadata[:80]!r})"
-        raise CheckpointError(
-            f"the source does not speak {_PROTOCOL} but {spoken}: give all replica groups the same transport and the "
-            "same version of torchft"
-        )
-    if not 0 < len(addresses) <= 16:
-        raise CheckpointError(f"the source's metadata names no usable address: {metadata[:80]!r}")
-    try:
-        for address in addresses:
-            if not is_local(address):
-                parse_address(address)
-    except ValueError as e:
-        raise CheckpointError(f"the source's metadata names no usable address: {e}") from e
-    return addresses

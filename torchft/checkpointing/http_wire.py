@@ -9,6 +9,7 @@ Rules
 
 from __future__ import annotations
 
+import itertools
 import re
 import socket
 import struct
@@ -19,12 +20,14 @@ from torchft.runtime.deadline import Deadline
 
 __all__ = [
     "HASHED",
+    "MAX_SAMPLE",
     "PIECE",
     "BodyReader",
     "HeadReader",
     "WireError",
     "content_range",
     "limit_calls",
+    "parse_indices",
     "parse_range",
     "send_some",
     "send_views",
@@ -46,6 +49,8 @@ PIECE = 1 << 20
 """Bytes that are hashed and moved at a time: they stay in the second level's cache in between."""
 HASHED = "application/x-torchft-hashed"
 """The content type of a body that has each chunk's hash after the chunk."""
+MAX_SAMPLE = 16  # as _INDICES has it
+"""Chunks whose hashes may be asked for at once, without asking for all."""
 
 
 class WireError(OSError):
@@ -285,3 +290,16 @@ def content_range(text: str) -> tuple[int, int] | None:
     """``bytes first-last/total`` as (first, end)."""
     match = _CONTENT_RANGE.fullmatch(text)
     return (int(match[1]), int(match[2]) + 1) if match else None
+
+
+_INDICES = re.compile(r"[0-9]{1,11}(,[0-9]{1,11}){0,15}")
+
+
+def parse_indices(text: str) -> list[int] | None:
+    """Indices of chunks with commas between, ascending, at most ``MAX_SAMPLE``, or nothing; None if they are not."""
+    if not text:
+        return []
+    if not _INDICES.fullmatch(text):
+        return None
+    indices = [int(word) for word in text.split(",")]
+    return indices if all(a < b for a, b in itertools.pairwise(indices)) else None

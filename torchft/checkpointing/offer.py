@@ -5,20 +5,22 @@ read; every wait here ends with :class:`Withdrawn`). Only forward.
 
 Rules
     - A chunk is hashed as it is sent, just before, while it is in the cache; all others only when somebody asks for
-      the whole table. An offer that nobody reads costs nothing.
-    - Whoever reads the memory holds its own *lease* for a moment. :meth:`move` copies what readers still need to
-      memory of the offer's own, takes all leases, and puts the copy in place: then the live memory is read no more.
+      their hashes. An offer that nobody reads costs nothing.
+    - Whoever reads the memory holds its own *lease* for a moment, a chunk at most. :meth:`move` copies what readers
+      still need to memory of the offer's own, puts the copy in place, and sees each lease free once: then the live
+      memory is read no more.
+    - A reader that has asked for hashes alone only *compares*: nothing is copied for it, and nobody waits for it.
     - What was not copied, because it had been sent to everybody who reads, is *gone*: asked for again, it is refused.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from torchft.checkpointing.chunks import ByteRun, Cut, Seal, digest, write_hashes, write_manifest
+from torchft.checkpointing.chunks import ByteRun, Cut, Seal, digest, write_hashes, write_manifest, write_sample
 from torchft.checkpointing.manifest import Manifest
 from torchft.runtime.deadline import Deadline
 
@@ -38,6 +40,8 @@ class Reader(Protocol):
 
     dropped: bool
     """It was cut: what it waits for does not matter any more."""
+    comparing: bool
+    """It has asked for hashes alone, so far: it needs no chunk."""
     receiver: str
     """Whose it is: a receiver may have several."""
     lease: threading.Lock
@@ -69,14 +73,14 @@ class Offer:
         self.readers: set[Reader] = set()
         self.seal: Seal | None = None
         self.hashes = b""
-        self._run = run
         self._manifest = manifest
+        self._body = digest([memoryview(manifest.body)])
         self._changed = changed
         self._ready = 0
         self._digests: list[bytes | None] = [None] * self.cut.count
         self._unhashed = self.cut.count
         self._sent: dict[str, set[int]] = {}
-        self._there: frozenset[int] | None = None  # None: all of it
+        self._held: tuple[ByteRun, frozenset[int] | None] = run, None  # which chunks are there; None: all of them
         self._sealer: threading.Thread | None = None
         self._sealing = threading.Lock()  # the sealer's lease
         self._incomplete = False
@@ -116,17 +120,17 @@ class Offer:
             Gone: they are not there any more.
         """
         with lease:
-            there = self._there
+            run, there = self._held
             if there is not None and start // self.cut.chunk_size not in there:
                 raise Gone(f"chunk {start // self.cut.chunk_size} of step {self.step} is not held any more")
-            yield self._run.views(start, stop)
+            yield run.views(start, stop)
 
     def check_held(self, first: int, stop: int) -> None:
         """
         Raises:
             Gone: one of these chunks is not there any more.
         """
-        there = self._there
+        there = self._held[1]
         if there is not None and not there.issuperset(range(first, stop)):
             raise Gone(f"chunks {first} to {stop - 1} of step {self.step} are not all held any more")
 
@@ -141,11 +145,16 @@ class Offer:
         with self._changed:
             return len(self._sent.get(receiver, ())) == self.cut.count
 
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody reads it who does not only compare."""
+        return any(not r.comparing for r in self.readers)
+
     def needed(self) -> set[int]:
         """Chunks that somebody who reads was not sent."""
         with self._changed:
             out: set[int] = set()
-            for receiver in {r.receiver for r in self.readers if not r.dropped}:
+            for receiver in {r.receiver for r in self.readers if not r.dropped and not r.comparing}:
                 out |= set(range(self.cut.count)) - self._sent.get(receiver, set())
             return out
 
@@ -162,17 +171,14 @@ class Offer:
         there: set[int] = set()
         share = max(8, self.cut.count // 64)
         while ahead := sorted(self.needed() - there)[:share]:  # fewer and fewer, as readers read on or go
-            copy(self._run, memory, [self.cut.span(i) for i in ahead])
+            copy(self._held[0], memory, [self.cut.span(i) for i in ahead])
             there.update(ahead)
         with self._changed:
+            self._held = memory, frozenset(there)
             leases = [r.lease for r in self.readers] + [self._sealing]
-        for lease in leases:
-            lease.acquire()
-        try:
-            self._run, self._there = memory, frozenset(there)
-        finally:
-            for lease in leases:
-                lease.release()
+        for lease in leases:  # who began to read the old memory has ended when its lease was free once
+            with lease:
+                pass
         return sum(stop - start for start, stop in map(self.cut.span, there))
 
     # ----------------------------------------------------------- the hashes
@@ -189,6 +195,28 @@ class Offer:
                 self._unhashed -= 1
                 if not self._unhashed:
                     self._finish_seal()
+
+    def sample(self, indices: Sequence[int], deadline: Deadline, reader: Reader) -> bytes:
+        """The hashes of some chunks, as a document. Those are hashed which nobody has hashed yet.
+
+        Args:
+            indices: ascending; those beyond the last chunk are passed over.
+            deadline: until when the bytes must be there.
+            reader: who asks.
+
+        Raises:
+            Withdrawn: they will not be, or ``reader`` was dropped, or has gone.
+            Gone: they cannot be hashed any more.
+            TimeoutError: the deadline passed.
+        """
+        chunks: list[bytes] = []
+        for index in indices:
+            if index >= self.cut.count:
+                break
+            if self._digests[index] is None and reader.gone():
+                raise Withdrawn("who wanted to compare has gone")
+            chunks.append(self._hash(index, reader.lease, deadline.remaining(), reader))
+        return write_sample(self.step, self.cut, self._body, chunks)
 
     def await_seal(self, deadline: Deadline, reader: Reader | None = None) -> Seal | None:
         """The hashes of all chunks, or None if they were not there before the deadline. Hashes what nobody has yet.
@@ -217,13 +245,7 @@ class Offer:
     def _hash_the_rest(self) -> None:
         try:
             for index in range(self.cut.count):
-                if self._digests[index] is not None:
-                    continue
-                start, stop = self.cut.span(index)
-                self.await_bytes(stop)
-                with self.reading(self._sealing, start, stop) as views:
-                    value = digest(views)
-                self.hashed(index, value)
+                self._hash(index, self._sealing)
         except Withdrawn:
             pass  # nobody wants the hashes any more
         except Gone:
@@ -232,6 +254,19 @@ class Offer:
             with self._changed:
                 self._sealer = None
                 self._changed.notify_all()
+
+    def _hash(
+        self, index: int, lease: threading.Lock, limit: float | None = None, reader: Reader | None = None
+    ) -> bytes:
+        """A chunk's hash, made now if nobody has made it."""
+        value = self._digests[index]
+        if value is None:
+            start, stop = self.cut.span(index)
+            self.await_bytes(stop, limit, reader)
+            with self.reading(lease, start, stop) as views:
+                value = digest(views)
+            self.hashed(index, value)
+        return value
 
     def _finish_seal(self) -> None:
         seal = Seal.of(self._manifest, b"".join(d for d in self._digests if d is not None))

@@ -1,0 +1,242 @@
+"""Whether the sources that give nothing have the same state as what is received.
+
+The idea
+    That a source sends what it announces does not say that it is right, and a whole table of hashes costs a source a
+    pass over its state. So each source that gives no chunk is asked, beside the transfer, for the hash of its
+    manifest's body and of ``_CHUNKS`` chunks, drawn for it alone (``"all"``: for its whole table). A chunk that differs
+    makes the fetch *disputed*: all tell all their hashes, and :mod:`torchft.checkpointing.http_agreement` decides.
+
+Rules
+    - Who cannot be asked, refuses, or does not answer is not compared: no failure of the fetch, nor of that source.
+    - When all data is there, those who have not answered are waited for a moment at most.
+    - Of different manifests those of most sources are believed; of two equal sides that of the assigned source, or the
+      one nearest to it that lives. Where that is another one than what is received, the fetch must begin again without
+      the outvoted: :class:`Outvoted`.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+from torchft.checkpointing.chunks import Cut, Sample, Seal
+from torchft.checkpointing.fetch_progress import FetchProgress
+from torchft.checkpointing.http_client import SourceConnection
+from torchft.checkpointing.http_source import HTTPSource
+from torchft.checkpointing.transport import CheckpointError, IntegrityError
+from torchft.runtime.deadline import Deadline
+from torchft.runtime.logs import SpeakerLogger
+
+__all__ = ["Comparing", "Comparison", "Outvoted"]
+
+logger = SpeakerLogger("torchft.checkpointing.http_transport")
+
+Comparing = Literal["sample", "all", "none"]
+"""Of sources that give nothing: some chunks, drawn at random; all; nothing."""
+_CHUNKS = 8
+_MOMENT = 0.05
+_MOMENT_FOR_ALL = 1.0
+"""At least; a table takes about as long as the data, which is hashed, too."""
+_PATIENCE = 5.0
+_draw = random.SystemRandom()  # the user's own sequence is not touched
+
+_Layout = tuple[Cut, bytes]
+"""How the data is cut, and the hash of the manifest's body."""
+
+
+class Outvoted(IntegrityError):
+    """Most sources have another tree or layout than the one that is received.
+
+    Args:
+        message: what was found.
+        names: of the sources that have it.
+    """
+
+    def __init__(self, message: str, names: frozenset[str]) -> None:
+        super().__init__(message)
+        self.names = names
+
+
+class Comparison:
+    """Of one fetch. Its owner's lock guards it, :meth:`ask` apart.
+
+    Args:
+        how: sources are compared.
+        step: of the state.
+        progress: of the fetch.
+    """
+
+    def __init__(self, how: Comparing, step: int, progress: FetchProgress) -> None:
+        self._how = how
+        self._step = step
+        self._progress = progress
+        self._asked: set[HTTPSource] = set()
+        self._pending: set[HTTPSource] = set()
+        self._answers: dict[HTTPSource, Sample | Seal] = {}
+        self._layouts: dict[HTTPSource, _Layout] = {}
+        self._ours: _Layout | None = None
+        self._known: dict[int, bytes] = {}
+        self._until: float | None = None
+        self.disputed = False
+        """A source has another chunk than what was received: all must tell all their hashes."""
+
+    def laid_out(self, source: HTTPSource, cut: Cut, body: bytes) -> bool:
+        """What a source offers. The first is what is received; whether this one is the same.
+
+        Args:
+            source: who.
+            cut: how the data is cut.
+            body: the hash of the manifest's body.
+        """
+        self._layouts[source] = cut, body
+        if self._ours is None:
+            self._ours = cut, body
+        return self._ours == (cut, body)
+
+    # ----------------------------------------------------- asking, and answers
+
+    def next(self, sources: Sequence[HTTPSource], givers: Iterable[HTTPSource]) -> list[HTTPSource]:
+        """Who is to be asked now: each is named once.
+
+        Args:
+            sources: all that are known.
+            givers: those from whom chunks came.
+        """
+        giving = set(givers) or {s for s in sources if s.usable and s not in self._asked}
+        if self._how == "none" or not giving:
+            return []
+        unasked = [s for s in sources if s not in giving and s not in self._asked and s.state != "out"]
+        self._asked.update(unasked)
+        self._pending.update(unasked)
+        return unasked
+
+    def ask(self, connect: Callable[[Deadline], SourceConnection], cut: Cut, deadline: Deadline) -> Sample | Seal:
+        """Asks one source, on a connection of its own. Without the lock.
+
+        Raises:
+            CheckpointError: it does not tell.
+        """
+        whole = self._how == "all"
+        connection = connect(deadline if whole else Deadline(min(_PATIENCE, deadline.remaining())))
+        try:
+            if whole:
+                return connection.hashes(self._step)
+            return connection.hashes_of(self._step, sorted(_draw.sample(range(cut.count), min(_CHUNKS, cut.count))))
+        finally:
+            connection.close()
+
+    def told(self, source: HTTPSource, answer: Sample | Seal | CheckpointError) -> None:
+        """What came of asking a source."""
+        self._pending.discard(source)
+        if isinstance(answer, CheckpointError):
+            logger.debug("%s is not compared: %s", source, answer)
+            return
+        if source.state == "out":
+            return  # it is judged already
+        self._answers[source] = answer
+        self._progress.compared = len(self._answers)
+        if self.laid_out(source, answer.cut, answer.body):
+            for index, value in self._known.items():
+                self._look(source, index, value)
+
+    def landed(self, index: int, value: bytes) -> None:
+        """A chunk came, from any source, and is what that source announced."""
+        self._known[index] = value
+        for source in self._answers:
+            self._look(source, index, value)
+
+    def _look(self, source: HTTPSource, index: int, value: bytes) -> None:
+        said = self._answers[source].digest_of(index)
+        if self.disputed or said is None or said == value or self._layouts.get(source) != self._ours:
+            return
+        self.disputed = True
+        logger.warning(
+            "chunk %d of step %d is another one at %s than what was received: all sources are asked for all hashes",
+            index,
+            self._step,
+            source,
+        )
+
+    # ------------------------------------------------------------- judgement
+
+    @property
+    def waits(self) -> bool:
+        """All data is there: whether somebody's answer is waited for still."""
+        if self.disputed or not self._pending:
+            return False
+        now = time.monotonic()
+        if self._until is None:
+            self._until = now + (max(_MOMENT_FOR_ALL, self._progress.elapsed) if self._how == "all" else _MOMENT)
+        return now < self._until
+
+    def contradicts(self, seal: Seal) -> bool:
+        """Whether what is about to be handed out is disputed by what somebody told."""
+        for source, answer in self._answers.items():
+            told = answer.chunks if isinstance(answer, Sample) else range(seal.cut.count)
+            for index in told:
+                self._look(source, index, seal.digest_of(index))
+        return self.disputed
+
+    def judge_layouts(self, final: bool) -> None:
+        """Names those with a manifest that is not believed, once all have answered.
+
+        Args:
+            final: nobody who has not answered is waited for.
+
+        Raises:
+            Outvoted: what is received is not believed.
+        """
+        assert self._ours is not None
+        if (self._pending and not final) or len(set(self._layouts.values())) < 2:
+            return
+        votes = Counter(self._layouts.values())
+        nearest: dict[_Layout, int] = {}
+        for source, layout in self._layouts.items():
+            nearest[layout] = min(source.index, nearest.get(layout, source.index))
+        held = {la for s, la in self._layouts.items() if la != self._ours or s.state != "out"}  # by one that lives
+        believed = max(held, key=lambda layout: (votes[layout], -nearest[layout]))
+        wrong = [
+            s for s, la in self._layouts.items() if (la != believed if believed == self._ours else la == self._ours)
+        ]
+        right = next(s for s, la in self._layouts.items() if la == believed and s.index == nearest[believed])
+        for source in wrong:
+            undecided = votes[self._layouts[source]] >= votes[believed]
+            logger.error(
+                "%s offers step %d with another tree or layout than %s: its state differs, which is a silent "
+                "corruption, or the groups' states are not alike on purpose. %s",
+                source,
+                self._step,
+                right,
+                f"Which side is right nobody can say: {right} is believed. Look at the memory of both machines"
+                if undecided
+                else "It is not used; look at that machine's memory",
+            )
+        if believed != self._ours:
+            raise Outvoted(
+                f"{', '.join(s.name for s in wrong)} offered step {self._step} with another tree or layout than most",
+                frozenset(s.name for s in wrong),
+            )
+        for source in wrong:
+            self._progress.bad_sources.append(source.name)
+            source.end(IntegrityError(f"{source} offers another tree or layout as step {self._step}"))
+            del self._layouts[source]
+            self._answers.pop(source, None)
+
+    def tell(self) -> None:
+        """A line for the log, where somebody was asked."""
+        if not self._asked:
+            return
+        missing = len(self._asked) - self._progress.compared
+        logger.log(
+            logging.WARNING if missing and self._how == "all" else logging.INFO,
+            "step %d: %d of %d further sources were compared, by %s; %d did not answer in time",
+            self._step,
+            self._progress.compared,
+            len(self._asked),
+            "all their hashes" if self._how == "all" else f"{_CHUNKS} chunks each at most, drawn at random",
+            missing,
+        )
