@@ -102,6 +102,37 @@ def test_a_source_that_stumbles_after_it_gave_most_is_not_given_up(clock: Callab
         assert not progress.hopeless(received, 10.0), "at the pace so far the rest takes little more than a second"
 
 
+def test_what_would_take_twice_as_long_as_it_may_is_given_up_unless_the_larger_part_has_come(
+    clock: Callable[[float], None],
+) -> None:
+    def given_up_after(per_second: list[float], allowance: float) -> float | None:
+        """Seconds of a gigabyte, at so many GB/s in each second and the last one from then on."""
+        progress = FetchProgress(7)
+        progress.begin(GB, 0)
+        received, half = 0.0, 0
+        while received < GB:
+            clock(0.5)
+            received += GB * per_second[min(half // 2, len(per_second) - 1)] / 2
+            half += 1
+            if progress.hopeless(int(received), 1000.0, allowance):
+                return half / 2
+        return None
+
+    assert given_up_after([0.05], 2.0) == 1.0, "20 s instead of 2"
+    assert given_up_after([0.26], 2.0) is None
+    assert given_up_after([0.05], 11.0) is None, "measured too well, but by less than two"
+    assert given_up_after([0.3, 0.3, 0.01], 2.0) is None, "the larger part is there"
+    assert given_up_after([0.3, 0.01], 2.0) == 2.0, "the smaller part is"
+
+
+def test_a_glance_is_for_the_first_second(clock: Callable[[float], None]) -> None:
+    progress = FetchProgress(7)
+    progress.begin(GB, 0)
+    assert not progress.far_too_slow(1000, 2.0)
+    clock(1.1)
+    assert not progress.far_too_slow(2000, 2.0)
+
+
 def test_transfers_are_counted() -> None:
     def value(name: str) -> float:
         return REGISTRY.get_sample_value(f"torchft_checkpoint_{name}") or 0.0

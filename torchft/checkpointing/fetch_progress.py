@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 
 from torchft.checkpointing.transport import TooSlow
+from torchft.core.heal_allowance import hopeless
 from torchft.runtime.logs import SpeakerLogger
 
 __all__ = ["FetchProgress"]
@@ -17,6 +20,8 @@ _FIRST = 0.05
 _SPAN = 0.5
 _GLANCES = ((0.25, 1.0), (0.05, 4.0))
 """Seconds since the first bytes came, and how many times too slow is far too slow by then."""
+_GLANCED = 2 * _SPAN
+"""Seconds after which there is more to judge by than a glance."""
 
 
 class FetchProgress:
@@ -80,26 +85,32 @@ class FetchProgress:
         elapsed = self.elapsed
         if elapsed < _FIRST:
             return 0.0
-        return (self.total - self.kept - received) * elapsed / max(1, received)
+        return self._missing(received) * elapsed / max(1, received)
 
-    def hopeless(self, received: int, time_left: float) -> bool:
-        """Whether it comes, but so slowly that twice the time left would not do, over two spans of time and on average.
+    def hopeless(self, received: int, time_left: float, allowance: float = math.inf) -> bool:
+        """Whether it comes, but so slowly that it is better given up, over two spans of time and on average.
 
         What does not come at all is not judged: a source may pause, and go on as fast as ever. And one that has given
         much before may stumble.
+
+        Args:
+            received: bytes of data that came.
+            time_left, allowance: seconds until it is given up in any case, and that all of it may take
+                (:func:`torchft.core.heal_allowance.hopeless`).
         """
         now = time.monotonic()
         span, came = now - self._judged, received - self._judged_bytes
         if span < _SPAN or came <= 0:
             return False
         seconds_a_byte = min(span / came, self.elapsed / received)
-        slow = (self.total - self.kept - received) * seconds_a_byte > 2 * time_left
+        slow = hopeless(self.elapsed, self._missing(received) * seconds_a_byte, time_left, allowance)
         self._judged, self._judged_bytes = now, received
         self._slow_spans = self._slow_spans + 1 if slow else 0
         return self._slow_spans >= 2
 
-    def far_too_slow(self, received: int, time_left: float) -> bool:
-        """Whether the time left would not do, at the pace since the first bytes came: a glance, which may err.
+    def far_too_slow(self, received: int, allowance: float) -> bool:
+        """Whether the rest would take longer than ``allowance``, at the pace since the first bytes came: a glance,
+        which may err.
 
         It costs those who wait a quarter of a second at most, where :meth:`hopeless` takes its time to be sure.
         """
@@ -110,28 +121,36 @@ class FetchProgress:
             self._first = now, received
             return False
         span, came = now - self._first[0], received - self._first[1]
-        if came <= 0:
+        if came <= 0 or span > _GLANCED:
             return False  # it may pause
-        needed = (self.total - self.kept - received) * span / came
-        return any(span >= after and needed > times * time_left for after, times in _GLANCES)
+        needed = self._missing(received) * span / came
+        return any(span >= after and needed > times * allowance for after, times in _GLANCES)
 
-    def check_pace(self, received: int, time_left: float, unmeasured: bool, sources: str) -> None:
+    def _missing(self, received: int) -> int:
+        return self.total - self.kept - received
+
+    def check_pace(
+        self, received: int, time_left: float, allowance: float, unmeasured: bool, sources: Sequence[object]
+    ) -> None:
         """Gives up what comes too slowly.
 
         Args:
             received: bytes so far.
-            time_left: seconds.
+            time_left, allowance: as of :meth:`hopeless`.
             unmeasured: a glance is enough: nothing is known about the way to the sources, and others wait.
-            sources: their names.
+            sources: it comes from.
 
         Raises:
             TooSlow: it would not be there in time.
         """
-        if self.hopeless(received, time_left) or (unmeasured and self.far_too_slow(received, time_left)):
+        glance = unmeasured and self.far_too_slow(received, min(time_left, allowance))
+        if self.hopeless(received, time_left, allowance) or glance:
+            limit = f"{time_left:.0f}s are left for the rest. A longer timeout lets the other groups wait longer for it"
+            if allowance < math.inf:
+                limit = f"it may hold the other groups up for {allowance:.1f}s"
             raise TooSlow(
-                f"step {self._step} comes too slowly from source {sources}: {received / 1e6:.1f} of "
-                f"{self.total / 1e6:.0f} MB came in {self.elapsed:.2f}s, and {time_left:.0f}s are left for the rest. "
-                "A longer timeout lets the other groups wait longer for this one",
+                f"step {self._step} comes too slowly from source {', '.join(map(str, sources))}: {received / 1e6:.1f} "
+                f"of {self.total / 1e6:.0f} MB came in {self.elapsed:.2f}s, and {limit}",
                 self.total,
             )
 

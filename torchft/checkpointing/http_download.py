@@ -18,6 +18,7 @@ Rules
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -67,8 +68,8 @@ class Download:
         deadline: until when all must be done.
         transfer: that this is.
         connections: to each source.
-        unmeasured: nothing is known about the way to the sources, and others wait: what is far too slow is given up at
-            once.
+        allowance: seconds that the data may take, since others wait: what would take far longer is given up.
+        unmeasured: nothing is known about the way to the sources: what looks too slow at a glance is given up at once.
         receiver: what the sources know this receiver by; None: a name that is drawn.
         compare: how sources that give nothing are compared with those that do.
         outvoted: names of sources that an earlier attempt has found to be wrong.
@@ -82,6 +83,7 @@ class Download:
         deadline: Deadline,
         transfer: Transfer,
         connections: int = 2,
+        allowance: float = math.inf,
         unmeasured: bool = False,
         receiver: str | None = None,
         compare: Comparing = "sample",
@@ -94,6 +96,7 @@ class Download:
         self._deadline = deadline
         self._transfer = transfer
         self._connections = connections
+        self._allowance = allowance
         self._unmeasured = unmeasured
         self._receiver = receiver or uuid.uuid4().hex
         self._changed = threading.Condition()
@@ -201,7 +204,7 @@ class Download:
                     self._open(self._sources)
                 self._ask_for_seals()
                 received, left = self._received(), self._deadline.remaining()
-                self.progress.check_pace(received, left, self._unmeasured, ", ".join(map(str, self._sources)))
+                self.progress.check_pace(received, left, self._allowance, self._unmeasured, self._sources)
                 self.progress.tell(received, sum(s.usable for s in self._sources))
 
     def _received(self) -> int:

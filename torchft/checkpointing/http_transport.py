@@ -25,6 +25,7 @@ Invariants
 from __future__ import annotations
 
 import concurrent.futures
+import math
 import threading
 import time
 import uuid
@@ -57,7 +58,7 @@ from torchft.checkpointing.transport import (
     CheckpointTimeout,
     CheckpointTransport,
 )
-from torchft.runtime.deadline import Deadline
+from torchft.runtime.deadline import Deadline, seconds
 from torchft.runtime.logs import SpeakerLogger
 from torchft.runtime.worker import Worker
 
@@ -260,15 +261,22 @@ class HTTPTransport(CheckpointTransport[T]):
         return self.recv_from_many([(src_rank, metadata)], step, timeout)
 
     def recv_from_many(
-        self, sources: Sequence[tuple[int, str]], step: int, timeout: timedelta, *, unmeasured: bool = False
+        self,
+        sources: Sequence[tuple[int, str]],
+        step: int,
+        timeout: timedelta,
+        *,
+        allowance: timedelta | None = None,
+        unmeasured: bool = False,
     ) -> T:
         deadline = Deadline(timeout)
         addresses_in(sources[0][1])  # a source that does not speak this is an error, not one less
         outvoted: frozenset[str] = frozenset()
+        limit = math.inf if allowance is None or allowance >= timeout else seconds(allowance)
         with self._receiving.begin() as whole:  # an abort between two attempts is one of both
             while True:
                 try:
-                    return self._receive(sources, step, deadline, unmeasured, outvoted, whole)
+                    return self._receive(sources, step, deadline, limit, unmeasured, outvoted, whole)
                 except Outvoted as e:
                     outvoted |= e.names
                     logger.warning("%s: once more, without", e)
@@ -278,6 +286,7 @@ class HTTPTransport(CheckpointTransport[T]):
         sources: Sequence[tuple[int, str]],
         step: int,
         deadline: Deadline,
+        allowance: float,
         unmeasured: bool,
         outvoted: frozenset[str],
         whole: Transfer,
@@ -292,6 +301,7 @@ class HTTPTransport(CheckpointTransport[T]):
                 deadline,
                 transfer,
                 self._connections,
+                allowance,
                 unmeasured,
                 compare=self._compare,
                 outvoted=outvoted,

@@ -105,8 +105,13 @@ class CheckpointTransport(ABC, Generic[T]):
     is not asked: a connection less before the first byte."""
 
     measures: bool = False
-    """Whether ``measure`` says how fast sources are, and ``recv_from_many`` takes ``unmeasured=True``: then it is to
-    give up with :class:`TooSlow` within a fraction of a second where it would be far too slow, for others wait."""
+    """Whether ``measure`` says how fast sources are, and ``recv_from_many`` takes two more keywords, with which it
+    gives up with :class:`TooSlow` what would hold others up for too long. Only transports with this attribute get them.
+
+    - ``allowance: timedelta``: how long the transfer may take, at most ``timeout``. It is given up where it would take
+      more than twice as long, unless the larger part has come (:func:`torchft.core.heal_allowance.hopeless`).
+    - ``unmeasured: bool``: nothing is known about the way to the sources, so a transfer that would take longer than the
+      allowance is given up within a fraction of a second."""
 
     @abstractmethod
     def metadata(self) -> str:
