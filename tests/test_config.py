@@ -40,6 +40,7 @@ def test_unset_or_empty_means_the_default(
         (config.TIMEOUT_SEC, "90", timedelta(seconds=90)),
         (config.QUORUM_TIMEOUT_SEC, "0.5", timedelta(milliseconds=500)),
         (config.CONNECT_TIMEOUT_SEC, "1e1", timedelta(seconds=10)),
+        (config.HEAL_PAUSE_SEC, "0.5", timedelta(milliseconds=500)),
         (config.QUORUM_RETRIES, "0", 0),
         (config.HOST, "10.0.0.7", "10.0.0.7"),
         (config.PROACTIVE_RECOVERY, "0", False),

@@ -6,10 +6,13 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
 from torchft.checkpointing import CheckpointError, StepNotServed, TooSlow
+from torchft.coordination import QuorumResult
+from torchft.core.assignment import Source
 from torchft.heal_pause import HealPause, Pausing
 from torchft.runtime.logs import RankLogger
 from torchft.runtime.loop import Timer
@@ -24,13 +27,23 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def pause_of(measure: Callable[[], float], timeout: float = 10.0) -> Iterator[HealPause]:
-    pause = HealPause(measure, timeout, RankLogger(logging.getLogger("torchft.test"), "r", 0, lambda: 7))
+def pause_of(measure: Callable[[], float], timeout: float = 10.0, **kwargs: Any) -> Iterator[HealPause]:
+    log = RankLogger(logging.getLogger("torchft.test"), "r", 0, lambda: 7)
+    pause = HealPause(measure, timeout, log, **{"bound": timeout, **kwargs})
     try:
         yield pause
     finally:
         pause.close()
         assert pause._thread is None or not pause._thread.is_alive()
+
+
+def quorum(*, heal: bool = False, waits: bool = False, **kwargs: Any) -> QuorumResult:
+    sources = [Source(0, "http://127.0.0.1:1")] if heal or waits else []
+    return QuorumResult(heal=heal, recover_sources=sources, **{"max_step": 7, "max_world_size": 2, **kwargs})
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
 
 
 def ended(pause: HealPause) -> bool:
@@ -62,9 +75,100 @@ def test_waits_until_the_way_is_fast_enough_and_says_once_what_is_wrong(caplog: 
         assert ended(pause)
         assert pause.measured
         pause.check()
-    told = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    told = warnings(caplog)
     assert len(told) == 1
     assert "1.0 MB/s, so 100 MB would take 100 s, and the other groups wait 10 s" in told[0]
+
+
+def test_a_slow_way_is_taken_when_ten_times_as_long_was_waited(caplog: pytest.LogCaptureFixture) -> None:
+    now = [100.0]
+
+    def measure() -> float:
+        now[0] += 1.0
+        return 1.0 * MB
+
+    with caplog.at_level("INFO"), pause_of(measure, timeout=60.0, bound=None, clock=lambda: now[0]) as pause:
+        assert pause.allowance == 2.0
+        pause.hopeless(TooSlow("too slow", 16 * MB))
+        assert ended(pause)
+        assert pause.waited == 160.0
+        assert pause.allowance == 16.0
+        assert pause.measured
+        pause.over()
+        assert pause.allowance == 16.0, "another rank of this group may have failed: it is not up to date yet"
+        pause.step(quorum())
+        assert (pause.waited, pause.allowance) == (0.0, 2.0)
+    told = warnings(caplog)
+    assert len(told) == 1
+    assert "1.0 MB/s, so 16 MB would take 16 s" in told[0]
+    assert "takes the state in about 159 s" in told[0]
+    assert "heal_pause (TORCHFT_HEAL_PAUSE_SEC)" in told[0]
+    assert "comes at 1.0 MB/s, in 16.0 s, which is fast enough after 160 s of waiting: healing" in caplog.text
+
+
+def test_the_time_waited_counts_over_failed_tries_and_for_every_rank_of_the_group() -> None:
+    now = [100.0]
+    with (
+        pause_of(lambda: 1000.0 * MB, 60.0, bound=None, clock=lambda: now[0]) as pause,
+        pause_of(lambda: 0.0, 60.0, bound=None, clock=lambda: now[0]) as other,
+    ):
+        for wait in range(3):
+            pause.hopeless(TooSlow("too slow", 100 * MB))
+            now[0] += 100.0
+            other.step(quorum(waits=True))
+            pause._wake.set()  # the pause after a measurement that was not worth much
+            assert ended(pause)
+            for one in (pause, other):
+                one.step(quorum(heal=True))
+            other.over()  # its own part came, the other rank's did not
+            assert pause.allowance == max(2.0, 10.0 * (wait + 1))
+            assert other.allowance == max(2.0, 10.0 * wait)
+
+
+def test_a_bound_that_is_set_is_never_passed(caplog: pytest.LogCaptureFixture) -> None:
+    may_go, measured, now = threading.Event(), threading.Semaphore(0), [100.0]
+
+    def measure() -> float:
+        now[0] += 1e6
+        measured.release()
+        return 4.0 * MB if may_go.is_set() else 1.0 * MB
+
+    with pause_of(measure, timeout=60.0, bound=5.0, clock=lambda: now[0]) as pause:
+        pause.hopeless(TooSlow("too slow", 16 * MB))
+        for _ in range(5):
+            assert measured.acquire(timeout=60)
+        assert pause.waits
+        assert pause.allowance == 5.0
+        may_go.set()
+        assert ended(pause)
+    assert "may hold the other groups up for 5 s (heal_pause, TORCHFT_HEAL_PAUSE_SEC)" in warnings(caplog)[0]
+    assert "only a longer heal_pause lets this group heal" in warnings(caplog)[0]
+
+
+@pytest.mark.parametrize("bound", [None, 0.1])
+def test_who_the_others_cannot_do_without_heals_however_long_that_takes(
+    bound: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_SOON", "_SELDOM"):
+        monkeypatch.setattr(f"torchft.heal_pause.{name}", 3600.0)
+    measured = threading.Semaphore(0)
+
+    def measure() -> float:
+        measured.release()
+        return 1.0 * MB
+
+    with pause_of(measure, timeout=60.0, bound=bound, min_replica_size=2) as pause:
+        pause.step(quorum(heal=True, max_step=0))
+        assert pause.allowance == 60.0, "nobody has trained yet"
+        pause.step(quorum(heal=True))
+        assert pause.allowance == (2.0 if bound is None else bound)
+        pause.hopeless(TooSlow("too slow", 16 * MB))
+        assert measured.acquire(timeout=60)
+        pause.step(quorum(waits=True))
+        assert pause.waits, "two groups train, which is enough"
+        pause.step(quorum(waits=True, max_world_size=1))
+        assert ended(pause), "it does not sleep while everybody stands"
+        assert pause.allowance == 60.0
 
 
 def test_a_measurement_that_was_no_good_is_not_trusted_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.groups import Groups, running
 from torchft.testing.wait import wait_until
-from torchft.timeouts import Timeouts, suggest
+from torchft.timeouts import Timeouts, effective, suggest
 
 
 def s(value: float) -> timedelta:
@@ -54,6 +54,27 @@ def test_suggested_timeouts_never_contradict_each_other(step: float, size: int, 
 def test_suggest_refuses_nonsense() -> None:
     with pytest.raises(ValueError, match="must be positive"):
         suggest(step_seconds=0)
+
+
+def test_how_long_a_heal_may_hold_others_up_is_the_environments_or_the_timeouts_or_the_arguments(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    minute, interval = s(60), s(0.1)
+
+    def pause(given: Timeouts | None = None, argument: timedelta | None = None) -> timedelta | None:
+        return effective(given, minute, minute, minute, interval, argument).heal_pause
+
+    assert pause() is None
+    assert pause(argument=s(3)) == s(3)
+    assert pause(Timeouts(), s(3)) == s(3)
+    assert pause(Timeouts(heal_pause=s(4)), s(3)) == s(4)
+    monkeypatch.setenv("TORCHFT_HEAL_PAUSE_SEC", "5")
+    assert pause(Timeouts(heal_pause=s(4)), s(3)) == s(5)
+    monkeypatch.delenv("TORCHFT_HEAL_PAUSE_SEC")
+    with pytest.raises(ValueError, match="heal_pause is 0 s"):
+        pause(argument=s(0))
+    with pytest.raises(TypeError, match="heal_pause is 3"):
+        pause(argument=3)  # type: ignore[arg-type]
 
 
 def test_a_manager_takes_them_and_says_when_its_lighthouse_does_not_fit(caplog: pytest.LogCaptureFixture) -> None:

@@ -136,6 +136,14 @@ CONNECT_TIMEOUT_SEC = Setting(
     "How long an address that does not answer yet is tried again. Wins over `Manager(connect_timeout=)`.",
     _seconds,
 )
+HEAL_PAUSE_SEC = Setting(
+    "TORCHFT_HEAL_PAUSE_SEC",
+    "seconds",
+    _none_seconds,
+    "Longest that a heal may hold the other groups up: one that would take longer is not begun. Unset: 2 s, or a tenth "
+    "of the time that was waited for it. Wins over `Manager(heal_pause=)`.",
+    _seconds,
+)
 QUORUM_RETRIES = Setting(
     "TORCHFT_QUORUM_RETRIES",
     "count",

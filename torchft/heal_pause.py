@@ -1,10 +1,14 @@
 """Whether a replica that needs a state takes one in this step: not while it would come too slowly, for the others wait.
 
 The idea
-    The others stand while a state travels. So a replica finds out beside their steps whether it would come in time: it
-    says that it waits, contributes zeros, and measures the way to those who have the state on a thread of its own,
-    which holds nobody up. Only the very first try, when nothing is known, happens within a step; it is given up after
-    a fraction of a second if it is hopeless, and if that was a mistake the measurement says so a second later.
+    The others stand while a state travels. So a replica finds out beside their steps whether that would be over
+    soon: it says that it waits, contributes zeros, and measures the way to those who have the state on a thread of its
+    own, which holds nobody up. Only the very first try, when nothing is known, happens within a step; it is given up
+    after a fraction of a second if it is hopeless, and if that was a mistake the measurement says so a second later.
+
+    What may be called soon grows with the time that it has waited (:mod:`torchft.core.heal_allowance`), so that a slow
+    way costs the others a small share of their time, and this group is not shut out. Where the others can do nothing
+    without this group, or nobody has done anything yet, a heal may take as long as any transfer.
 
 States
     *trying* (nothing is known, or all is well) → ``hopeless`` → *waiting*: measured again and again, soon at first, →
@@ -14,6 +18,9 @@ States
 
     *trying* → ``refused`` by all who have the state → tried again in the next steps, after a moment in each; when that
     has gone on, *waiting* beside the others' steps, longer each time → *trying* again.
+
+    The time waited counts from when the group first waits until it is *up to date*, over all tries in between and for
+    whichever of its ranks it waits.
 """
 
 from __future__ import annotations
@@ -23,6 +30,8 @@ import time
 from collections.abc import Callable
 
 from torchft.checkpointing import TooSlow
+from torchft.coordination import QuorumResult
+from torchft.core.heal_allowance import allowance, seconds_until_allowed
 from torchft.runtime.logs import RankLogger
 from torchft.runtime.loop import Timer, call_later
 from torchft.runtime.retry import Backoff
@@ -53,15 +62,32 @@ class HealPause:
         measure: bytes a second that would come from those who have the state now. Raises where that cannot be said.
         timeout: seconds that a transfer may take.
         log: of the manager.
+        bound: seconds that a heal may hold the others up, as somebody has set it; None: nobody has.
+        min_replica_size: fewer groups than these commit no step.
+        clock: seconds.
     """
 
-    def __init__(self, measure: Callable[[], float], timeout: float, log: RankLogger) -> None:
+    def __init__(
+        self,
+        measure: Callable[[], float],
+        timeout: float,
+        log: RankLogger,
+        bound: float | None = None,
+        min_replica_size: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._measure = measure
         self._timeout = timeout
         self._log = log
+        self._bound = bound
+        self._min_replica_size = min_replica_size
+        self._clock = clock
+        self._since: float | None = None
+        self._exempt = False
         self._length = 0.0
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
+        self._wake = threading.Event()
         self._waiting = threading.Event()
         self._refusals = 0
         self._moments = Backoff(*_MOMENTS)
@@ -75,6 +101,38 @@ class HealPause:
     def waits(self) -> bool:
         """No state is taken now."""
         return self._waiting.is_set()
+
+    @property
+    def waited(self) -> float:
+        """Seconds since this group first waited for the state that it needs."""
+        since = self._since
+        return 0.0 if since is None else self._clock() - since
+
+    @property
+    def allowance(self) -> float:
+        """Seconds that a heal may hold the others up now."""
+        return self._timeout if self._exempt else allowance(self.waited, self._timeout, self._bound)
+
+    def step(self, quorum: QuorumResult) -> None:
+        """A step begins, with a heal if one is needed and not waited for."""
+        if not (quorum.heal or quorum.waits):
+            self.up_to_date()
+            return
+        if quorum.waits:
+            self._sits_out()
+        before = self._exempt
+        self._exempt = quorum.max_step <= 0 or quorum.max_world_size < self._min_replica_size
+        if self._exempt and not before:
+            self._wake.set()
+
+    def up_to_date(self) -> None:
+        """This group needs no state."""
+        self._since = None
+
+    def _sits_out(self) -> None:
+        """This group waits, for this rank or for another one."""
+        if self._since is None:
+            self._since = self._clock()
 
     def check(self) -> None:
         """
@@ -91,6 +149,10 @@ class HealPause:
             pause = self._length = min(_LONGEST, max(_FIRST, 2 * self._length))
         self.measured = False
         self.why = _TOO_SLOW
+        self._sits_out()
+        self._wake.clear()
+        if self._stop.is_set():
+            self._wake.set()
         self._waiting.set()
         self._thread = threading.Thread(
             target=self._watch, args=(why.nbytes, pause), name="torchft-measure", daemon=True
@@ -130,44 +192,79 @@ class HealPause:
     def stop(self) -> None:
         """Ends the thread that measures, soon."""
         self._stop.set()
+        self._wake.set()
         if self._timer is not None:
             self._timer.cancel()
 
     def close(self) -> None:
         """Waits until it has ended."""
-        self._stop.set()
+        self.stop()
         if self._thread is not None:
             self._thread.join(_END)
 
     def _watch(self, nbytes: int, pause: float) -> None:
         """Until a try is worth it."""
-        blind_until = time.monotonic() + (pause or _FIRST)
+        blind_until = self._clock() + (pause or _FIRST)
         told = False
-        while not self._stop.wait(pause):
+        while not self._over(pause):
             try:
                 rate = self._measure() if nbytes else 0.0
             except Exception as e:
                 self._log.debug("the way to the sources cannot be measured: %s", e)
                 rate = 0.0
             needed = nbytes / rate if rate > 0 else 0.0
-            if rate > 0 and needed <= self._timeout:
-                self._log.info("the state comes at %.1f MB/s, which is fast enough: healing", rate / 1e6)
+            if rate > 0 and needed <= self.allowance:
+                self._log.info(
+                    "the state comes at %.1f MB/s, in %.1f s, which is fast enough after %.0f s of waiting: healing",
+                    rate / 1e6,
+                    needed,
+                    self.waited,
+                )
                 self.measured = True
                 break
-            if rate <= 0 and time.monotonic() >= blind_until:
+            if rate <= 0 and self._clock() >= blind_until:
                 break
             pause = min(_SELDOM, max(_SOON, 2 * pause))
-            if rate > 0 and not told:
-                told = True
-                self._log.warning(
-                    "the way to the groups that have the state is too slow: %.1f MB/s, so %.0f MB would take %.0f s, "
-                    "and the other groups wait %.0f s for a transfer (timeout). This group contributes nothing until "
-                    "the way is faster, and holds nobody up; it is measured every %.0f s. If it stays as it is, a "
-                    "longer timeout in all groups lets this one heal",
-                    rate / 1e6,
-                    nbytes / 1e6,
-                    needed,
-                    self._timeout,
-                    _SELDOM,
-                )
+            if rate > 0:
+                wait = seconds_until_allowed(needed, self.waited, self._timeout, self._bound)
+                if wait is not None:
+                    pause = min(pause, max(_SOON, wait))
+                if not told:
+                    told = True
+                    self._tell(nbytes, rate, wait)
         self._waiting.clear()
+
+    def _over(self, pause: float) -> bool:
+        """After a pause, or sooner if there is a reason to look at once: whether nobody wants to know any more."""
+        self._wake.wait(pause)
+        self._wake.clear()
+        return self._stop.is_set()
+
+    def _tell(self, nbytes: int, rate: float, wait: float | None) -> None:
+        """What is wrong, when it will be over, and what can be done."""
+        needed = nbytes / rate
+        limit = f"and the other groups would stand that long, where {self.allowance:.0f} s are allowed now"
+        if wait is not None:
+            then = (
+                f"If it stays as it is, this group takes the state in about {wait:.0f} s: a heal may hold the others "
+                "up for a tenth of the time that was waited for it. heal_pause (TORCHFT_HEAL_PAUSE_SEC) sets another "
+                "bound"
+            )
+        elif self._bound is not None and needed <= self._timeout:
+            limit = (
+                f"and a heal may hold the other groups up for {self._bound:g} s (heal_pause, TORCHFT_HEAL_PAUSE_SEC)"
+            )
+            then = "If it stays as it is, only a longer heal_pause lets this group heal"
+        else:
+            limit = f"and the other groups wait {self._timeout:.0f} s for a transfer (timeout)"
+            then = "If it stays as it is, a longer timeout in all groups lets this one heal"
+        self._log.warning(
+            "the way to the groups that have the state is too slow: %.1f MB/s, so %.0f MB would take %.0f s, %s. This "
+            "group contributes nothing meanwhile, and holds nobody up; the way is measured every %.0f s. %s",
+            rate / 1e6,
+            nbytes / 1e6,
+            needed,
+            limit,
+            _SELDOM,
+            then,
+        )

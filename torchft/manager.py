@@ -27,7 +27,7 @@ from torch.futures import Future
 
 from torchft import config
 from torchft.agreement import Agreement
-from torchft.checkpointing import Checkpoints, CheckpointTransport, HTTPTransport
+from torchft.checkpointing import Checkpoints, CheckpointTransport
 from torchft.collectives import check_quantizable
 from torchft.commit_phase import CommitPhase
 from torchft.coordination.types import Notice
@@ -39,7 +39,7 @@ from torchft.persistence import Persistence
 from torchft.process_group import ProcessGroup, Reduction
 from torchft.process_group.claim import Claim
 from torchft.quorum_phase import NOBODY, Progress, QuorumPhase
-from torchft.recovery import Recovery
+from torchft.recovery import Recovery, default_transport
 from torchft.reduction import StepFutures, contribute_nothing
 from torchft.restoring import Restoring
 from torchft.runtime.deadline import Deadline, seconds
@@ -105,9 +105,12 @@ class Manager:
             :meth:`should_commit` raises :class:`torchft.lost_state.StateLost`. ``TORCHFT_ALLOW_RESTART`` wins.
         timeouts: all of them at once, instead of ``timeout``, ``quorum_timeout``, ``connect_timeout`` and
             ``heartbeat_interval``; :func:`torchft.timeouts.suggest` makes them.
+        heal_pause: longest that this group's heal may hold the others up, where they could go on without it. One that
+            would take longer is not begun. None: 2 s, or a tenth of the time that this group has waited for it. As long
+            as ``timeout``: whatever a transfer may take (docs/transfer.md).
 
     The environment wins over arguments for ``TORCHFT_TIMEOUT_SEC``, ``TORCHFT_QUORUM_TIMEOUT_SEC``,
-    ``TORCHFT_CONNECT_TIMEOUT_SEC``, ``TORCHFT_QUORUM_RETRIES`` and ``TORCHFT_DRAIN``.
+    ``TORCHFT_CONNECT_TIMEOUT_SEC``, ``TORCHFT_HEAL_PAUSE_SEC``, ``TORCHFT_QUORUM_RETRIES`` and ``TORCHFT_DRAIN``.
 
     Raises:
         TimeoutError: lighthouse, store or rank 0 did not answer within ``connect_timeout``.
@@ -145,13 +148,14 @@ class Manager:
         checkpoints: Checkpoints | None = None,
         allow_restart: bool | None = None,
         timeouts: Timeouts | None = None,
+        heal_pause: timedelta | None = None,
     ) -> None:
         if min_replica_size < 1:
             raise ValueError(f"min_replica_size is {min_replica_size}: a step needs at least one participant")
         if isinstance(pg, type) or not hasattr(pg, "configure"):
             raise TypeError(f"pg is {pg!r}: it has to be a process group of torchft, for instance ProcessGroupGloo()")
         self._claim = Claim(pg)
-        self._timeouts = effective(timeouts, timeout, quorum_timeout, connect_timeout, heartbeat_interval)
+        self._timeouts = effective(timeouts, timeout, quorum_timeout, connect_timeout, heartbeat_interval, heal_pause)
         self._timeout = self._timeouts.collective
         self._quorum_timeout = self._timeouts.quorum
         assert self._timeouts.commit is not None
@@ -192,7 +196,7 @@ class Manager:
         self._log = RankLogger(logger, self._group.replica_id, self._group.rank, lambda: self._progress.step)
         self._leaving = Leaving(self._group, self._progress, drain, self._log)
         self._telemetry = telemetry_of(self._group.replica_id, self._group.rank, lambda: self._progress.step)
-        self._transport = checkpoint_transport or self._default_transport()
+        self._transport = checkpoint_transport or default_transport(self.live_state, self._timeout)
         agreement = Agreement(
             self._group.store,
             f"torchft/group/{self._group.replica_id}/agreed",
@@ -235,10 +239,12 @@ class Manager:
             log=self._log,
             telemetry=self._telemetry,
             use_async_quorum=use_async_quorum,
+            min_replica_size=min_replica_size,
             fixed_world_size=min_replica_size if world_size_mode is WorldSizeMode.FIXED_WITH_SPARES else None,
             init_sync=init_sync,
             allow_restart=allow_restart if config.ALLOW_RESTART.read() is None else config.ALLOW_RESTART.read(),
             saved=(lambda _: 0) if restoring is None else restoring.newest,
+            heal_pause=self._timeouts.heal_pause,
         )
         self._persistence = Persistence(restoring, self._progress, self._begin, self._log)
         self._commit = CommitPhase(
@@ -288,20 +294,6 @@ class Manager:
         """The lighthouse has told its own."""
         for contradiction in self._timeouts.contradictions(heartbeat_timeout, join_timeout):
             self._log.warning("timeouts that do not fit together (docs/timeouts.md): %s", contradiction)
-
-    def _default_transport(self) -> CheckpointTransport[dict[str, Any]]:
-        """HTTP from the live state of the source straight into the live state here.
-
-        Nothing is copied for a snapshot, but for what a slow receiver has not read when the parameters are about to
-        be written: the source's next commit waits for the receiver in any case, whose gradients (zeros) its
-        allreduce needs.
-        """
-        return HTTPTransport(
-            self._timeout,
-            snapshot="lock",
-            state_dict=self.live_state,
-            token=config.TOKEN.read(),
-        )
 
     # ------------------------------------------------------------- the state
 

@@ -14,7 +14,7 @@ Rules
     - Nor by a source that cannot give its state: it trains on, says once why, and whoever asked is told the reason.
       Not at step 0, where all have to begin alike; nor where those that heal count as participants, or share the
       process group with the transfer.
-    - A group whose state would come too slowly, or is refused for long, says so when it asks
+    - A group whose heal would hold the others up for too long, or is refused for long, says so when it asks
       (:mod:`torchft.heal_pause`): nobody serves it then.
     - A step that stands (:mod:`torchft.core.standing`) begins with the quorum and the process group of the one before
       it. If a notice comes before the step has used them, it begins once more, by asking, and nothing is lost.
@@ -40,7 +40,7 @@ from torchft.heal_pause import HealPause, Pausing
 from torchft.lost_state import Holders, StateLost, check_not_lost
 from torchft.process_group import ProcessGroup
 from torchft.recovery import Recovery
-from torchft.runtime.deadline import Deadline
+from torchft.runtime.deadline import Deadline, seconds
 from torchft.runtime.logs import RankLogger
 from torchft.state import ReplicaState
 from torchft.step_error import StepError, waited_in_vain
@@ -94,10 +94,12 @@ class QuorumPhase:
         log: of the manager.
         telemetry: of this rank.
         use_async_quorum: a group that heals does not take part in that step.
+        min_replica_size: a step with fewer participants is not committed.
         fixed_world_size: the most participants there may be; None: no limit.
         init_sync: at step 0 all groups take the primary's state.
         allow_restart: as of :class:`torchft.manager.Manager`.
         saved: the step of the newest checkpoint, the same on all ranks of a group; 0: there is none.
+        heal_pause: as of :class:`torchft.manager.Manager`.
     """
 
     def __init__(
@@ -114,10 +116,12 @@ class QuorumPhase:
         log: RankLogger,
         telemetry: RankTelemetry,
         use_async_quorum: bool,
+        min_replica_size: int,
         fixed_world_size: int | None,
         init_sync: bool,
         allow_restart: bool | None,
         saved: Callable[[QuorumResult], int],
+        heal_pause: timedelta | None,
     ) -> None:
         self._group = group
         self._pg = pg
@@ -153,7 +157,8 @@ class QuorumPhase:
         """A state is to be written at its end: a peer's, or this rank's own because the group's others load."""
         self.unhealed: Exception | None = None
         """Why the state that this replica needs did not come, in a step that the others can do without it."""
-        self._pause = HealPause(recovery.measure, recovery.timeout, log)
+        bound = None if heal_pause is None else seconds(heal_pause)
+        self._pause = HealPause(recovery.measure, recovery.timeout, log, bound, min_replica_size)
         self._cannot_serve = ""  # why, as it was said
         self.lost: StateLost | None = None
         """Nobody holds the state of the job any more."""
@@ -218,6 +223,7 @@ class QuorumPhase:
             return False
         if not self._group.stands(progress.step):
             return False
+        self._pause.up_to_date()
         self.quorum_id = last.quorum_id
         self.participation = participation(
             replica_rank=last.replica_rank,
@@ -291,6 +297,7 @@ class QuorumPhase:
         if allow_heal:
             own = self._serve(quorum)
             self.loads = self._together.all_load(quorum)
+            self._pause.step(quorum)
             if quorum.heal:
                 self.healing = True
                 if self._heals_aside:
@@ -333,9 +340,9 @@ class QuorumPhase:
             self._cannot_serve = ""
         return own
 
-    def _heal(self, quorum: QuorumResult, unmeasured: bool = False, pauses: bool = True) -> None:
+    def _heal(self, quorum: QuorumResult, **how: Any) -> None:
         began = time.monotonic()
-        received = self._recovery.heal(quorum, self._progress.step, self._error, unmeasured=unmeasured, pauses=pauses)
+        received = self._recovery.heal(quorum, self._progress.step, self._error, **how)
         self._progress.load_state_dict(received)
         self._telemetry.heal(quorum, time.monotonic() - began)
         self._progress.lineage = quorum.lineage
@@ -344,7 +351,8 @@ class QuorumPhase:
         """A heal that fails is no error of the step: the process group is as good as before, and carries zeros."""
         try:
             self._pause.check()  # not every lighthouse passes on that this group waits
-            self._heal(quorum, unmeasured=not self._pause.measured, pauses=False)
+            allowance, unmeasured = self._pause.allowance, not self._pause.measured
+            self._heal(quorum, allowance=allowance, unmeasured=unmeasured, pauses=False)
             self._pause.over()
         except Exception as e:
             if isinstance(e, TooSlow):

@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
-from torchft.checkpointing import CheckpointError, CheckpointTransport, StepNotServed
+from torchft import config
+from torchft.checkpointing import CheckpointError, CheckpointTransport, HTTPTransport, StepNotServed
 from torchft.coordination import ManagerClient, QuorumResult
 from torchft.core.assignment import Source
 from torchft.runtime.deadline import Deadline, seconds
@@ -23,13 +24,26 @@ from torchft.state import ReplicaState
 from torchft.step_error import StepError
 from torchft.together import Together
 
-__all__ = ["Recovery"]
+__all__ = ["Recovery", "default_transport"]
 
 _PATIENCE = 0.5
 """Seconds after which another source that has answered is as good as the assigned one."""
 _MEASURING = timedelta(seconds=3)
 _PAUSES = 0.05, 1.0
 """Seconds of the first and the longest pause after a heal that every source declined."""
+
+
+def default_transport(live_state: Callable[[], Any], timeout: timedelta) -> CheckpointTransport[dict[str, Any]]:
+    """HTTP from the live state of the source straight into the live state here.
+
+    Nothing is copied for a snapshot, but for what a slow receiver has not read when the parameters are about to be
+    written: the source's next commit waits for the receiver in any case, whose gradients (zeros) its allreduce needs.
+
+    Args:
+        live_state: the state as it is now.
+        timeout: for one transfer.
+    """
+    return HTTPTransport(timeout, snapshot="lock", state_dict=live_state, token=config.TOKEN.read())
 
 
 class _Heal:
@@ -240,7 +254,14 @@ class Recovery:
             client.close()
 
     def heal(
-        self, quorum: QuorumResult, step: int, error: StepError, *, unmeasured: bool = False, pauses: bool = True
+        self,
+        quorum: QuorumResult,
+        step: int,
+        error: StepError,
+        *,
+        allowance: float | None = None,
+        unmeasured: bool = False,
+        pauses: bool = True,
     ) -> dict[str, int]:
         """Takes the state from the members that the quorum names. It waits in ``state`` to be applied.
 
@@ -248,7 +269,8 @@ class Recovery:
             quorum: this rank's view, with a source. A transport that takes many is told of all.
             step: where this replica is, for the log.
             error: of the step under way: with one, nothing is begun.
-            unmeasured: nothing is known about the way to them: what would be far too slow is given up at once.
+            allowance: seconds that it may hold the others up, where the transport measures; None: its timeout.
+            unmeasured: nothing is known about the way to them: what would take longer is given up at once.
             pauses: where all of them refuse, raise after a moment, so that the loop does not spin.
 
         Returns:
@@ -271,7 +293,10 @@ class Recovery:
         heal = _Heal(quorum, self._sources, self._connect_timeout)
         self._heal = heal
         try:
-            taken = self._receive(heal, source, quorum.max_step, error, unmeasured)
+            careful: dict[str, Any] = {}
+            if allowance is not None and getattr(self.transport, "measures", False):
+                careful = {"allowance": timedelta(seconds=allowance), "unmeasured": unmeasured}
+            taken = self._receive(heal, source, quorum.max_step, error, careful)
             self._pauses = Backoff(*_PAUSES)
             return taken
         except StepNotServed:  # at once: what keeps a source from giving its state may do so in each step
@@ -283,7 +308,9 @@ class Recovery:
             self._heal = None
             heal.close()
 
-    def _receive(self, heal: _Heal, assigned: int, step: int, error: StepError, unmeasured: bool) -> dict[str, int]:
+    def _receive(
+        self, heal: _Heal, assigned: int, step: int, error: StepError, careful: dict[str, Any]
+    ) -> dict[str, int]:
         # Who learns of the source's death sets the error first and then looks for a source: one of us sees it.
         if error.current is not None:
             raise error.current
@@ -297,7 +324,6 @@ class Recovery:
         self._state.begin_receiving(in_place=getattr(self.transport, "receives_in_place", False))
         with speaking(self._log):
             if getattr(self.transport, "takes_many_sources", False):
-                careful = {"unmeasured": True} if unmeasured and getattr(self.transport, "measures", False) else {}
                 received = self.transport.recv_from_many(heal.known, step=step, timeout=self._timeout, **careful)
             else:
                 received = self.transport.recv_checkpoint(

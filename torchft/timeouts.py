@@ -58,6 +58,8 @@ class Timeouts:
     join_timeout: timedelta | None = timedelta(milliseconds=100)
     """Of the lighthouse: how long a quorum that could form waits for living groups that have not asked yet. None: not
     known yet."""
+    heal_pause: timedelta | None = None
+    """Longest that a heal may hold the other groups up: see :class:`torchft.manager.Manager`."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -69,9 +71,9 @@ class Timeouts:
         if self.commit is None:
             more = max(self.collective / 10, timedelta(seconds=5))
             object.__setattr__(self, "commit", self.collective + more)
-        for name in ("collective", "commit", "quorum", "connect", "heartbeat_interval", "heartbeat_timeout"):
-            value = getattr(self, name)
-            if value is not None and value <= _ZERO:
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if name != "join_timeout" and value is not None and value <= _ZERO:
                 raise ValueError(f"{name} is {_seconds(value)}: a timeout must be positive")
         if self.join_timeout is not None and self.join_timeout < _ZERO:
             raise ValueError(f"join_timeout is {_seconds(self.join_timeout)}: it must not be negative")
@@ -143,9 +145,17 @@ def suggest(*, step_seconds: float, state_bytes: int = 0, bytes_per_second: floa
 
 
 def effective(
-    given: Timeouts | None, timeout: timedelta, quorum: timedelta, connect: timedelta, heartbeat_interval: timedelta
+    given: Timeouts | None,
+    timeout: timedelta,
+    quorum: timedelta,
+    connect: timedelta,
+    heartbeat_interval: timedelta,
+    heal_pause: timedelta | None = None,
 ) -> Timeouts:
     """What a Manager uses: the environment's, else those ``given``, else its arguments.
+
+    Args:
+        given: where its ``heal_pause`` is None, the argument counts.
 
     The lighthouse's own are not known yet.
 
@@ -161,4 +171,5 @@ def effective(
         heartbeat_interval=given.heartbeat_interval if given else heartbeat_interval,
         heartbeat_timeout=None,
         join_timeout=None,
+        heal_pause=config.HEAL_PAUSE_SEC.read() or ((given and given.heal_pause) or heal_pause),
     )
