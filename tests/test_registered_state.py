@@ -113,6 +113,25 @@ def test_every_registered_piece_of_state_is_healed(groups: Groups) -> None:
     assert seen == {"position": 41, "name": "train"}
 
 
+def test_what_each_group_has_for_itself_is_healed_from_one_and_nobody_is_called_corrupt(
+    groups: Groups, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: dict[str, Any] = {}
+    replicas = [groups.replica(name) for name in ("a", "b", "c")]
+    for r, own in zip(replicas, ("of a", "of b", "of c"), strict=True):
+        load = seen.update if own == "of c" else lambda state: None
+        r.manager.register_state_dict_fn("inner", load, lambda own=own: {"moments": own}, alike=False)
+    a, b, c = replicas
+    groups.train_together((a.manager, a.step), (b.manager, b.step))
+    with caplog.at_level("INFO"):
+        groups.train_together(*((r.manager, r.step) for r in replicas), groups=3)
+    assert seen["moments"] in ("of a", "of b")
+    assert a.weights() == b.weights() == c.weights()
+    assert "received step" in caplog.text
+    assert "silent corruption" not in caplog.text
+    assert "further sources were compared" not in caplog.text
+
+
 def test_state_is_not_read_while_it_may_not_be(groups: Groups) -> None:
     a = groups.replica("a", timeout=timedelta(seconds=0.2))
     a.manager.disallow_state_dict_read()

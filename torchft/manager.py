@@ -304,6 +304,7 @@ class Manager:
         save: Callable[[], Any],
         *,
         on_training_thread: bool = False,
+        alike: bool = True,
     ) -> None:
         """Registers a further piece of the state that healing groups receive.
 
@@ -316,10 +317,14 @@ class Manager:
                 step's first allreduce, or at :meth:`wait_quorum`), on all ranks of a group in the same step; and
                 so is ``load``. What it returns is never received into in place.
 
+            alike: all groups at the same step hold the same, bit by bit. With False, on all groups, a healing one takes
+                its state from one source alone and does not compare it with others': for what each group has for
+                itself, as an inner optimizer of local SGD, or statistics of batch norm.
+
         Raises:
             ValueError: the key is taken.
         """
-        self._state.register(key, load, save, on_training_thread)
+        self._state.register(key, load, save, on_training_thread, alike)
 
     def set_state_dict_fns(self, load_state_dict: Callable[[Any], object], state_dict: Callable[[], Any]) -> None:
         """Sets what the constructor's ``load_state_dict`` and ``state_dict`` set: an older name."""

@@ -293,10 +293,12 @@ class Recovery:
         heal = _Heal(quorum, self._sources, self._connect_timeout)
         self._heal = heal
         try:
-            careful: dict[str, Any] = {}
+            options: dict[str, Any] = {}
             if allowance is not None and getattr(self.transport, "measures", False):
-                careful = {"allowance": timedelta(seconds=allowance), "unmeasured": unmeasured}
-            taken = self._receive(heal, source, quorum.max_step, error, careful)
+                options = {"allowance": timedelta(seconds=allowance), "unmeasured": unmeasured}
+            if not self._state.alike and getattr(self.transport, "compares", False):
+                options["alike"] = False
+            taken = self._receive(heal, source, quorum.max_step, error, options)
             self._pauses = Backoff(*_PAUSES)
             return taken
         except StepNotServed:  # at once: what keeps a source from giving its state may do so in each step
@@ -309,7 +311,7 @@ class Recovery:
             heal.close()
 
     def _receive(
-        self, heal: _Heal, assigned: int, step: int, error: StepError, careful: dict[str, Any]
+        self, heal: _Heal, assigned: int, step: int, error: StepError, options: dict[str, Any]
     ) -> dict[str, int]:
         # Who learns of the source's death sets the error first and then looks for a source: one of us sees it.
         if error.current is not None:
@@ -324,7 +326,7 @@ class Recovery:
         self._state.begin_receiving(in_place=getattr(self.transport, "receives_in_place", False))
         with speaking(self._log):
             if getattr(self.transport, "takes_many_sources", False):
-                received = self.transport.recv_from_many(heal.known, step=step, timeout=self._timeout, **careful)
+                received = self.transport.recv_from_many(heal.known, step=step, timeout=self._timeout, **options)
             else:
                 received = self.transport.recv_checkpoint(
                     src_rank=source, metadata=metadata, step=step, timeout=self._timeout

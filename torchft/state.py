@@ -33,6 +33,7 @@ class _Functions:
     load: Callable[[Any], object]
     save: Callable[[], Any]
     on_training_thread: bool = False
+    alike: bool = True
 
 
 def _save(key: str, functions: _Functions) -> object:
@@ -54,19 +55,25 @@ class ReplicaState:
         self.usable = True
 
     def register(
-        self, key: str, load: Callable[[Any], object], save: Callable[[], Any], on_training_thread: bool = False
+        self,
+        key: str,
+        load: Callable[[Any], object],
+        save: Callable[[], Any],
+        on_training_thread: bool = False,
+        alike: bool = True,
     ) -> None:
         """Registers a piece of the state.
 
         Args:
             on_training_thread: ``save`` may only be called there: it runs collectives inside the group.
+            alike: in all groups, bit by bit, at the same step.
 
         Raises:
             ValueError: the key is taken.
         """
         if key in self._functions:
             raise ValueError(f"a state dict function is registered under {key!r} already")
-        self._functions[key] = _Functions(load, save, on_training_thread)
+        self._functions[key] = _Functions(load, save, on_training_thread, alike)
 
     def replace(self, key: str, load: Callable[[Any], object], save: Callable[[], Any]) -> None:
         """Registers a piece of the state, instead of what may be registered under the key."""
@@ -76,6 +83,11 @@ class ReplicaState:
     def on_training_thread(self) -> bool:
         """Whether a function is registered that may only be called there."""
         return any(f.on_training_thread for f in self._functions.values())
+
+    @property
+    def alike(self) -> bool:
+        """Whether all groups at the same step hold the same, bit by bit."""
+        return all(f.alike for f in self._functions.values())
 
     def read(self, torchft: dict[str, int], timeout: float, caller: Caller | None = None) -> dict[str, Any]:
         """The state, as it travels: ``{"user": {key: save()}, "torchft": torchft}``.

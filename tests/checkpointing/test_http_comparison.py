@@ -194,6 +194,39 @@ def test_a_state_without_tensors_is_compared_by_its_manifest() -> None:
         assert receiver.recv_from_many(metadata, STEP, TIMEOUT) == {"x": 2}
 
 
+@pytest.mark.usefixtures("patient")
+def test_states_that_differ_on_purpose_are_not_compared(caplog: pytest.LogCaptureFixture) -> None:
+    own = state(2, lr=0.2)
+    with fetch(own, corrupt(own), state(2)) as f:
+        received = f.receiver.recv_from_many(f.metadata, STEP, TIMEOUT, alike=False)
+        assert_same(received, own)
+        assert (f.progress.compared, f.progress.bad_sources) == (0, [])
+        assert not [r for r in caplog.records if r.levelname == "ERROR"]
+
+
+@pytest.mark.parametrize("another_tree", [True, False])
+def test_of_states_that_differ_on_purpose_one_is_taken_whole_when_its_source_dies(
+    another_tree: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = state(2), corrupt(state(2)) | {"lr": 0.2 if another_tree else 0.1}
+    third = corrupt(corrupt(second)) | {"lr": second["lr"]}
+    third["w"][0] = 5
+    with fetch(first, second, third) as f:
+        lost: list[bool] = []
+
+        def live() -> dict[str, Any]:
+            if not lost:
+                f.sources[0].shutdown()
+            lost.append(True)
+            return f.live
+
+        f.receiver._state_dict = live
+        received = f.receiver.recv_from_many(f.metadata, STEP, TIMEOUT, alike=False)
+        assert any(received["lr"] == s["lr"] and torch.equal(received["w"], s["w"]) for s in (second, third))
+        assert f.progress.bad_sources == []
+        assert not [r for r in caplog.records if r.levelname == "ERROR"]
+
+
 # ------------------------------------------------------------ who does not say
 
 

@@ -68,7 +68,7 @@ class ImaginedManager:
         self._step = self._calls = self._attempts = 0
         self.sizes: list[int] = []
 
-    def register_state_dict_fn(self, key: str, load: Any, save: Any) -> None:
+    def register_state_dict_fn(self, key: str, load: Any, save: Any, *, alike: bool = True) -> None:
         pass
 
     def errored(self) -> Exception | None:

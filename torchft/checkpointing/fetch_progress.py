@@ -39,6 +39,7 @@ class FetchProgress:
         self._judged = self._began
         self._judged_bytes = self._slow_spans = 0
         self._first: tuple[float, int] | None = None
+        self._heard = self._began, 0
         self.total = 0
         """Bytes of the state."""
         self.done = 0
@@ -86,6 +87,13 @@ class FetchProgress:
         if elapsed < _FIRST:
             return 0.0
         return self._missing(received) * elapsed / max(1, received)
+
+    def silent_for(self, received: int) -> float:
+        """Seconds in which nothing came."""
+        now = time.monotonic()
+        if received != self._heard[1]:
+            self._heard = now, received
+        return now - max(self._heard[0], self._began)
 
     def hopeless(self, received: int, time_left: float, allowance: float = math.inf) -> bool:
         """Whether it comes, but so slowly that it is better given up, over two spans of time and on average.

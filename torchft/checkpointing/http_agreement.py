@@ -40,9 +40,11 @@ class Agreement:
     Args:
         step: of the state.
         progress: of the fetch.
+        alike: the sources ought to have the same.
     """
 
-    def __init__(self, step: int, progress: FetchProgress) -> None:
+    def __init__(self, step: int, progress: FetchProgress, alike: bool = True) -> None:
+        self._alike = alike
         self._step = step
         self._progress = progress
         self._kept = False
@@ -98,28 +100,36 @@ class Agreement:
         believed = [s for s in taking_part if s not in differing]
         undecided = sum(s.index not in distrusted for s in differing) >= len(believed)
         for source in differing:
-            self._progress.bad_sources.append(source.name)
-            logger.error(
-                "%s announces root %s for step %d, the others %s: its state differs, which is a silent corruption, "
-                "or the groups' states are not alike on purpose. %s",
-                source,
-                source.seal.root if source.seal else "-",
-                self._step,
-                seal.root,
-                f"Which side is right nobody can say: {believed[0]} is believed. Look at the memory of both machines"
-                if undecided
-                else "It is not used; look at that machine's memory",
-            )
+            self._report(source, seal, believed[0], undecided)
             source.end(IntegrityError(f"{source} has another state of step {self._step} than the others"))
         wrong = [i for i, value in self.verified.items() if value != seal.digest_of(i)]
         for index in wrong:
             giver = self._givers.pop(index, None)
-            if giver is not None and giver not in differing:
+            if giver is not None and giver not in differing and self._alike:
                 logger.error("chunk %d of step %d from %s is not what the others have", index, self._step, giver)
             self._progress.lost(seal.cut.length(index))
             del self.verified[index]
         plan.revoke(wrong)
         return seal if plan.finished else None
+
+    def _report(self, source: HTTPSource, seal: Seal, believed: HTTPSource, undecided: bool) -> None:
+        if not self._alike:
+            logger.info(
+                "%s has another state of step %d, as it may: all is taken from %s", source, self._step, believed
+            )
+            return
+        self._progress.bad_sources.append(source.name)
+        logger.error(
+            "%s announces root %s for step %d, the others %s: its state differs, which is a silent corruption, unless "
+            "the groups' states are not alike on purpose (docs/transfer.md). %s",
+            source,
+            source.seal.root if source.seal else "-",
+            self._step,
+            seal.root,
+            f"Which side is right nobody can say: {believed} is believed. Look at the memory of both machines"
+            if undecided
+            else "It is not used; look at that machine's memory",
+        )
 
     def _give_up_the_silent(self, sources: Sequence[HTTPSource]) -> None:
         """All is there, and some say what it should be: who does not is not waited for much longer than for those."""

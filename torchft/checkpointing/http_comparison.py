@@ -9,6 +9,8 @@ The idea
 Rules
     - Who cannot be asked, refuses, or does not answer is not compared: no failure of the fetch, nor of that source.
     - When all data is there, those who have not answered are waited for a moment at most.
+    - Where the groups' states are not alike on purpose (``"unlike"``) nobody is asked, and who differs is no error: all
+      is taken from one source, the first that lives.
     - Of different manifests those of most sources are believed; of two equal sides that of the assigned source, or the
       one nearest to it that lives. Where that is another one than what is received, the fetch must begin again without
       the outvoted: :class:`Outvoted`.
@@ -35,8 +37,8 @@ __all__ = ["Comparing", "Comparison", "Outvoted"]
 
 logger = SpeakerLogger("torchft.checkpointing.http_transport")
 
-Comparing = Literal["sample", "all", "none"]
-"""Of sources that give nothing: some chunks, drawn at random; all; nothing."""
+Comparing = Literal["sample", "all", "none", "unlike"]
+"""Of sources that give nothing: some chunks, drawn at random; all; nothing; nothing, as they differ on purpose."""
 _CHUNKS = 8
 _MOMENT = 0.05
 _MOMENT_FOR_ALL = 1.0
@@ -81,6 +83,7 @@ class Comparison:
         self._ours: _Layout | None = None
         self._known: dict[int, bytes] = {}
         self._until: float | None = None
+        self.alike = how != "unlike"
         self.disputed = False
         """A source has another chunk than what was received: all must tell all their hashes."""
 
@@ -107,7 +110,7 @@ class Comparison:
             givers: those from whom chunks came.
         """
         giving = set(givers) or {s for s in sources if s.usable and s not in self._asked}
-        if self._how == "none" or not giving:
+        if self._how in ("none", "unlike") or not giving:
             return []
         unasked = [s for s in sources if s not in giving and s not in self._asked and s.state != "out"]
         self._asked.update(unasked)
@@ -198,33 +201,42 @@ class Comparison:
         for source, layout in self._layouts.items():
             nearest[layout] = min(source.index, nearest.get(layout, source.index))
         held = {la for s, la in self._layouts.items() if la != self._ours or s.state != "out"}  # by one that lives
-        believed = max(held, key=lambda layout: (votes[layout], -nearest[layout]))
+        if self.alike:
+            believed = max(held, key=lambda layout: (votes[layout], -nearest[layout]))
+        else:
+            believed = self._ours if self._ours in held else min(held, key=lambda layout: nearest[layout])
         wrong = [
             s for s, la in self._layouts.items() if (la != believed if believed == self._ours else la == self._ours)
         ]
         right = next(s for s, la in self._layouts.items() if la == believed and s.index == nearest[believed])
         for source in wrong:
-            undecided = votes[self._layouts[source]] >= votes[believed]
-            logger.error(
-                "%s offers step %d with another tree or layout than %s: its state differs, which is a silent "
-                "corruption, or the groups' states are not alike on purpose. %s",
-                source,
-                self._step,
-                right,
-                f"Which side is right nobody can say: {right} is believed. Look at the memory of both machines"
-                if undecided
-                else "It is not used; look at that machine's memory",
-            )
+            self._report(source, right, undecided=votes[self._layouts[source]] >= votes[believed])
         if believed != self._ours:
             raise Outvoted(
                 f"{', '.join(s.name for s in wrong)} offered step {self._step} with another tree or layout than most",
                 frozenset(s.name for s in wrong),
             )
         for source in wrong:
-            self._progress.bad_sources.append(source.name)
+            if self.alike:
+                self._progress.bad_sources.append(source.name)
             source.end(IntegrityError(f"{source} offers another tree or layout as step {self._step}"))
             del self._layouts[source]
             self._answers.pop(source, None)
+
+    def _report(self, source: HTTPSource, right: HTTPSource, undecided: bool) -> None:
+        if not self.alike:
+            logger.info("%s has another tree at step %d, as it may: all is taken from %s", source, self._step, right)
+            return
+        logger.error(
+            "%s offers step %d with another tree or layout than %s: its state differs, which is a silent corruption, "
+            "unless the groups' states are not alike on purpose (docs/transfer.md). %s",
+            source,
+            self._step,
+            right,
+            f"Which side is right nobody can say: {right} is believed. Look at the memory of both machines"
+            if undecided
+            else "It is not used; look at that machine's memory",
+        )
 
     def tell(self) -> None:
         """A line for the log, where somebody was asked."""

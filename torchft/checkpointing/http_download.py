@@ -107,9 +107,9 @@ class Download:
         self._workers: Workers | None = None
         self._unoffered: str | None = None
         self.progress = FetchProgress(step)
-        self.progress.bad_sources += sorted(outvoted)
-        self.agreement = Agreement(step, self.progress)
+        self.progress.bad_sources += sorted(outvoted) if compare != "unlike" else []
         self.comparison = Comparison(compare, step, self.progress)
+        self.agreement = Agreement(step, self.progress, self.comparison.alike)
 
     def __enter__(self) -> Download:
         return self
@@ -238,6 +238,8 @@ class Download:
             return False
         if any(s.state == "out" for s in self._sources) or self.progress.bad or self.progress.retries:
             return True
+        if not self.comparison.alike:  # their chunks are of no use together, but this one may hang
+            return self.progress.silent_for(self._received()) > _PATIENCE
         return self.progress.seconds_left(self._received()) > _SOON
 
     def _ask_for_seals(self) -> None:

@@ -43,7 +43,7 @@ from torchft.checkpointing.destination import Destination
 from torchft.checkpointing.fetch_progress import FetchProgress
 from torchft.checkpointing.http_addresses import PROTOCOL, addresses_in, named_sources, own_addresses
 from torchft.checkpointing.http_client import SourceConnection
-from torchft.checkpointing.http_comparison import Comparing, Outvoted
+from torchft.checkpointing.http_comparison import Outvoted
 from torchft.checkpointing.http_download import Download
 from torchft.checkpointing.http_partial import Partial
 from torchft.checkpointing.http_probe import sum_of_rates
@@ -95,13 +95,14 @@ class HTTPTransport(CheckpointTransport[T]):
         local: receivers on this machine may come by a Unix socket; False: everybody by TCP, to ``hostname``.
         compare_sources: what a receiver asks of sources that it takes nothing from, to find one whose state differs.
             ``"sample"``: the hashes of 8 chunks, drawn at random, at no cost to speak of; ``"all"``: all hashes, a pass
-            over its state for each source and heal; ``"none"``: nothing, as where the groups' states are not alike on
-            purpose. By default ``TORCHFT_COMPARE_SOURCES``, else ``"sample"``.
+            over its state for each source and heal; ``"none"``: nothing. By default
+            ``TORCHFT_COMPARE_SOURCES``, else ``"sample"``.
     """
 
     takes_many_sources = True
     receives_beside_collectives = True
     measures = True
+    compares = True
 
     def __init__(
         self,
@@ -117,7 +118,7 @@ class HTTPTransport(CheckpointTransport[T]):
         copy_below: int = COPY_BELOW,
         connections: int = 2,
         local: bool = True,
-        compare_sources: Comparing | None = None,
+        compare_sources: Literal["sample", "all", "none"] | None = None,
     ) -> None:
         if snapshot not in ("copy", "lock"):
             raise ValueError(f"snapshot={snapshot!r}: expected 'copy' or 'lock'")
@@ -268,6 +269,7 @@ class HTTPTransport(CheckpointTransport[T]):
         *,
         allowance: timedelta | None = None,
         unmeasured: bool = False,
+        alike: bool = True,
     ) -> T:
         deadline = Deadline(timeout)
         addresses_in(sources[0][1])  # a source that does not speak this is an error, not one less
@@ -276,7 +278,7 @@ class HTTPTransport(CheckpointTransport[T]):
         with self._receiving.begin() as whole:  # an abort between two attempts is one of both
             while True:
                 try:
-                    return self._receive(sources, step, deadline, limit, unmeasured, outvoted, whole)
+                    return self._receive(sources, step, deadline, limit, unmeasured, alike, outvoted, whole)
                 except Outvoted as e:
                     outvoted |= e.names
                     logger.warning("%s: once more, without", e)
@@ -288,6 +290,7 @@ class HTTPTransport(CheckpointTransport[T]):
         deadline: Deadline,
         allowance: float,
         unmeasured: bool,
+        alike: bool,
         outvoted: frozenset[str],
         whole: Transfer,
     ) -> T:
@@ -303,7 +306,7 @@ class HTTPTransport(CheckpointTransport[T]):
                 self._connections,
                 allowance,
                 unmeasured,
-                compare=self._compare,
+                compare=self._compare if alike else "unlike",
                 outvoted=outvoted,
             )
             self.last_receive = download.progress

@@ -113,6 +113,10 @@ class CheckpointTransport(ABC, Generic[T]):
     - ``unmeasured: bool``: nothing is known about the way to the sources, so a transfer that would take longer than the
       allowance is given up within a fraction of a second."""
 
+    compares: bool = False
+    """Whether ``recv_from_many`` holds that all sources have the same, and takes ``alike=False`` where they have not:
+    then all is to come from one of them, the first that can give it."""
+
     @abstractmethod
     def metadata(self) -> str:
         """What a receiver needs to know to reach this source; handed to its ``recv_checkpoint``."""

@@ -152,7 +152,8 @@ class DiLoCo:
         self._loaded = False
         self.bytes_reduced = 0
         """Handed to the all-reduce by this rank so far, before any quantization."""
-        manager.register_state_dict_fn("DiLoCo", self.load_state_dict, self.state_dict)
+        # What else is registered, the model and the inner optimizer, is each group's own between two synchronisations.
+        manager.register_state_dict_fn("DiLoCo", self.load_state_dict, self.state_dict, alike=False)
 
     def __enter__(self) -> DiLoCo:
         self._steps.start()

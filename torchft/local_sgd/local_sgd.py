@@ -77,7 +77,8 @@ class LocalSGD:
         self._loaded = False
         self.bytes_reduced = 0
         """Handed to the all-reduce by this rank so far."""
-        manager.register_state_dict_fn("LocalSGD", self.load_state_dict, self.state_dict)
+        # What else is registered, the model and the inner optimizer, is each group's own between two synchronisations.
+        manager.register_state_dict_fn("LocalSGD", self.load_state_dict, self.state_dict, alike=False)
 
     def __enter__(self) -> LocalSGD:
         self._steps.start()
