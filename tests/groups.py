@@ -86,6 +86,9 @@ class Groups:
         self._pool = ThreadPoolExecutor(16)
         self._replicas: list[Replica] = []
         self._lock = threading.Lock()
+        self.finishing = threading.Event()
+        """Loops that ask ``at_the_end`` are to end."""
+        self._last: int | None = None
 
     def replica(self, name: str, **kwargs: Any) -> Replica:
         replica = Replica(self.lighthouse.address(), name, **kwargs)
@@ -119,6 +122,15 @@ class Groups:
 
         self.together(*(lambda m=m, s=s: loop(m, s) for m, s in loops))
         return goal[0]
+
+    def at_the_end(self, step: int) -> bool:
+        """Whether a loop ends before this step. All that train together end before the same one: whoever ends sooner
+        leaves the others in a step for which they wait until their timeout.
+        """
+        with self._lock:
+            if self.finishing.is_set() and self._last is None:
+                self._last = step + 2  # the others are at this step, or one step away
+            return self._last is not None and step >= self._last
 
     def close(self) -> None:
         for replica in self._replicas:

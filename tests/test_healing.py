@@ -38,7 +38,7 @@ class Big(Replica):
         self.link = stack.enter_context(Link(address_of(self.transport)))
         self.transport.metadata = lambda: f"torchft-http/1 http://{self.link.address}"  # type: ignore[method-assign]
         self.committed: list[float] = []
-        self.stop = threading.Event()
+        self.groups = groups
 
     def load_big(self, state: dict[str, torch.Tensor]) -> None:
         self.big.copy_(state["big"])
@@ -46,10 +46,10 @@ class Big(Replica):
     def all_state(self) -> Any:
         return self.manager.live_state()
 
-    def train(self, enough: Callable[[], bool] = lambda: False) -> None:
-        """Until told to stop, or ``enough``."""
+    def train(self) -> None:
+        """Until the groups end together."""
         limit = Deadline(150)
-        while not self.stop.is_set() and not enough():
+        while not self.groups.at_the_end(self.manager.current_step()):
             assert not limit.expired, self.manager.errored()
             self.optimizer.zero_grad()
             self.compute(1.0)
@@ -79,23 +79,10 @@ def until(happened: Callable[[], object], seconds: float = 120.0) -> None:
 
 
 def finish(replicas: list[Big], running: list[Any]) -> None:
-    """All stop at one step, with the same state."""
-    last = max(r.manager.current_step() for r in replicas) + 5
-
-    def done(r: Big) -> Callable[[], bool]:
-        return lambda: r.manager.current_step() >= last
-
-    for r in replicas:
-        r.stop.set()
+    """All, which train together, stop at one step, with the same state."""
+    replicas[0].groups.finishing.set()
     for future in running:
-        future.result(60)
-    for r in replicas:
-        r.stop.clear()
-    groups = [threading.Thread(target=r.train, args=(done(r),), daemon=True) for r in replicas]
-    for thread in groups:
-        thread.start()
-    for thread in groups:
-        thread.join(60)
+        future.result(100)
     assert len({r.manager.current_step() for r in replicas}) == 1
     assert len({r.weights() for r in replicas}) == 1
     assert all(torch.equal(r.big, replicas[0].big) for r in replicas)

@@ -37,7 +37,8 @@ CUT = Cut(3 * CHUNK_SIZE)
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The assigned source is enough, and whoever answers is in time."""
-    for limit in ("http_download._SOON", "http_download._PATIENCE", "http_agreement._SILENT"):
+    limits = "http_download._SOON", "http_download._PATIENCE", "http_agreement._SILENT", "fetch_progress._FIRST"
+    for limit in limits:
         monkeypatch.setattr(f"torchft.checkpointing.{limit}", 60.0)
     for limit in ("_MOMENT", "_MOMENT_FOR_ALL"):
         monkeypatch.setattr(http_comparison, limit, 60.0)
