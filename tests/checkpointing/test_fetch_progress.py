@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 from prometheus_client import REGISTRY
 
-from torchft.checkpointing import HTTPTransport
+from tests.checkpointing.test_pg_transport import CPU, GROUP, LOCAL, TIMEOUT, groups
+from torchft.checkpointing import HTTPTransport, PGTransport
 from torchft.checkpointing.fetch_progress import FetchProgress
+from torchft.checkpointing.metrics import count_whole
 
 GB = 10**9
 
@@ -133,10 +136,11 @@ def test_a_glance_is_for_the_first_second(clock: Callable[[float], None]) -> Non
     assert not progress.far_too_slow(2000, 2.0)
 
 
-def test_transfers_are_counted() -> None:
-    def value(name: str) -> float:
-        return REGISTRY.get_sample_value(f"torchft_checkpoint_{name}") or 0.0
+def value(name: str) -> float:
+    return REGISTRY.get_sample_value(f"torchft_checkpoint_{name}") or 0.0
 
+
+def test_transfers_are_counted() -> None:
     names = ("received_bytes_total", "received_seconds_total", "snapshot_bytes_total", "bad_chunks_total")
     before = {name: value(name) for name in names}
     timeout = timedelta(seconds=20)
@@ -154,3 +158,28 @@ def test_transfers_are_counted() -> None:
     assert value("received_seconds_total") > before["received_seconds_total"]
     assert value("bad_chunks_total") == before["bad_chunks_total"]
     assert value("sources") == 1
+
+
+@pytest.mark.parametrize("local_from", [LOCAL, GROUP])
+def test_transfers_over_a_process_group_are_counted(local_from: int) -> None:
+    names = ("received_bytes_total", "received_seconds_total", "bad_chunks_total", "bad_sources_total")
+    before = {name: value(name) for name in names}
+    with groups(2) as pgs, ThreadPoolExecutor(1) as pool:
+        source, receiver = (PGTransport[Any](pg, TIMEOUT, CPU, local_from=local_from) for pg in pgs)
+        sending = pool.submit(source.send_checkpoint, [1], 1, {"w": torch.ones(1000)}, TIMEOUT)
+        receiver.recv_checkpoint(0, "<n/a>", 1, TIMEOUT)
+        sending.result(60)
+    assert value("received_bytes_total") - before["received_bytes_total"] == 4000
+    assert value("received_seconds_total") > before["received_seconds_total"]
+    assert [value(n) for n in names[2:]] == [before[n] for n in names[2:]]
+    assert value("sources") == 1
+
+
+def test_a_state_that_a_process_group_damages_counts_as_bad_and_not_as_received() -> None:
+    before = {name: value(name) for name in ("received_bytes_total", "bad_chunks_total", "bad_sources_total")}
+    count_whole(4000, bad=2)
+    assert {name: value(name) - was for name, was in before.items()} == {
+        "received_bytes_total": 0,
+        "bad_chunks_total": 2,
+        "bad_sources_total": 1,
+    }

@@ -1,4 +1,4 @@
-"""Counters of state transfers over all transports of a process, in Prometheus's default registry."""
+"""Counters of the state transfers of a process, whichever transport moves them, in Prometheus's default registry."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ __all__ = [
     "SNAPSHOT_SECONDS",
     "SOURCES",
     "count",
+    "count_whole",
 ]
 
 RECEIVED_BYTES = Counter("torchft_checkpoint_received_bytes", "Bytes of states received and verified.")
@@ -30,8 +31,21 @@ SNAPSHOT_BYTES = Counter("torchft_checkpoint_snapshot_bytes", "Bytes copied so t
 SNAPSHOT_SECONDS = Counter("torchft_checkpoint_snapshot_seconds", "Seconds that this copying took.")
 
 
+def count_whole(nbytes: int, bad: int = 0) -> None:
+    """A state came from one source and was verified as a whole.
+
+    Args:
+        nbytes: of the state.
+        bad: chunks that were not what was announced; if there are any, nothing counts as received.
+    """
+    RECEIVED_BYTES.inc(0 if bad else nbytes)
+    BAD_CHUNKS.inc(bad)
+    BAD_SOURCES.inc(bool(bad))
+    SOURCES.set(1)
+
+
 def count(progress: FetchProgress) -> None:
-    """A receive is over, well or not."""
+    """A fetch over HTTP is over, well or not."""
     RECEIVED_BYTES.inc(max(0, progress.done - progress.kept))
     KEPT_BYTES.inc(progress.kept)
     RETRIES.inc(progress.retries + len(progress.taken_over))

@@ -28,6 +28,7 @@ from typing import TypeVar, cast
 
 import torch
 
+from torchft.checkpointing import metrics
 from torchft.checkpointing.chunks import Seal, host_view
 from torchft.checkpointing.destination import Destination
 from torchft.checkpointing.manifest import Manifest, describe
@@ -169,6 +170,7 @@ class PGTransport(CheckpointTransport[T]):
         destination, root = come or self._recv_by_group(link, prologue, src_rank)
         state = destination.finish(self._allow_pickle)
         took = clock.lap()
+        metrics.RECEIVED_SECONDS.inc(took)
         logger.info(
             "received step %d from replica rank %d%s: %d bytes, %d of them in place, in %.3fs, %.2f GB/s, verified, "
             "root %s",
@@ -199,7 +201,10 @@ class PGTransport(CheckpointTransport[T]):
             else:
                 link.answer(LOCALLY)
                 destination = self._destination(manifest, prologue, src_rank)
-                return destination, download.run(destination.run, {}).root
+                try:
+                    return destination, download.run(destination.run, {}).root
+                finally:
+                    metrics.count(download.progress)
         link.answer(BY_GROUP)
         return None
 
@@ -272,8 +277,10 @@ class PGTransport(CheckpointTransport[T]):
     def _verify(self, seal: Seal, trailer: bytes, step: int, src_rank: int) -> None:
         announced = Seal(seal.cut, trailer[16:], seal.body)
         if bytes.fromhex(seal.root) == trailer[:16] and announced == seal:
+            metrics.count_whole(seal.cut.total)
             return
         bad = [i for i in range(seal.cut.count) if announced.digest_of(i) != seal.digest_of(i)]
+        metrics.count_whole(seal.cut.total, max(1, len(bad)))
         what = f"chunks {bad[:8]} of {seal.cut.count}" if bad else "the manifest"
         raise IntegrityError(
             f"step {step} from replica rank {src_rank} arrived damaged: {what} do not have the announced hash. The "
