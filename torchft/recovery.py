@@ -217,7 +217,9 @@ class Recovery:
                     timeout=self._timeout,
                 )
         except Exception as e:
-            self.transport.decline(quorum.max_step, str(e) or type(e).__name__)
+            self.transport.decline(
+                quorum.max_step, str(e) or type(e).__name__, dst_ranks=quorum.recover_dst_replica_ranks
+            )
             raise
         return state
 

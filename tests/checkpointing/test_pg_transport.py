@@ -20,7 +20,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchft.checkpointing import CheckpointError, ManifestError, PGTransport, TransferAborted
+from torchft.checkpointing import CheckpointError, ManifestError, PGTransport, StepNotServed, TransferAborted
 from torchft.checkpointing.pg_stream import BUCKET, PROLOGUE_BYTES, ChunkHasher, Prologue, buckets
 from torchft.process_group.gloo import ProcessGroupGloo
 
@@ -276,3 +276,45 @@ def test_chunk_hashes_do_not_depend_on_how_data_is_portioned() -> None:
     digests = whole.finish()
     assert digests == parts.finish()
     assert len(digests) == 3 * 16
+
+
+def test_all_receivers_are_told_that_there_is_no_state_even_if_one_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchft.checkpointing.pg_transport._REFUSAL", 60.0)
+    with groups(4) as pgs, ThreadPoolExecutor(4) as pool:
+        transports: list[PGTransport[Any]] = [PGTransport(pg, TIMEOUT, CPU) for pg in pgs]
+        declining = pool.submit(transports[0].decline, 7, "x" * 5000, [3, 1, 2])
+        for ranks in ((1, 2), (3,)):
+            waiting = [pool.submit(transports[rank].recv_checkpoint, 0, "<n/a>", 7, TIMEOUT) for rank in ranks]
+            for one in waiting:
+                with pytest.raises(StepNotServed, match=r"replica rank 0 could not offer it: x{1000}$"):
+                    one.result(60)
+        declining.result(60)
+
+
+def test_a_receiver_that_has_got_a_part_of_a_state_is_sent_no_refusal() -> None:
+    """Gloo would end its process: it waits for another message."""
+    sent: list[int] = []
+
+    class Breaking:
+        """The prologue goes out, and what follows does not."""
+
+        def __init__(self, group: ProcessGroupGloo) -> None:
+            self._group = group
+
+        def send(self, tensors: list[torch.Tensor], dst_rank: int, tag: int) -> dist.Work:
+            sent.append(tensors[0].numel())
+            if len(sent) > 1:
+                raise RuntimeError("broken")
+            return self._group.send(tensors, dst_rank, tag)
+
+        recv = None
+
+    with groups(2) as pgs:
+        source: PGTransport[Any] = PGTransport(Breaking(pgs[0]), TIMEOUT, CPU)  # type: ignore[arg-type]
+        with pytest.raises(CheckpointError, match="broken"):
+            source.send_checkpoint([1], 7, {"w": 1}, TIMEOUT)
+        assert len(sent) == 2
+        source.decline(7, "it broke", [1])
+        assert len(sent) == 2
+        source.decline(8, "the next step is another matter", [1])
+        assert len(sent) == 3

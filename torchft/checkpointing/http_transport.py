@@ -385,7 +385,7 @@ class HTTPTransport(CheckpointTransport[T]):
         if waiting is not None:
             waiting.expect_no_offer(reason)
 
-    def decline(self, step: int, reason: str) -> None:
+    def decline(self, step: int, reason: str, dst_ranks: Sequence[int] = ()) -> None:
         self._server.decline(step, reason)
 
     def shutdown(self, wait: bool = True) -> None:

@@ -11,6 +11,8 @@ Five kinds of messages, each one ``send`` of a ``uint8`` tensor, from the source
     4. the data in *buckets* (:func:`buckets`, computed alike on both sides);
     5. the *trailer*: the root, then the xxh3-128 of each chunk.
 
+Or the source cannot give the state: a prologue that announces no manifest, and as its data the *reason*, one message.
+
 Invariants
     - The sizes of all messages follow from the prologue and the manifest, and are bounded before memory is allocated.
     - A sender of something else is noticed at the prologue.
@@ -35,6 +37,7 @@ __all__ = [
     "BY_GROUP",
     "DEVICE_BUCKET",
     "LOCALLY",
+    "MAX_REASON",
     "PROLOGUE_BYTES",
     "Bucket",
     "ChunkHasher",
@@ -54,6 +57,8 @@ and hashed after it came; large enough that a message's own cost does not matter
 here and another there, some ten microseconds each."""
 DEVICE_BUCKET = 32 << 20
 """The same where messages go from device to device: each costs more there, and the cache has no part in it."""
+MAX_REASON = 1000
+"""Bytes of why a state is not given."""
 _DIRECT = 1 << 20
 _MAX_BUCKET = 64 << 20
 _MAX_WAY = 256
@@ -66,7 +71,7 @@ class Prologue:
 
     step: int
     body: int
-    """Bytes of the manifest."""
+    """Bytes of the manifest; 0: the state is not given, and the data says why."""
     total: int
     """Bytes of data."""
     bucket: int = BUCKET
@@ -99,7 +104,8 @@ class Prologue:
                 f"the source sends version {version} of the format with chunks of {chunk_size} bytes, this side "
                 f"reads version {_VERSION} with {CHUNK_SIZE}: run the same torchft on both sides"
             )
-        if step < 0 or not 0 < body <= MAX_MANIFEST_BYTES or total > _MAX_TOTAL:
+        most = _MAX_TOTAL if body else MAX_REASON
+        if step < 0 or body > MAX_MANIFEST_BYTES or total > most or not body + total:
             raise ManifestError(f"the source announces a manifest of {body} bytes and {total} bytes of data")
         if not _DIRECT <= bucket <= _MAX_BUCKET:
             raise ManifestError(f"the source announces messages of {bucket} bytes")

@@ -14,6 +14,8 @@ Rules
     - Every wait is bounded by the call's timeout. After a failure the process group must be configured anew.
     - An abort ends a call at its next message; the message it waits for ends with the process group, which belongs to
       the caller and is to be aborted as well.
+    - Who waits for a state that cannot be given is told so, unless a part of it has been sent: gloo ends a process that
+      gets another message than it waits for.
     - A receiver that dies or stops does not keep the others from getting their state; the call then raises, naming it.
 """
 
@@ -22,7 +24,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TypeVar, cast
 
@@ -32,7 +34,7 @@ from torchft.checkpointing import metrics
 from torchft.checkpointing.chunks import Seal, host_view
 from torchft.checkpointing.destination import Destination
 from torchft.checkpointing.manifest import Manifest, describe
-from torchft.checkpointing.pg_link import GROUP, Buffers, Link, SendRecv
+from torchft.checkpointing.pg_link import GROUP, Buffers, Link, SendRecv, message_of
 from torchft.checkpointing.pg_local import LocalWay, local_offer
 from torchft.checkpointing.pg_source import Outgoing
 from torchft.checkpointing.pg_stream import (
@@ -41,6 +43,7 @@ from torchft.checkpointing.pg_stream import (
     BY_GROUP,
     DEVICE_BUCKET,
     LOCALLY,
+    MAX_REASON,
     PROLOGUE_BYTES,
     Bucket,
     ChunkHasher,
@@ -70,6 +73,8 @@ logger = SpeakerLogger(__name__)
 
 _ANNOUNCED = 4096
 """Messages that a receiver has announced, at most; more follow when half of them are there."""
+_REFUSAL = 2.0
+"""Seconds that a receiver has to take the reason why there is no state for it."""
 _WORTH_A_WAY = 32 << 20
 """Bytes: less is there by the group before the two sides have found another way."""
 
@@ -109,6 +114,7 @@ class PGTransport(CheckpointTransport[T]):
         self._allow_pickle = allow_pickle
         self._buffers = Buffers(self._device)
         self._running = Transfers()
+        self._begun: frozenset[int] = frozenset()  # receivers of a state that could not be sent as a whole
         self.receives_in_place = state_dict is not None
 
     def metadata(self) -> str:
@@ -126,6 +132,28 @@ class PGTransport(CheckpointTransport[T]):
     def abort(self, reason: str = "the caller gave it up") -> None:
         self._running.abort(reason)
 
+    def decline(self, step: int, reason: str, dst_ranks: Sequence[int] = ()) -> None:
+        begun, self._begun = self._begun, frozenset()
+        told = " ".join(reason.split()).encode("utf-8", "replace")[:MAX_REASON] or b"no reason was given"
+        deadline = Deadline(_REFUSAL)
+        with self._running.begin() as transfer:
+            links = {rank: self._link(rank, deadline, transfer) for rank in dst_ranks if rank not in begun}
+
+            def attempt(rank: int, act: Callable[[Link], None]) -> bool:
+                try:
+                    act(links[rank])
+                except Exception as e:
+                    logger.debug("replica rank %d does not hear that it gets no state: %s", rank, e)
+                    return False
+                return True
+
+            def tell(link: Link) -> None:
+                link.send(message_of(Prologue(step, 0, len(told), waits=False).pack()))
+                link.send(message_of(told))
+
+            for rank in [rank for rank in links if attempt(rank, tell)]:
+                attempt(rank, Link.drain)
+
     def shutdown(self, wait: bool = True) -> None:
         """Frees the buffers. The process group belongs to the caller."""
         self._buffers.clear()
@@ -142,6 +170,7 @@ class PGTransport(CheckpointTransport[T]):
         local = None
         if on_host and manifest.total >= self._local_from:
             local = local_offer(step, manifest, run, deadline)
+        self._begun = frozenset(links)
         try:
             failed = Outgoing(prologue, manifest, sources, run, logger, local).to_all(links)
         finally:
@@ -153,6 +182,7 @@ class PGTransport(CheckpointTransport[T]):
             late = all(isinstance(e, TimeoutError) for e in failed.values())
             kind = CheckpointTimeout if late else CheckpointError
             raise kind(f"step {step} could not be sent to {text}") from next(iter(failed.values()))
+        self._begun = frozenset()
 
     def _link(self, rank: int, deadline: Deadline, transfer: Transfer) -> Link:
         return Link(self._pg, self._device, rank, deadline, self._buffers, transfer)
@@ -166,6 +196,9 @@ class PGTransport(CheckpointTransport[T]):
                 f"step {step} was asked for, but replica rank {src_rank} sends step {prologue.step}: the two are not "
                 "in the same quorum"
             )
+        if not prologue.body:
+            reason = link.recv_bytes(prologue.total).decode("utf-8", "replace")
+            raise StepNotServed(f"step {step} was asked for, but replica rank {src_rank} could not offer it: {reason}")
         come = self._recv_locally(link, prologue, src_rank, deadline) if prologue.way else None
         destination, root = come or self._recv_by_group(link, prologue, src_rank)
         state = destination.finish(self._allow_pickle)

@@ -207,10 +207,16 @@ class CheckpointTransport(ABC, Generic[T]):
             reason: for the message, as what follows "when".
         """
 
-    def decline(self, step: int, reason: str) -> None:
+    def decline(self, step: int, reason: str, dst_ranks: Sequence[int] = ()) -> None:
         """The state of ``step`` could not be given: whoever asks this source for it is told why, and does not wait.
 
-        Until the next ``send_checkpoint``. From any thread; returns at once. Without it, they wait for their timeout.
+        Until the next ``send_checkpoint``. From any thread; returns soon and does not raise. Without it, they wait for
+        their timeout.
+
+        Args:
+            step: whose state.
+            reason: for their message.
+            dst_ranks: the replica ranks that wait for it, as ``send_checkpoint`` was given them, or would have been.
         """
 
     def shutdown(self, wait: bool = True) -> None:

@@ -16,7 +16,7 @@ from torchft.checkpointing.transport import (
     TransferAborted,
     UnsafeStateError,
 )
-from torchft.testing.transport_pair import SHORT, Pair, State, TransportPair, assert_same, expect, transfer
+from torchft.testing.transport_pair import PLENTY, SHORT, Pair, State, TransportPair, assert_same, expect, transfer
 
 __all__ = ["TransportFailures"]
 
@@ -66,6 +66,27 @@ class TransportFailures(TransportPair):
                 assert "step 3" in text
             finally:
                 pair.close()
+
+    def test_a_step_that_is_declined_is_refused_at_once_with_the_reason(self) -> None:
+        """Passed over for a transport that leaves ``decline`` as it is: then the receiver waits for its timeout."""
+        pair = self.open()
+        try:
+            if type(pair.source).decline is CheckpointTransport.decline:
+                return
+            declining = threading.Thread(
+                target=pair.source.decline, args=(3, "the state function\nraised", [1]), daemon=True
+            )
+            declining.start()
+            metadata = pair.source.metadata()
+            text = expect(StepNotServed, lambda: pair.receiver.recv_checkpoint(0, metadata, 3, PLENTY))
+            declining.join(60)
+            assert not declining.is_alive(), "the source did not return"
+            assert "step 3" in text
+            assert "the state function raised" in text
+            state = {"w": torch.randn(1000)}
+            assert_same(state, transfer(pair, state, 4))
+        finally:
+            pair.close()
 
     # ---------------------------------------------------------------------------------------------- failures
 
