@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.groups import TIMEOUT, Groups, Replica
+from torchft.checkpointing import StepNotServed
 from torchft.checkpointing.pg_transport import PGTransport
 from torchft.process_group import ProcessGroupGloo
 
@@ -89,6 +90,39 @@ def test_a_replica_without_registered_state_says_so_when_a_peer_needs_it(
     assert "register_state_dict_fn" in what_the_joiner_says(groups, a, b)
     said = [r.getMessage() for r in caplog.records if "cannot give its state" in r.getMessage()]
     assert [line.startswith("[a:") and "register_state_dict_fn" in line for line in said] == [True], "once"
+
+
+def test_over_a_process_group_the_joiner_is_told_why_there_is_no_state_and_does_not_wait(
+    groups: Groups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no error aborts what others wait for."""
+    monkeypatch.setattr("torchft.checkpointing.pg_transport._REFUSAL", 30.0)
+
+    def broken() -> Any:
+        raise OSError("the sampler's file is gone")
+
+    def replica(name: str) -> Replica:
+        pg = ProcessGroupGloo(timeout=TIMEOUT)
+        transport: PGTransport[Any] = PGTransport(pg, TIMEOUT, torch.device("cpu"))
+        r = groups.replica(name, pg=pg, checkpoint_transport=transport, proactive_recovery=False)
+        r.manager.register_state_dict_fn("sampler", lambda s: None, broken)
+        return r
+
+    a = replica("a")
+    a.step()
+    b = replica("b")
+
+    told: list[str] = []
+
+    def train(r: Replica) -> None:
+        while not told:
+            r.step()
+            if isinstance(why := r.manager.errored(), StepNotServed):
+                told.append(str(why))
+        r.manager.leave("the test has seen enough")
+
+    groups.together(lambda: train(a), lambda: train(b))
+    assert "could not offer it: the state dict function 'sampler' raised OSError: the sampler's file is gone" in told[0]
 
 
 def test_groups_that_register_different_state_say_so(groups: Groups) -> None:
