@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import socket
 import threading
 from datetime import timedelta
 from typing import Any
@@ -21,6 +24,7 @@ from torchft.process_group import (
     ManagedProcessGroup,
     ProcessGroupGloo,
 )
+from torchft.runtime.fork import DESCRIPTORS
 from torchft.testing.wait import wait_until
 
 
@@ -361,3 +365,48 @@ def test_shutdown_ends_threads_and_can_be_called_twice(groups: Groups) -> None:
     a.manager.shutdown()
     ours = lambda: [t for t in threading.enumerate() if t not in before and t.name.startswith("torchft")]  # noqa: E731
     wait_until(lambda: not [t for t in ours() if t.name != "torchft-loop"], what=f"the end of {ours()}")
+
+
+@pytest.mark.parametrize("late_step", ["default_transport", "QuorumPhase", "leave_at_the_end"])
+def test_a_manager_that_cannot_be_set_up_leaves_nothing_behind(
+    groups: Groups, monkeypatch: pytest.MonkeyPatch, late_step: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("too many open files")
+
+    pg = ProcessGroupGloo(timeout=TIMEOUT)
+    first = groups.replica("a", pg=pg)  # what all of them share, gRPC's threads for instance, is there then
+    first.step()
+    first.manager.shutdown()
+    threads, ports = set(threading.enumerate()), listening()
+    with monkeypatch.context() as patch:
+        patch.setattr(f"torchft.manager.{late_step}", fail)
+        with pytest.raises(OSError, match="too many open files"):
+            groups.replica("b", pg=pg)
+    wait_until(
+        lambda: all(t in threads or not t.name.startswith("torchft-") for t in threading.enumerate()), timeout=60
+    )
+
+    def all_closed() -> bool:
+        gc.collect()  # the group's store ends with the last that knows it
+        return listening() <= ports
+
+    wait_until(all_closed, timeout=60)
+    again = groups.replica("b", pg=pg)  # it is not claimed either
+    again.step()
+    assert again.manager.current_step() >= 1
+
+
+def listening() -> set[int]:
+    """The ports on which this process listens."""
+    found: set[int] = set()
+    for name in os.listdir(DESCRIPTORS):
+        try:
+            with socket.socket(fileno=os.dup(int(name))) as sock:
+                if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.getsockopt(
+                    socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+                ):
+                    found.add(sock.getsockname()[1])
+        except OSError:
+            continue  # no socket, or closed meanwhile
+    return found

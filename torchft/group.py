@@ -18,6 +18,7 @@ import logging
 import socket
 import uuid
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol
@@ -193,42 +194,49 @@ def join_group(
     store, address, hosted = _open_store(store_addr, store_port, rank, world_size, lighthouse_addr, connect_timeout)
     prefix = f"torchft/group/{config.RESTART_COUNT.read()}"
 
-    if rank == 0:
-        assert lighthouse_addr
-        unique = f"{replica_id}:{uuid.uuid4()}" if replica_id else str(uuid.uuid4())
-        server = ManagerServer(
-            replica_id=unique,
-            lighthouse_addr=lighthouse_addr,
-            # The default is only this machine's name, which others need not resolve: the route decides then.
-            hostname="" if hostname == socket.gethostname() else hostname,
-            bind=f"[::]:{port if port is not None else config.MANAGER_PORT.read() or 0}",
-            store_addr=address,
-            world_size=world_size,
-            heartbeat_interval=heartbeat_interval,
-            connect_timeout=connect_timeout,
-            quorum_retries=quorum_retries,
-            sessions=sessions,
-        )
-        if world_size > 1:
-            store.set(f"{prefix}/replica_id", unique)
-            store.set(f"{prefix}/manager_address", server.address())
-        return Group(unique, rank, world_size, server, server, store, hosted=hosted)
+    with ExitStack() as undo:
+        if hosted is not None:
+            undo.callback(hosted.forget)
+        if rank == 0:
+            assert lighthouse_addr
+            unique = f"{replica_id}:{uuid.uuid4()}" if replica_id else str(uuid.uuid4())
+            server = ManagerServer(
+                replica_id=unique,
+                lighthouse_addr=lighthouse_addr,
+                # The default is only this machine's name, which others need not resolve: the route decides then.
+                hostname="" if hostname == socket.gethostname() else hostname,
+                bind=f"[::]:{port if port is not None else config.MANAGER_PORT.read() or 0}",
+                store_addr=address,
+                world_size=world_size,
+                heartbeat_interval=heartbeat_interval,
+                connect_timeout=connect_timeout,
+                quorum_retries=quorum_retries,
+                sessions=sessions,
+            )
+            undo.callback(server.shutdown)
+            if world_size > 1:
+                store.set(f"{prefix}/replica_id", unique)
+                store.set(f"{prefix}/manager_address", server.address())
+            undo.pop_all()
+            return Group(unique, rank, world_size, server, server, store, hosted=hosted)
 
-    try:
-        store.wait([f"{prefix}/manager_address"], connect_timeout)
-    except Exception as e:
-        raise TimeoutError(
-            f"rank 0 of this group did not publish its manager's address in the store at {address} within "
-            f"{connect_timeout.total_seconds():g} s: did it start, and does it reach the lighthouse? ({e})"
-        ) from e
-    manager_address = store.get(f"{prefix}/manager_address").decode()
-    unique = store.get(f"{prefix}/replica_id").decode()
-    pings = ping_times(RANK_HEARTBEAT_TIMEOUT) if sessions else None
-    client = ManagerClient(manager_address, connect_timeout, pings=pings)
-    group = Group(unique, rank, world_size, client, None, store)
-    if sessions:
-        group.session = _session_to_rank0(group, client, manager_address)
-    return group
+        try:
+            store.wait([f"{prefix}/manager_address"], connect_timeout)
+        except Exception as e:
+            raise TimeoutError(
+                f"rank 0 of this group did not publish its manager's address in the store at {address} within "
+                f"{connect_timeout.total_seconds():g} s: did it start, and does it reach the lighthouse? ({e})"
+            ) from e
+        manager_address = store.get(f"{prefix}/manager_address").decode()
+        unique = store.get(f"{prefix}/replica_id").decode()
+        pings = ping_times(RANK_HEARTBEAT_TIMEOUT) if sessions else None
+        client = ManagerClient(manager_address, connect_timeout, pings=pings)
+        group = Group(unique, rank, world_size, client, None, store)
+        undo.callback(group.close)
+        if sessions:
+            group.session = _session_to_rank0(group, client, manager_address)
+        undo.pop_all()
+        return group
 
 
 def _session_to_rank0(group: Group, client: ManagerClient, address: str) -> SessionClient:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from enum import Enum
 from typing import Any, NoReturn, TypeVar
@@ -173,104 +174,108 @@ class Manager:
 
         self._progress = Progress()
         self._error = StepError(self._on_first_error)
-        self._start = StepStart(beside=use_async_quorum)
         self._works = StepFutures(self._error)
         drain = config.DRAIN.read() if config.DRAIN.is_set() else drain
         if drain:
             listen_for_sigterm()
 
-        self._group = join_group(
-            rank=rank,
-            world_size=world_size,
-            store_addr=store_addr,
-            store_port=store_port,
-            lighthouse_addr=lighthouse_addr,
-            replica_id=replica_id,
-            port=port,
-            hostname=hostname,
-            heartbeat_interval=self._timeouts.heartbeat_interval,
-            connect_timeout=self._timeouts.connect,
-            quorum_retries=quorum_retries if retries is None else retries,
-            sessions=self._proactive,
-        )
-        self._log = RankLogger(logger, self._group.replica_id, self._group.rank, lambda: self._progress.step)
-        self._leaving = Leaving(self._group, self._progress, drain, self._log)
-        self._telemetry = telemetry_of(self._group.replica_id, self._group.rank, lambda: self._progress.step)
-        self._transport = checkpoint_transport or default_transport(self.live_state, self._timeout)
-        agreement = Agreement(
-            self._group.store,
-            f"torchft/group/{self._group.replica_id}/agreed",
-            self._group.rank,
-            self._group.world_size,
-            seconds(self._timeout),
-            lambda: self._error.current,
-        )
-        together = Together(agreement, self._state, self._start.caller, seconds(self._timeout))
-        restoring: Restoring | None = None
-        if checkpoints is not None:
-            restoring = Restoring(
-                checkpoints,
-                agreement,
+        with ExitStack() as undo:  # what has begun ends if something of the rest fails
+            self._start = StepStart(beside=use_async_quorum)
+            undo.callback(self._start.shutdown, timeout=5.0)
+            self._group = join_group(
+                rank=rank,
+                world_size=world_size,
+                store_addr=store_addr,
+                store_port=store_port,
+                lighthouse_addr=lighthouse_addr,
+                replica_id=replica_id,
+                port=port,
+                hostname=hostname,
+                heartbeat_interval=self._timeouts.heartbeat_interval,
+                connect_timeout=self._timeouts.connect,
+                quorum_retries=quorum_retries if retries is None else retries,
+                sessions=self._proactive,
+            )
+            undo.callback(self._group.close)
+            self._log = RankLogger(logger, self._group.replica_id, self._group.rank, lambda: self._progress.step)
+            self._leaving = Leaving(self._group, self._progress, drain, self._log)
+            undo.callback(self._leaving.leave, "its Manager could not be set up")
+            self._telemetry = telemetry_of(self._group.replica_id, self._group.rank, lambda: self._progress.step)
+            self._transport = checkpoint_transport or default_transport(self.live_state, self._timeout)
+            if checkpoint_transport is None:
+                undo.callback(self._transport.shutdown)
+            agreement = Agreement(
                 self._group.store,
-                self._group.replica_id,
+                f"torchft/group/{self._group.replica_id}/agreed",
                 self._group.rank,
                 self._group.world_size,
-                self._state,
-                max(seconds(self._timeout), seconds(self._timeouts.connect)),
-                self._log,
+                seconds(self._timeout),
+                lambda: self._error.current,
             )
-        self._begin = QuorumPhase(
-            group=self._group,
-            pg=pg,
-            transport=self._transport,
-            state=self._state,
-            recovery=Recovery(
-                self._transport,
-                self._state,
-                together,
-                self._group.rank,
-                self._timeout,
-                self._timeouts.connect,
-                self._log,
-            ),
-            together=together,
-            progress=self._progress,
-            error=self._error,
-            log=self._log,
-            telemetry=self._telemetry,
-            use_async_quorum=use_async_quorum,
-            min_replica_size=min_replica_size,
-            fixed_world_size=min_replica_size if world_size_mode is WorldSizeMode.FIXED_WITH_SPARES else None,
-            init_sync=init_sync,
-            allow_restart=allow_restart if config.ALLOW_RESTART.read() is None else config.ALLOW_RESTART.read(),
-            saved=(lambda _: 0) if restoring is None else restoring.newest,
-            heal_pause=self._timeouts.heal_pause,
-        )
-        self._persistence = Persistence(restoring, self._progress, self._begin, self._log)
-        self._commit = CommitPhase(
-            group=self._group,
-            pg=pg,
-            transport=self._transport,
-            begin=self._begin,
-            works=self._works,
-            progress=self._progress,
-            error=self._error,
-            persistence=self._persistence,
-            log=self._log,
-            telemetry=self._telemetry,
-            min_replica_size=min_replica_size,
-            max_retries=max_retries,
-            timeout=self._timeout,
-            voted=self._all_voted,
-        )
-        self._loss: GroupLoss | None = None
-        try:
-            self._claim.take(self._group.replica_id)
-        except ValueError:  # another thread was quicker
-            self.shutdown()
-            raise
-        self._group.listen(self._hear, self._hear_back, self._check_timeouts)
-        leave_at_the_end(self)
+            together = Together(agreement, self._state, self._start.caller, seconds(self._timeout))
+            restoring: Restoring | None = None
+            if checkpoints is not None:
+                restoring = Restoring(
+                    checkpoints,
+                    agreement,
+                    self._group.store,
+                    self._group.replica_id,
+                    self._group.rank,
+                    self._group.world_size,
+                    self._state,
+                    max(seconds(self._timeout), seconds(self._timeouts.connect)),
+                    self._log,
+                )
+            self._begin = QuorumPhase(
+                group=self._group,
+                pg=pg,
+                transport=self._transport,
+                state=self._state,
+                recovery=Recovery(
+                    self._transport,
+                    self._state,
+                    together,
+                    self._group.rank,
+                    self._timeout,
+                    self._timeouts.connect,
+                    self._log,
+                ),
+                together=together,
+                progress=self._progress,
+                error=self._error,
+                log=self._log,
+                telemetry=self._telemetry,
+                use_async_quorum=use_async_quorum,
+                min_replica_size=min_replica_size,
+                fixed_world_size=min_replica_size if world_size_mode is WorldSizeMode.FIXED_WITH_SPARES else None,
+                init_sync=init_sync,
+                allow_restart=allow_restart if config.ALLOW_RESTART.read() is None else config.ALLOW_RESTART.read(),
+                saved=(lambda _: 0) if restoring is None else restoring.newest,
+                heal_pause=self._timeouts.heal_pause,
+            )
+            self._persistence = Persistence(restoring, self._progress, self._begin, self._log)
+            self._commit = CommitPhase(
+                group=self._group,
+                pg=pg,
+                transport=self._transport,
+                begin=self._begin,
+                works=self._works,
+                progress=self._progress,
+                error=self._error,
+                persistence=self._persistence,
+                log=self._log,
+                telemetry=self._telemetry,
+                min_replica_size=min_replica_size,
+                max_retries=max_retries,
+                timeout=self._timeout,
+                voted=self._all_voted,
+            )
+            self._loss: GroupLoss | None = None
+            self._claim.take(self._group.replica_id)  # another thread may have been quicker
+            undo.callback(self._claim.release)
+            self._group.listen(self._hear, self._hear_back, self._check_timeouts)
+            leave_at_the_end(self)
+            undo.pop_all()
 
     def _hear(self, notice: Notice) -> None:
         """Somebody is no longer there. From any thread."""
