@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from torchft.checkpointing.manifest import describe
+from torchft.checkpointing.description import describe
 from torchft.checkpointing.tree import DTYPES
 
 __all__ = [

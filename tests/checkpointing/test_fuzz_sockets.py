@@ -21,7 +21,7 @@ from tests.checkpointing.hostile_manifest import BODIES, STATES, mutated_bytes, 
 from tests.checkpointing.hostile_server import HostileServer
 from torchft.checkpointing import CheckpointError, HTTPTransport, http_porter
 from torchft.checkpointing.chunks import Cut, Seal, digest, write_hashes, write_manifest, write_sample
-from torchft.checkpointing.manifest import describe
+from torchft.checkpointing.description import describe
 from torchft.testing.wait import wait_until
 
 LONG = timedelta(seconds=60)

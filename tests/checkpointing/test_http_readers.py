@@ -13,6 +13,7 @@ import torch
 
 from tests.checkpointing.loopback import TIMEOUT, port_of, transport
 from torchft.checkpointing import CheckpointError, HTTPTransport, SourceLost
+from torchft.checkpointing.description import Description
 from torchft.runtime.deadline import Deadline
 
 
@@ -63,13 +64,14 @@ def test_copied_state_survives_writes_and_a_slow_reader_blocks_nobody() -> None:
         reader.close()
 
 
-def test_readers_of_uncopied_state_finish_from_a_copy_when_the_source_goes_on() -> None:
+def test_readers_of_uncopied_state_finish_from_a_copy_when_the_source_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     with transport(snapshot="lock") as source, transport() as receiver:
         weights = torch.arange(4 << 20)
         before = weights.clone()
         source.send_checkpoint([1], 1, {"w": weights}, TIMEOUT)
         begun, go_on = threading.Event(), threading.Event()
-        receiver._state_dict = lambda: (begun.set(), go_on.wait(60), {})[2]
+        prepare = receiver._continue
+        monkeypatch.setattr(receiver, "_continue", lambda *a: (begun.set(), go_on.wait(60), prepare(*a))[2])
         got: list[Any] = []
         reading = threading.Thread(
             target=lambda: got.append(receiver.recv_checkpoint(0, source.metadata(), 1, TIMEOUT))
@@ -162,3 +164,49 @@ def test_a_source_without_threads_refuses_a_reader_and_serves_the_next(monkeypat
             receiver.recv_checkpoint(0, source.metadata(), 1, TIMEOUT)
         assert receiver.recv_checkpoint(0, source.metadata(), 1, TIMEOUT) == {"x": 1}
     assert len(refused) == 1
+
+
+def test_who_cannot_look_at_its_own_tensors_hears_the_source_first() -> None:
+    def own() -> object:
+        raise OSError("the model is gone")
+
+    with transport() as source, transport(state_dict=own) as receiver:
+        source.decline(1, "the optimizer's file is gone")
+        with pytest.raises(CheckpointError, match="the optimizer's file is gone"):
+            receiver.recv_checkpoint(0, source.metadata(), 1, TIMEOUT)
+        source.send_checkpoint([1], 2, {"w": torch.ones(4)}, TIMEOUT)
+        with pytest.raises(OSError, match="the model is gone"):
+            receiver.recv_checkpoint(0, source.metadata(), 2, TIMEOUT)
+
+
+def test_a_source_that_fails_after_its_manifest_went_out_serves_nothing_of_it_and_the_next_time_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = threading.Event()
+
+    def fail(_: Description) -> list[torch.Tensor]:
+        assert asked.wait(60)
+        raise MemoryError("no memory for a packed tensor")
+
+    with transport(snapshot="lock") as source, transport() as receiver:
+        failed: list[Exception] = []
+
+        def receive() -> None:
+            try:
+                receiver.recv_checkpoint(0, source.metadata(), 1, TIMEOUT)
+            except CheckpointError as e:
+                failed.append(e)
+
+        prepare = receiver._continue
+        monkeypatch.setattr(receiver, "_continue", lambda *a: (asked.set(), prepare(*a))[1])
+        reading = threading.Thread(target=receive)
+        reading.start()
+        with monkeypatch.context() as patch:
+            patch.setattr(Description, "extents", fail)
+            with pytest.raises(MemoryError):
+                source.send_checkpoint([1], 1, {"w": torch.ones(1 << 20)}, TIMEOUT)
+        reading.join(60)
+        assert len(failed) == 1
+        source.send_checkpoint([1], 2, {"w": torch.ones(1 << 20)}, TIMEOUT)
+        got: Any = receiver.recv_checkpoint(0, source.metadata(), 2, TIMEOUT)
+        assert torch.equal(got["w"], torch.ones(1 << 20))

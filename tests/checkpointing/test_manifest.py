@@ -23,8 +23,9 @@ from torchft.checkpointing.chunks import (
     write_hashes,
     write_manifest,
 )
+from torchft.checkpointing.description import describe
 from torchft.checkpointing.destination import Destination
-from torchft.checkpointing.manifest import Manifest, describe
+from torchft.checkpointing.manifest import Manifest
 from torchft.checkpointing.snapshot import host_run
 from torchft.checkpointing.tree import MAX_DEPTH
 from torchft.testing.transport_suite import assert_same

@@ -17,7 +17,7 @@ import torch
 
 from tests.checkpointing.test_pg_transport import CPU, LOCAL, TIMEOUT, groups
 from torchft.checkpointing import CheckpointError, ManifestError, PGTransport
-from torchft.checkpointing.manifest import describe
+from torchft.checkpointing.description import describe
 from torchft.checkpointing.pg_local import LocalOffer, LocalWay
 from torchft.checkpointing.pg_stream import Prologue
 from torchft.checkpointing.snapshot import host_run

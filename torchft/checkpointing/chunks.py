@@ -75,10 +75,12 @@ class ByteRun:
 
     Args:
         pieces: one-dimensional contiguous ``uint8`` CPU tensors. They are kept alive.
+        views: of each, where :func:`host_view` was called already.
     """
 
-    def __init__(self, pieces: Sequence[torch.Tensor]) -> None:
-        self._pieces = [host_view(p) for p in pieces]
+    def __init__(self, pieces: Sequence[torch.Tensor], views: Sequence[memoryview | None] = ()) -> None:
+        made = itertools.chain(views, itertools.repeat(None))
+        self._pieces = [view or host_view(piece) for piece, view in zip(pieces, made, strict=False)]
         self._starts = list(itertools.accumulate((len(p) for p in self._pieces), initial=0))
 
     @property

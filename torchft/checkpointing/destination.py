@@ -16,18 +16,18 @@ Rules
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Iterable
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchft.checkpointing.chunks import ByteRun
+from torchft.checkpointing.live import LiveTensor, LiveTensors
 from torchft.checkpointing.manifest import Manifest, TensorSpec
 from torchft.checkpointing.memory import huge_empty
 from torchft.checkpointing.mesh import MeshSpec
 from torchft.checkpointing.transport import CheckpointError
-from torchft.checkpointing.tree import tensors_by_path
-from torchft.dtensor import is_dtensor
 from torchft.runtime.collection import collection_put_off
 
 __all__ = ["Destination"]
@@ -41,7 +41,7 @@ class Destination:
 
     Args:
         manifest: what will arrive.
-        into: a tree whose tensors are received into where they fit; None: all memory is fresh.
+        into: tensors that are received into where they fit, or a tree of them; None: all memory is fresh.
         device: where fresh tensors are handed out.
         in_place_from: bytes of the smallest extent that is received in place.
         before: of an attempt that failed: its fresh memory is used again where it has the size.
@@ -61,44 +61,43 @@ class Destination:
     ) -> None:
         self._manifest = manifest
         self._device = device or torch.device("cpu")
-        self._given = {} if into is None else dict(tensors_by_path(into))
+        self._live = live = into if isinstance(into, LiveTensors) else LiveTensors(into)
         self._meshes: dict[MeshSpec, DeviceMesh] = {}
-        for given in self._given.values():
-            if is_dtensor(given):
-                self._meshes.setdefault(MeshSpec.of(given.device_mesh), given.device_mesh)
-        members: list[list[TensorSpec]] = [[] for _ in manifest.extents]
-        self._counterpart: dict[str, torch.Tensor] = {}
+        for given in live.dtensors():
+            self._meshes.setdefault(MeshSpec.of(given.device_mesh), given.device_mesh)
+        lengths = manifest.extents
+        members: list[list[tuple[TensorSpec, LiveTensor | None]]] = [[] for _ in lengths]
+        empty: list[tuple[TensorSpec, LiveTensor | None]] = []
         for spec in manifest.tensors:
-            if spec.extent >= 0:
-                members[spec.extent].append(spec)
-            counterpart = self._local_counterpart(spec)
-            large = spec.extent < 0 or manifest.extents[spec.extent] >= in_place_from
-            if counterpart is not None and large:
-                self._counterpart[spec.path] = counterpart
+            if spec.extent < 0:
+                empty.append((spec, _fitting(live, spec)))
+            else:
+                fit = _fitting(live, spec) if lengths[spec.extent] >= in_place_from else None
+                members[spec.extent].append((spec, fit))
         self.bytes_in_place = 0
         self._in_place: set[int] = set()
         written = _Intervals()
         pieces: list[torch.Tensor] = []
-        for extent, length in enumerate(manifest.extents):
-            piece = self._live(members[extent], length)
-            if piece is not None and written.add(piece.data_ptr(), length):
+        views: list[memoryview | None] = []
+        for extent, length in enumerate(lengths):
+            filler = _filler(members[extent], length)
+            if filler is not None and written.add(filler.address, length):
+                assert filler.memory is not None
                 self._in_place.add(extent)
                 self.bytes_in_place += length
+                pieces.append(filler.memory)
+                views.append(filler.view)
             else:
-                piece = _left_over(before, extent, length)
-                if piece is None:
-                    piece = _fresh(length)
-            pieces.append(piece)
+                left = _left_over(before, extent, length)
+                pieces.append(_fresh(length) if left is None else left)
+                views.append(None)
         self._pieces = pieces
-        self._by_copy = {
-            spec.path
-            for spec in manifest.tensors
-            if spec.extent not in self._in_place
-            and (live := self._counterpart.get(spec.path)) is not None
-            and _takes_values(live)
-            and written.add(live.data_ptr(), _reach(live))
-        }
-        self.run = ByteRun(pieces)
+        self._by_copy: dict[str, LiveTensor] = {}
+        rest = (found for extent, found in enumerate(members) if extent not in self._in_place)
+        for spec, fit in itertools.chain(empty, *rest):
+            if fit is not None and _takes_values(fit.local) and written.add(fit.address, _reach(fit.local)):
+                self._by_copy[spec.path] = fit
+        self.run = ByteRun(pieces, views)
         """Where to write the data."""
 
     def misfits(self) -> list[str]:
@@ -107,10 +106,10 @@ class Destination:
         """
         found: list[str] = []
         for spec in self._manifest.tensors:
-            given = self._given.get(spec.path)
-            if given is None or spec.dtensor is not None or is_dtensor(given):
+            live = None if spec.extent in self._in_place else self._live.get(spec.path)
+            if live is None or spec.dtensor is not None or live.dtensor is not None:
                 continue
-            there, here = (spec.dtype, spec.shape), (given.dtype, tuple(given.shape))
+            there, here = (spec.dtype, spec.shape), (live.dtype, live.shape)
             if there != here:
                 found.append(
                     f"{spec.path} is {there[0]} {there[1]} at the source and {here[0]} {here[1]} here: are the groups' "
@@ -127,43 +126,14 @@ class Destination:
         """The state, once every byte of ``run`` is written and verified."""
         return self._manifest.build([self._tensor(s) for s in self._manifest.tensors], allow_pickle)
 
-    def _local_counterpart(self, spec: TensorSpec) -> torch.Tensor | None:
-        given = self._given.get(spec.path)
-        if given is None or is_dtensor(given) != (spec.dtensor is not None):
-            return None
-        local = given.detach()
-        if is_dtensor(local):
-            assert spec.dtensor is not None
-            if tuple(local.shape) != spec.dtensor.shape or tuple(local.placements) != spec.dtensor.placements:
-                return None
-            local = local.to_local()
-        fits = local.dtype == spec.dtype and local.shape == spec.shape
-        usable = local.layout == torch.strided and not local.is_meta
-        return local if fits and usable and not local.is_conj() and not local.is_neg() else None
-
-    def _live(self, members: list[TensorSpec], length: int) -> torch.Tensor | None:
-        """The bytes of the live tensors of one extent, if they can be written as bytes."""
-        base: int | None = None
-        filler: torch.Tensor | None = None
-        for spec in members:
-            live = self._counterpart.get(spec.path)
-            if live is None or not live.is_cpu or spec.packed or live.stride() != spec.stride:
-                return None
-            start = live.data_ptr() - spec.offset
-            if base is not None and start != base:
-                return None
-            base = start
-            if spec.nbytes == length and _is_dense(live):
-                filler = live
-        if filler is None:
-            return None
-        view = torch.empty(0, dtype=torch.uint8)
-        offset = filler.storage_offset() * filler.itemsize
-        return view.set_(filler.untyped_storage(), offset, (length,), (1,))
+    def _given(self, path: str) -> torch.Tensor:
+        live = self._live.get(path)
+        assert live is not None
+        return live.given
 
     def _tensor(self, spec: TensorSpec) -> torch.Tensor:
         if spec.extent in self._in_place:
-            return self._given[spec.path]
+            return self._given(spec.path)
         if spec.extent < 0:
             arrived = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype)
         else:
@@ -175,8 +145,8 @@ class Destination:
             else:
                 arrived.set_(storage, spec.offset // spec.dtype.itemsize, spec.shape, spec.stride)
         if spec.path in self._by_copy:
-            self._counterpart[spec.path].copy_(arrived)
-            return self._given[spec.path]
+            self._by_copy[spec.path].local.copy_(arrived)
+            return self._given(spec.path)
         if spec.dtensor is None:
             return arrived.to(self._device)
         known = self._meshes.get(spec.dtensor.mesh)
@@ -197,17 +167,32 @@ class Destination:
             raise CheckpointError(f"the DTensor {spec.path} on a mesh of {mesh.device_type} cannot be made: {e}") from e
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether each byte from the first to the last of its elements belongs to exactly one element."""
-    if tensor.is_contiguous():
-        return True
-    step = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != step:
-                return False
-            step *= size
-    return True
+def _fitting(live: LiveTensors, spec: TensorSpec) -> LiveTensor | None:
+    """The tensor at the same path, if it is of the same kind and shape."""
+    found = live.get(spec.path)
+    if found is None or found.dtype != spec.dtype or found.shape != spec.shape or not found.usable:
+        return None
+    theirs, ours = spec.dtensor, found.dtensor
+    if theirs is None or ours is None:
+        return found if theirs is None and ours is None else None
+    same = tuple(ours.shape) == theirs.shape and tuple(ours.placements) == theirs.placements
+    return found if same else None
+
+
+def _filler(members: list[tuple[TensorSpec, LiveTensor | None]], length: int) -> LiveTensor | None:
+    """The live tensor whose bytes are those of a whole extent, if all tensors of it may be written as bytes."""
+    base: int | None = None
+    filler: LiveTensor | None = None
+    for spec, live in members:
+        if live is None or spec.packed or not live.local.is_cpu or live.stride != spec.stride:
+            return None
+        start = live.address - spec.offset
+        if base is not None and start != base:
+            return None
+        base = start
+        if live.view is not None and len(live.view) == length:
+            filler = live
+    return filler
 
 
 def _takes_values(tensor: torch.Tensor) -> bool:

@@ -138,6 +138,12 @@ class Download:
 
     # ------------------------------------------------------- the calling thread
 
+    def ask(self) -> None:
+        """Asks the assigned source what it has, and returns at once: ``begin`` waits for the answer."""
+        with self._changed:
+            self._learn()
+            self._open(self._sources[:1])
+
     def begin(self, allow_pickle: bool) -> tuple[Manifest, Cut]:
         """Waits until a source offers the step: what will arrive, and how it is cut.
 

@@ -23,7 +23,6 @@ import socket
 import threading
 from collections.abc import Callable
 
-from torchft.checkpointing.chunks import ByteRun
 from torchft.checkpointing.http_connection import Connection, NotYet, Refused
 from torchft.checkpointing.http_local import listen_locally, peer_name
 from torchft.checkpointing.http_porter import BACKLOG, Porter
@@ -69,9 +68,9 @@ class SnapshotServer:
             raise OSError(errno.EAFNOSUPPORT, "this system has no addresses that only its own processes know")
         self._porter = Porter(listeners, self, self._changed)
 
-    def offer(self, step: int, manifest: Manifest, run: ByteRun) -> Offer:
+    def offer(self, step: int, manifest: Manifest) -> Offer:
         """Serves a snapshot, as far as it is told to ``advance``. The one before must have been withdrawn."""
-        offer = Offer(step, manifest, run, self._changed)
+        offer = Offer(step, manifest, self._changed)
         with self._changed:
             self._offer = offer
             self._declined = None

@@ -39,6 +39,7 @@ import torch
 from torchft import config
 from torchft.checkpointing import metrics
 from torchft.checkpointing.chunks import Cut
+from torchft.checkpointing.description import Description
 from torchft.checkpointing.destination import Destination
 from torchft.checkpointing.fetch_progress import FetchProgress
 from torchft.checkpointing.http_addresses import PROTOCOL, addresses_in, named_sources, own_addresses
@@ -48,7 +49,8 @@ from torchft.checkpointing.http_download import Download
 from torchft.checkpointing.http_partial import Partial
 from torchft.checkpointing.http_probe import sum_of_rates
 from torchft.checkpointing.http_server import SnapshotServer
-from torchft.checkpointing.manifest import Manifest, describe
+from torchft.checkpointing.live import LiveTensors, look_at
+from torchft.checkpointing.manifest import Manifest
 from torchft.checkpointing.offer import Offer
 from torchft.checkpointing.snapshot import Arena, SideStreams, host_run
 from torchft.checkpointing.transfers import Transfer, Transfers
@@ -162,17 +164,16 @@ class HTTPTransport(CheckpointTransport[T]):
             if self._closed:
                 raise CheckpointError("this transport was shut down")
             self._await_fill(deadline)
-            manifest, sources = describe(state_dict, self._allow_pickle)
+            description = Description(state_dict, self._allow_pickle)
+            manifest = description.manifest
             if not self._server.withdraw(Deadline(min(_DROP, deadline.remaining()))):
                 raise CheckpointTimeout("the readers of the last snapshot could not be dropped in time")
-            if self._snapshot == "lock":
-                self._outlived = None
-                self._live = any(s.device.type == "cpu" and s.numel() >= self._copy_below for s in sources)
-                offer = self._server.offer(step, manifest, host_run(sources, self._copy_below))
-                offer.advance(manifest.total)
-            else:
-                offer = self._server.offer(step, manifest, self._arena.reserve(sources))
-                self._fill = self._filler().submit(partial(self._copy, offer, sources, SideStreams(sources), deadline))
+            offer = self._server.offer(step, manifest)  # readers begin with the manifest
+            try:
+                self._supply(offer, description.extents(), deadline)
+            except BaseException:
+                self._server.withdraw(Deadline(_DROP))
+                raise
         took = time.perf_counter() - started
         logger.info(
             "preparing state_dict took %.3fs (step %d for replica ranks %s, %d bytes)",
@@ -181,6 +182,17 @@ class HTTPTransport(CheckpointTransport[T]):
             dst_ranks,
             manifest.total,
         )
+
+    def _supply(self, offer: Offer, sources: list[torch.Tensor], deadline: Deadline) -> None:
+        """The bytes of what is offered."""
+        if self._snapshot == "lock":
+            self._outlived = None
+            self._live = any(s.is_cpu and s.numel() >= self._copy_below for s in sources)
+            offer.supply(host_run(sources, self._copy_below))
+            offer.advance(offer.cut.total)
+        else:
+            offer.supply(self._arena.reserve(sources))
+            self._fill = self._filler().submit(partial(self._copy, offer, sources, SideStreams(sources), deadline))
 
     def _filler(self) -> Worker:
         if self._worker is None:
@@ -313,11 +325,12 @@ class HTTPTransport(CheckpointTransport[T]):
             with download:
                 self._waiting = download
                 try:
+                    download.ask()
+                    live = look_at(self._state_dict)
                     manifest, cut = download.begin(self._allow_pickle)
                 finally:
                     self._waiting = None
-                into = None if self._state_dict is None else self._state_dict()
-                destination, kept = self._continue(manifest, cut, into)
+                destination, kept = self._continue(manifest, cut, live())
                 try:
                     seal = download.run(destination.run, kept)
                 except BaseException:
@@ -343,7 +356,7 @@ class HTTPTransport(CheckpointTransport[T]):
         )
         return cast(T, state)
 
-    def _continue(self, manifest: Manifest, cut: Cut, into: object) -> tuple[Destination, dict[int, bytes]]:
+    def _continue(self, manifest: Manifest, cut: Cut, into: LiveTensors) -> tuple[Destination, dict[int, bytes]]:
         """Memory for what comes, and which chunks are in it from an attempt that failed."""
         before, self._partial = self._partial, None
         destination = Destination(

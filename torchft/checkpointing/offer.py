@@ -60,11 +60,10 @@ class Offer:
     Args:
         step: of the state.
         manifest: of the state.
-        run: its data, or memory that it is being copied into.
         changed: the server's condition; guards all fields, notified when any changes.
     """
 
-    def __init__(self, step: int, manifest: Manifest, run: ByteRun, changed: threading.Condition) -> None:
+    def __init__(self, step: int, manifest: Manifest, changed: threading.Condition) -> None:
         self.step = step
         self.cut = Cut(manifest.total)
         self.document = write_manifest(step, manifest)
@@ -80,7 +79,10 @@ class Offer:
         self._digests: list[bytes | None] = [None] * self.cut.count
         self._unhashed = self.cut.count
         self._sent: dict[str, set[int]] = {}
-        self._held: tuple[ByteRun, frozenset[int] | None] = run, None  # which chunks are there; None: all of them
+        self._held: tuple[ByteRun, frozenset[int] | None] = (
+            ByteRun([]),
+            None,
+        )  # and the chunks that are there; None: all
         self._sealer: threading.Thread | None = None
         self._sealing = threading.Lock()  # the sealer's lease
         self._incomplete = False
@@ -90,6 +92,10 @@ class Offer:
                 self._finish_seal()
 
     # ------------------------------------------------------------ the bytes
+
+    def supply(self, run: ByteRun) -> None:
+        """The data, or memory that it is being copied into. Nothing of it is read before ``advance`` says so."""
+        self._held = run, None
 
     def advance(self, ready: int) -> None:
         """The data is there up to this byte."""

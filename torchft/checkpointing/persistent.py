@@ -30,9 +30,9 @@ from datetime import timedelta
 from pathlib import Path
 
 from torchft.checkpointing import save_metrics
+from torchft.checkpointing.description import describe
 from torchft.checkpointing.directory import DamagedCheckpoint, check_files, complete, read_marker
 from torchft.checkpointing.group_save import write_part
-from torchft.checkpointing.manifest import describe
 from torchft.checkpointing.shard import Shard, chunk_offsets, file_names, read_shard
 from torchft.checkpointing.snapshot import Arena, SideStreams
 from torchft.checkpointing.transport import CheckpointError

@@ -60,7 +60,8 @@ class LocalOffer:
         self._token = secrets.token_hex(16)
         self._deadline = deadline
         self._server = SnapshotServer(self._token, stall=deadline.timeout, port=None)
-        self._offer = self._server.offer(step, manifest, run)
+        self._offer = self._server.offer(step, manifest)
+        self._offer.supply(run)
         self._offer.advance(manifest.total)
 
     def way(self) -> tuple[bytes, str]:

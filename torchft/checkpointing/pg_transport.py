@@ -32,8 +32,9 @@ import torch
 
 from torchft.checkpointing import metrics
 from torchft.checkpointing.chunks import Seal, host_view
+from torchft.checkpointing.description import describe
 from torchft.checkpointing.destination import Destination
-from torchft.checkpointing.manifest import Manifest, describe
+from torchft.checkpointing.manifest import Manifest
 from torchft.checkpointing.pg_link import GROUP, Buffers, Link, SendRecv, message_of
 from torchft.checkpointing.pg_local import LocalWay, local_offer
 from torchft.checkpointing.pg_source import Outgoing

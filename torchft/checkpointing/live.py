@@ -1,0 +1,118 @@
+"""The tensors that a receiver has already: what of them may be written as bytes, found out before a state arrives.
+
+A receiver waits for its source to describe the state. What it must know of its own tensors it finds out meanwhile:
+where each one's bytes are, so that for the usual state, tensors that each fill a storage of their own, nothing is left
+to do but to compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from torchft.checkpointing.chunks import host_view
+from torchft.checkpointing.tree import tensors_by_path
+from torchft.dtensor import is_dtensor
+from torchft.runtime.collection import collection_put_off
+
+if TYPE_CHECKING:  # here only: see torchft.dtensor
+    from torch.distributed.tensor import DTensor
+
+__all__ = ["LiveTensor", "LiveTensors", "look_at"]
+
+
+class LiveTensor(NamedTuple):
+    """A tensor of this process, and what is asked about it again and again."""
+
+    given: torch.Tensor
+    """As it stands in the tree."""
+    dtensor: DTensor | None
+    local: torch.Tensor
+    """Without gradient; of a DTensor what this process has of it."""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    usable: bool
+    """Values may be copied into it."""
+    address: int
+    """Of its first byte."""
+    memory: torch.Tensor | None
+    """All of its bytes as ``uint8``, in CPU memory, if each from the first to the last is of exactly one element."""
+    view: memoryview | None
+    """Of ``memory``."""
+
+
+class LiveTensors:
+    """The tensors of a tree, by path.
+
+    Args:
+        tree: values that the format refuses are passed over.
+    """
+
+    @collection_put_off()
+    def __init__(self, tree: object = None) -> None:
+        self._by_path = {path: _look_at(tensor) for path, tensor in tensors_by_path(tree)}
+
+    def get(self, path: str) -> LiveTensor | None:
+        """The one at a path."""
+        return self._by_path.get(path)
+
+    def dtensors(self) -> list[DTensor]:
+        """Those that are shards."""
+        return [t.dtensor for t in self._by_path.values() if t.dtensor is not None]
+
+
+def look_at(state_dict: Callable[[], object] | None) -> Callable[[], LiveTensors]:
+    """Looks at what a function gives, now. If it raises, so does the result, when it is called: who waits for a source
+    hears the source first.
+
+    Args:
+        state_dict: returns the tree; None: there is none.
+    """
+    try:
+        live = LiveTensors(None if state_dict is None else state_dict())
+    except Exception as e:
+        failure = e
+
+        def fail() -> LiveTensors:
+            raise failure
+
+        return fail
+    return lambda: live
+
+
+def _look_at(given: torch.Tensor) -> LiveTensor:
+    local = given.detach()
+    dtensor = local if is_dtensor(local) else None
+    if dtensor is not None:
+        local = dtensor.to_local()
+    usable = type(local) is torch.Tensor and local.layout == torch.strided and not local.is_meta
+    usable = usable and not local.is_conj() and not local.is_neg()
+    shape, stride = tuple(local.shape), tuple(local.stride()) if usable else ()
+    memory = view = None
+    address = local.data_ptr() if usable else 0
+    if usable and local.is_cpu and _is_dense(local):
+        memory = _bytes_of(local)
+        view = host_view(memory)
+    return LiveTensor(given, dtensor, local, local.dtype, shape, stride, usable, address, memory, view)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether each byte from the first to the last of its elements belongs to exactly one element."""
+    if tensor.is_contiguous():
+        return True
+    step = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != step:
+                return False
+            step *= size
+    return True
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    view = torch.empty(0, dtype=torch.uint8)
+    offset = tensor.storage_offset() * tensor.itemsize
+    return view.set_(tensor.untyped_storage(), offset, (tensor.nbytes,), (1,))
