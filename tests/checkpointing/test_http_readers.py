@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import threading
 import time
+import weakref
 from http.client import HTTPConnection
 from typing import Any
 
@@ -210,3 +212,17 @@ def test_a_source_that_fails_after_its_manifest_went_out_serves_nothing_of_it_an
         source.send_checkpoint([1], 2, {"w": torch.ones(1 << 20)}, TIMEOUT)
         got: Any = receiver.recv_checkpoint(0, source.metadata(), 2, TIMEOUT)
         assert torch.equal(got["w"], torch.ones(1 << 20))
+
+
+def test_memory_of_a_received_state_goes_with_it() -> None:
+    with transport(snapshot="lock") as source, transport() as receiver:
+        gc.disable()  # states are large: none of them may wait until Python looks for cycles
+        try:
+            source.send_checkpoint([1], 1, {"w": torch.ones(1 << 20)}, TIMEOUT)
+            got: Any = receiver.recv_checkpoint(0, source.metadata(), 1, TIMEOUT)
+            memory = weakref.ref(got["w"].untyped_storage())
+            assert memory() is not None
+            del got
+            assert memory() is None
+        finally:
+            gc.enable()

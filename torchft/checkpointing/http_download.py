@@ -128,7 +128,10 @@ class Download:
         self._transfer.finish()
         for connection in unused:
             connection.close()
-        self._threads.join()
+        try:
+            self._threads.join()
+        finally:
+            self._workers = None  # they know this fetch, and the memory, which would stay until cycles are looked for
 
     def expect_no_offer(self, reason: str) -> None:
         """A source that has not offered the step by now will not: ends the wait for it, but no transfer under way."""
