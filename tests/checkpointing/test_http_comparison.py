@@ -207,21 +207,19 @@ def test_states_that_differ_on_purpose_are_not_compared(caplog: pytest.LogCaptur
 
 @pytest.mark.parametrize("another_tree", [True, False])
 def test_of_states_that_differ_on_purpose_one_is_taken_whole_when_its_source_dies(
-    another_tree: bool, caplog: pytest.LogCaptureFixture
+    another_tree: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = state(2), corrupt(state(2)) | {"lr": 0.2 if another_tree else 0.1}
     third = corrupt(corrupt(second)) | {"lr": second["lr"]}
     third["w"][0] = 5
     with fetch(first, second, third) as f:
-        lost: list[bool] = []
+        prepare = f.receiver._continue
 
-        def live() -> dict[str, Any]:
-            if not lost:
-                f.sources[0].shutdown()
-            lost.append(True)
-            return f.live
+        def lose(*what: Any) -> Any:  # when the first one's manifest is there, and nothing else of it
+            f.sources[0].shutdown()
+            return prepare(*what)
 
-        f.receiver._state_dict = live
+        monkeypatch.setattr(f.receiver, "_continue", lose)
         received = f.receiver.recv_from_many(f.metadata, STEP, TIMEOUT, alike=False)
         assert any(received["lr"] == s["lr"] and torch.equal(received["w"], s["w"]) for s in (second, third))
         assert f.progress.bad_sources == []

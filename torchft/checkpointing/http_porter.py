@@ -121,15 +121,13 @@ class Porter:
         self._ring()
 
     def stop(self) -> list[threading.Thread]:
-        """Cuts off everybody and closes the listeners; the threads that end then. Idempotent."""
+        """Cuts off everybody; the threads that end then. The porter closes the listeners. Idempotent."""
         with self._changed:
             self._stopping = True
             for connection in self._open:
                 connection.cut()
             threads = [self._thread, *self._threads]
             self._changed.notify_all()
-        for listener in self._listeners:
-            listener.close()
         self._ring()
         return threads
 
@@ -188,16 +186,13 @@ class Porter:
     def _run(self) -> None:
         try:
             while not self._stopping:
-                try:
-                    self._watch()
-                except (OSError, ValueError) as e:
-                    if not self._stopping:
-                        raise
-                    logger.debug("a listener was closed: %s", e)
+                self._watch()
         except Exception:
             logger.exception("the checkpoint server has ended, and serves nobody any more")
             self.stop()
         finally:
+            for listener in self._listeners:
+                listener.close()  # by nobody else: the selector knows them by numbers, which are given anew
             with self._changed:
                 left = [*self._silent, *self._aside, *self._queue, *self._returned]
                 self._queue.clear()
