@@ -106,6 +106,38 @@ def test_a_slow_way_is_taken_when_ten_times_as_long_was_waited(caplog: pytest.Lo
     assert "comes at 1.0 MB/s, in 16.0 s, which is fast enough after 160 s of waiting: healing" in caplog.text
 
 
+def test_a_heal_no_longer_than_a_step_of_the_others_is_made_once_their_steps_were_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torchft.heal_pause._SOON", 3600.0)
+    monkeypatch.setattr("torchft.heal_pause._SELDOM", 3600.0)
+    now, measured = [100.0], threading.Semaphore(0)
+
+    def measure() -> float:
+        measured.release()
+        return 1.0 * MB
+
+    with pause_of(measure, timeout=60.0, bound=None, clock=lambda: now[0]) as pause:
+        pause.step(quorum(heal=True, max_step=7))
+        now[0] += 500.0  # with the first try in it: no measure of a step
+        pause.hopeless(TooSlow("too slow", 12 * MB))
+        pause.step(quorum(waits=True, max_step=8))
+        assert measured.acquire(timeout=60)
+        assert pause.allowance == 2.0
+        now[0] += 20.0
+        pause.step(quorum(waits=True, max_step=8))  # it was tried again
+        assert pause.allowance == 2.0
+        now[0] += 13.0
+        pause.step(quorum(waits=True, max_step=9))
+        assert ended(pause), "it is measured again at once"
+        assert pause.allowance == 13.0
+        now[0] += 40.0
+        pause.step(quorum(heal=True, max_step=12))
+        assert pause.allowance == 13.0
+        pause.step(quorum())
+        assert pause.allowance == 2.0
+
+
 def test_the_time_waited_counts_over_failed_tries_and_for_every_rank_of_the_group() -> None:
     now = [100.0]
     with (

@@ -140,8 +140,8 @@ HEAL_PAUSE_SEC = Setting(
     "TORCHFT_HEAL_PAUSE_SEC",
     "seconds",
     _none_seconds,
-    "Longest that a heal may hold the other groups up: one that would take longer is not begun. Unset: 2 s, or a tenth "
-    "of the time that was waited for it. Wins over `Manager(heal_pause=)`.",
+    "Longest that a heal may hold the other groups up: one that would take longer is not begun. Unset: 2 s, a step of "
+    "theirs, or a tenth of the time that was waited for it. Wins over `Manager(heal_pause=)`.",
     _seconds,
 )
 QUORUM_RETRIES = Setting(

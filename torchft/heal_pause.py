@@ -84,6 +84,8 @@ class HealPause:
         self._clock = clock
         self._since: float | None = None
         self._exempt = False
+        self._begun: tuple[int, float] | None = None  # the step in which this group waits, and when it began
+        self._step = 0.0  # seconds, the shortest seen while this group waits
         self._length = 0.0
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
@@ -111,7 +113,7 @@ class HealPause:
     @property
     def allowance(self) -> float:
         """Seconds that a heal may hold the others up now."""
-        return self._timeout if self._exempt else allowance(self.waited, self._timeout, self._bound)
+        return self._timeout if self._exempt else allowance(self.waited, self._timeout, self._bound, self._step)
 
     def step(self, quorum: QuorumResult) -> None:
         """A step begins, with a heal if one is needed and not waited for."""
@@ -120,6 +122,9 @@ class HealPause:
             return
         if quorum.waits:
             self._sits_out()
+            self._time_step(quorum.max_step)
+        else:
+            self._begun = None
         before = self._exempt
         self._exempt = quorum.max_step <= 0 or quorum.max_world_size < self._min_replica_size
         if self._exempt and not before:
@@ -127,12 +132,23 @@ class HealPause:
 
     def up_to_date(self) -> None:
         """This group needs no state."""
-        self._since = None
+        self._since = self._begun = None
+        self._step = 0.0
 
     def _sits_out(self) -> None:
         """This group waits, for this rank or for another one."""
         if self._since is None:
             self._since = self._clock()
+
+    def _time_step(self, step: int) -> None:
+        """One begins in which nobody is held up by this group."""
+        now, known, allowed = self._clock(), self._step, self.allowance
+        if self._begun is not None and step > self._begun[0]:
+            took = (now - self._begun[1]) / (step - self._begun[0])
+            self._step = min(took, known) if known else took
+            if not known and took > allowed:
+                self._wake.set()
+        self._begun = step, now
 
     def check(self) -> None:
         """
@@ -226,7 +242,7 @@ class HealPause:
                 break
             pause = min(_SELDOM, max(_SOON, 2 * pause))
             if rate > 0:
-                wait = seconds_until_allowed(needed, self.waited, self._timeout, self._bound)
+                wait = seconds_until_allowed(needed, self.waited, self._timeout, self._bound, self._step)
                 if wait is not None:
                     pause = min(pause, max(_SOON, wait))
                 if not told:
@@ -247,8 +263,8 @@ class HealPause:
         if wait is not None:
             then = (
                 f"If it stays as it is, this group takes the state in about {wait:.0f} s: a heal may hold the others "
-                "up for a tenth of the time that was waited for it. heal_pause (TORCHFT_HEAL_PAUSE_SEC) sets another "
-                "bound"
+                "up for as long as a step, or a tenth of the time that was waited for it. heal_pause "
+                "(TORCHFT_HEAL_PAUSE_SEC) sets another bound"
             )
         elif self._bound is not None and needed <= self._timeout:
             limit = (

@@ -14,34 +14,36 @@ BOUND = st.none() | POSITIVE
 
 
 @pytest.mark.parametrize(
-    ("waited", "timeout", "bound", "allowed"),
+    ("waited", "timeout", "bound", "step", "allowed"),
     [
-        (0.0, 60.0, None, FREE),
-        (20.0, 60.0, None, FREE),
-        (160.0, 60.0, None, 16.0),
-        (10_000.0, 60.0, None, 60.0),
-        (0.0, 1.0, None, 1.0),
-        (0.0, 60.0, 30.0, 30.0),
-        (10_000.0, 60.0, 0.5, 0.5),
-        (0.0, 60.0, 3600.0, 60.0),
+        (0.0, 60.0, None, 0.0, FREE),
+        (20.0, 60.0, None, 0.1, FREE),
+        (20.0, 60.0, None, 15.0, 15.0),
+        (160.0, 60.0, None, 15.0, 16.0),
+        (10_000.0, 60.0, None, 0.0, 60.0),
+        (0.0, 60.0, None, 90.0, 60.0),
+        (0.0, 1.0, None, 0.0, 1.0),
+        (0.0, 60.0, 30.0, 40.0, 30.0),
+        (10_000.0, 60.0, 0.5, 15.0, 0.5),
+        (0.0, 60.0, 3600.0, 0.0, 60.0),
     ],
 )
 def test_what_is_allowed_grows_with_the_waiting_unless_a_bound_is_set(
-    waited: float, timeout: float, bound: float | None, allowed: float
+    waited: float, timeout: float, bound: float | None, step: float, allowed: float
 ) -> None:
-    assert allowance(waited, timeout, bound) == allowed
+    assert allowance(waited, timeout, bound, step) == allowed
 
 
-@given(needed=SECONDS, waited=SECONDS, timeout=POSITIVE, bound=BOUND)
+@given(needed=SECONDS, waited=SECONDS, timeout=POSITIVE, bound=BOUND, step=SECONDS)
 def test_the_time_that_is_told_is_when_it_is_allowed(
-    needed: float, waited: float, timeout: float, bound: float | None
+    needed: float, waited: float, timeout: float, bound: float | None, step: float
 ) -> None:
-    wait = seconds_until_allowed(needed, waited, timeout, bound)
+    wait = seconds_until_allowed(needed, waited, timeout, bound, step)
     if wait is None:
-        assert needed > allowance(1e12, timeout, bound), "not even after any time"
+        assert needed > allowance(1e12, timeout, bound, step), "not even after any time"
     else:
-        assert needed <= allowance(waited + wait, timeout, bound) * (1 + 1e-9)
-        assert wait == 0 or needed > allowance(waited + 0.99 * wait, timeout, bound)
+        assert needed <= allowance(waited + wait, timeout, bound, step) * (1 + 1e-9)
+        assert wait == 0 or needed > allowance(waited + 0.99 * wait, timeout, bound, step)
 
 
 @given(needed=POSITIVE, timeout=POSITIVE)

@@ -14,7 +14,7 @@ import torch
 
 from torchft.checkpointing.chunks import host_view
 from torchft.checkpointing.tree import tensors_by_path
-from torchft.dtensor import is_dtensor
+from torchft.dtensor import dtensor_class
 from torchft.runtime.collection import collection_put_off
 
 if TYPE_CHECKING:  # here only: see torchft.dtensor
@@ -53,7 +53,8 @@ class LiveTensors:
 
     @collection_put_off()
     def __init__(self, tree: object = None) -> None:
-        self._by_path = {path: _look_at(tensor) for path, tensor in tensors_by_path(tree)}
+        kind = dtensor_class()
+        self._by_path = {path: _look_at(tensor, kind) for path, tensor in tensors_by_path(tree)}
 
     def get(self, path: str) -> LiveTensor | None:
         """The one at a path."""
@@ -83,11 +84,11 @@ def look_at(state_dict: Callable[[], object] | None) -> Callable[[], LiveTensors
     return lambda: live
 
 
-def _look_at(given: torch.Tensor) -> LiveTensor:
+def _look_at(given: torch.Tensor, kind: type[DTensor] | None) -> LiveTensor:
     local = given.detach()
-    dtensor = local if is_dtensor(local) else None
-    if dtensor is not None:
-        local = dtensor.to_local()
+    dtensor: DTensor | None = None
+    if kind is not None and isinstance(local, kind):
+        dtensor, local = local, local.to_local()
     usable = type(local) is torch.Tensor and local.layout == torch.strided and not local.is_meta
     usable = usable and not local.is_conj() and not local.is_neg()
     shape, stride = tuple(local.shape), tuple(local.stride()) if usable else ()

@@ -7,9 +7,10 @@ The idea
     tenth of the time, whatever the way and the state are like, and nobody waits for ever (decision 22).
 
 Rules
-    - A heal of :data:`FREE` seconds is not worth waiting for. One that takes longer is made after ten times as long of
-      waiting, which held nobody up. It never takes longer than a transfer may, the *timeout*.
-    - A *bound* that somebody has set takes the place of both numbers: what takes longer is never begun.
+    - A heal of :data:`FREE` seconds is not worth waiting for, nor one no longer than a *step* of the others: it runs
+      beside a part of that step. One that takes longer is made after ten times as long of waiting, which held nobody
+      up. It never takes longer than a transfer may, the *timeout*.
+    - A *bound* that somebody has set takes the place of all these: what takes longer is never begun.
     - A transfer under way is given up where it would take more than twice as long as it may, and the longer part is
       still to come. So one that is nearly there is never thrown away, and what a wrong guess costs is bounded.
 """
@@ -24,20 +25,23 @@ _WAITED = 10.0
 """Seconds of waiting for one of a heal."""
 
 
-def allowance(waited: float, timeout: float, bound: float | None = None) -> float:
+def allowance(waited: float, timeout: float, bound: float | None = None, step: float = 0.0) -> float:
     """Seconds that a heal may hold the others up.
 
     Args:
         waited: seconds that the group has waited for a state.
         timeout: seconds that a transfer may take.
         bound: as it was set; None: it was not.
+        step: seconds that a step of the others takes; 0: not known.
     """
-    return min(timeout, max(FREE, waited / _WAITED) if bound is None else bound)
+    return min(timeout, max(FREE, step, waited / _WAITED) if bound is None else bound)
 
 
-def seconds_until_allowed(needed: float, waited: float, timeout: float, bound: float | None = None) -> float | None:
+def seconds_until_allowed(
+    needed: float, waited: float, timeout: float, bound: float | None = None, step: float = 0.0
+) -> float | None:
     """Until a heal of ``needed`` seconds will be allowed, if the way stays as it is; None: never."""
-    if needed <= allowance(waited, timeout, bound):
+    if needed <= allowance(waited, timeout, bound, step):
         return 0.0
     if bound is not None or needed > timeout:
         return None
