@@ -402,11 +402,16 @@ def listening() -> set[int]:
     found: set[int] = set()
     for name in os.listdir(DESCRIPTORS):
         try:
-            with socket.socket(fileno=os.dup(int(name))) as sock:
-                if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.getsockopt(
-                    socket.SOL_SOCKET, socket.SO_ACCEPTCONN
-                ):
-                    found.add(sock.getsockname()[1])
+            own = os.dup(int(name))
         except OSError:
-            continue  # no socket, or closed meanwhile
+            continue  # closed meanwhile
+        try:
+            sock = socket.socket(fileno=own)
+        except OSError:
+            os.close(own)  # no socket
+            continue
+        with sock:
+            inet = sock.family in (socket.AF_INET, socket.AF_INET6)
+            if inet and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                found.add(sock.getsockname()[1])
     return found

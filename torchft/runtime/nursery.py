@@ -40,6 +40,7 @@ from typing import Any
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.fork import close_in_children_fd
 from torchft.runtime.messages import Channel, Message
+from torchft.runtime.ready import readable
 
 __all__ = ["Nursery", "NurseryError", "NurseryProcess", "serve"]
 
@@ -204,7 +205,7 @@ class Nursery:
     def _await_ready(self, deadline: Deadline, wanted: Callable[[], bool]) -> None:
         while not self._ready:
             assert self._channel is not None
-            if select.select([self._channel.socket], [], [], min(_SLICE, deadline.remaining()))[0]:
+            if readable(self._channel.socket, min(_SLICE, deadline.remaining())):
                 self._reply()
                 self._ready = True
             elif not wanted():
@@ -218,7 +219,7 @@ class Nursery:
             self._channel.send(request, files)
         except OSError as e:
             raise self._failed(str(e)) from e
-        if not select.select([self._channel.socket], [], [], _REPLY_TIMEOUT)[0]:
+        if not readable(self._channel.socket, _REPLY_TIMEOUT):
             raise self._failed(f"it did not answer within {_REPLY_TIMEOUT:g} s")
         return self._reply()
 
@@ -297,7 +298,7 @@ class _Forked:
         deadline = Deadline(timeout if timeout is not None else 1e9)
         handle = os.pidfd_open(self.pid) if self._code is None else -1
         try:
-            if handle >= 0 and not select.select([handle], [], [], deadline.remaining())[0]:
+            if handle >= 0 and not readable(handle, deadline.remaining()):
                 raise subprocess.TimeoutExpired("nursery", deadline.timeout)
         finally:
             if handle >= 0:

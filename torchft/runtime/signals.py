@@ -7,13 +7,13 @@ only when the wait is over. A file descriptor that the C handler writes to has n
 
 from __future__ import annotations
 
-import select
 import signal
 import socket
 from collections.abc import Collection
 from types import FrameType, TracebackType
 
 from torchft.runtime.deadline import Deadline
+from torchft.runtime.ready import readable
 
 __all__ = ["EndSignals"]
 
@@ -48,7 +48,7 @@ class EndSignals:
         """Whether one has come, before or within ``timeout`` seconds."""
         deadline = None if timeout is None else Deadline(timeout)
         while not self._came:
-            if not select.select([self._read], [], [], None if deadline is None else deadline.remaining())[0]:
+            if not readable(self._read, None if deadline is None else deadline.remaining()):
                 break
             # The descriptor gets every signal that has a handler in Python.
             self._came = not set(self._read.recv(4096)).isdisjoint(self._numbers)
