@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 
 from torchft.checkpointing.manifest import MAX_MANIFEST_BYTES, Manifest, SpecReader, contiguous_stride, span
+from torchft.checkpointing.memory import byte_view
 from torchft.checkpointing.mesh import MeshSpec, placements_json
 from torchft.checkpointing.transport import UnsafeStateError
 from torchft.checkpointing.tree import JSON, Encoder, dtype_name
@@ -210,5 +211,4 @@ def _bytes_of(place: _Place) -> torch.Tensor:
     if place.packed:
         tensor = tensor.detach().contiguous()
         storage, start = tensor.untyped_storage(), 0
-    view = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return view.set_(storage, start, (place.length,), (1,))
+    return byte_view(tensor, storage, start, place.length)

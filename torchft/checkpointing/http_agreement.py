@@ -21,7 +21,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torchft.checkpointing.chunks import Cut, Seal
 from torchft.checkpointing.fetch_progress import FetchProgress
-from torchft.checkpointing.http_source import HTTPSource
+from torchft.checkpointing.http_source import HTTPSource, verdict
 from torchft.checkpointing.transport import IntegrityError, SourceLost
 from torchft.core.transfer_plan import TransferPlan
 from torchft.runtime.logs import SpeakerLogger
@@ -120,15 +120,12 @@ class Agreement:
             return
         self._progress.bad_sources.append(source.name)
         logger.error(
-            "%s announces root %s for step %d, the others %s: its state differs, which is a silent corruption, unless "
-            "the groups' states are not alike on purpose (docs/transfer.md). %s",
+            "%s announces root %s for step %d, the others %s: %s",
             source,
             source.seal.root if source.seal else "-",
             self._step,
             seal.root,
-            f"Which side is right nobody can say: {believed} is believed. Look at the memory of both machines"
-            if undecided
-            else "It is not used; look at that machine's memory",
+            verdict(believed, undecided),
         )
 
     def _give_up_the_silent(self, sources: Sequence[HTTPSource]) -> None:

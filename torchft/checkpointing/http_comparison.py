@@ -28,7 +28,7 @@ from typing import Literal
 from torchft.checkpointing.chunks import Cut, Sample, Seal
 from torchft.checkpointing.fetch_progress import FetchProgress
 from torchft.checkpointing.http_client import SourceConnection
-from torchft.checkpointing.http_source import HTTPSource
+from torchft.checkpointing.http_source import HTTPSource, verdict
 from torchft.checkpointing.transport import CheckpointError, IntegrityError
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.logs import SpeakerLogger
@@ -228,14 +228,11 @@ class Comparison:
             logger.info("%s has another tree at step %d, as it may: all is taken from %s", source, self._step, right)
             return
         logger.error(
-            "%s offers step %d with another tree or layout than %s: its state differs, which is a silent corruption, "
-            "unless the groups' states are not alike on purpose (docs/transfer.md). %s",
+            "%s offers step %d with another tree or layout than %s: %s",
             source,
             self._step,
             right,
-            f"Which side is right nobody can say: {right} is believed. Look at the memory of both machines"
-            if undecided
-            else "It is not used; look at that machine's memory",
+            verdict(right, undecided),
         )
 
     def tell(self) -> None:

@@ -13,7 +13,7 @@ from torchft.checkpointing.chunks import Seal
 from torchft.checkpointing.http_client import SourceConnection
 from torchft.checkpointing.transport import CheckpointError, CheckpointTimeout, SourceLost, StepNotServed
 
-__all__ = ["HTTPSource", "failure_of"]
+__all__ = ["HTTPSource", "failure_of", "verdict"]
 
 
 @dataclass(eq=False)
@@ -77,3 +77,21 @@ def failure_of(sources: Sequence[HTTPSource], step: int) -> CheckpointError:
             kind = same  # type: ignore[assignment]
     told = "; ".join(f"{s.name}: {s.why}" for s in sources)
     return kind(f"no source of step {step} is left. {told}")
+
+
+def verdict(believed: HTTPSource, undecided: bool) -> str:
+    """What is said of a source whose state differs from that of ``believed``.
+
+    Args:
+        believed: one of the side that is believed.
+        undecided: as many stand on the other side.
+    """
+    end = (
+        f"Which side is right nobody can say: {believed} is believed. Look at the memory of both machines"
+        if undecided
+        else "It is not used; look at that machine's memory"
+    )
+    return (
+        "its state differs, which is a silent corruption, unless the groups' states are not alike on purpose "
+        f"(docs/transfer.md). {end}"
+    )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from torchft.checkpointing.chunks import host_view
+from torchft.checkpointing.memory import byte_view
 from torchft.checkpointing.tree import tensors_by_path
 from torchft.dtensor import dtensor_class
 from torchft.runtime.collection import collection_put_off
@@ -95,7 +96,7 @@ def _look_at(given: torch.Tensor, kind: type[DTensor] | None) -> LiveTensor:
     memory = view = None
     address = local.data_ptr() if usable else 0
     if usable and local.is_cpu and _is_dense(local):
-        memory = _bytes_of(local)
+        memory = byte_view(local, local.untyped_storage(), int(local.storage_offset()) * local.itemsize, local.nbytes)
         view = host_view(memory)
     return LiveTensor(given, dtensor, local, local.dtype, shape, stride, usable, address, memory, view)
 
@@ -111,9 +112,3 @@ def _is_dense(tensor: torch.Tensor) -> bool:
                 return False
             step *= size
     return True
-
-
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    view = torch.empty(0, dtype=torch.uint8)
-    offset = tensor.storage_offset() * tensor.itemsize
-    return view.set_(tensor.untyped_storage(), offset, (tensor.nbytes,), (1,))

@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-__all__ = ["huge_empty"]
+__all__ = ["byte_view", "huge_empty"]
 
 _HUGE = 2 << 20
 _LEAST = 32 << 20
@@ -33,3 +33,16 @@ def huge_empty(length: int) -> torch.Tensor:
         # Advice: a kernel without large pages answers EINVAL, and the memory is as good as before.
         _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_HUGEPAGE)
     return tensor
+
+
+def byte_view(tensor: torch.Tensor, storage: torch.UntypedStorage, start: int, length: int) -> torch.Tensor:
+    """Bytes of a storage as one-dimensional ``uint8``.
+
+    Args:
+        tensor: on whose device they are.
+        storage: whose bytes.
+        start: the first one.
+        length: how many.
+    """
+    view = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return view.set_(storage, start, (length,), (1,))

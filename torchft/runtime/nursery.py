@@ -27,7 +27,6 @@ import importlib
 import json
 import logging
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -90,9 +89,7 @@ class NurseryProcess:
             handle = self._handle
         if handle < 0:
             return self._status
-        poll = select.poll()
-        poll.register(handle, select.POLLIN)
-        if not poll.poll(max(0, int(timeout * 1000))):
+        if not readable(handle, timeout):
             return None
         with self._lock:
             if self._handle >= 0:
