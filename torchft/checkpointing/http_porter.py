@@ -71,7 +71,7 @@ class Host(Protocol):
     def reads(self, connection: Connection) -> bool:
         """Whether it reads what is offered. The lock is held."""
 
-    def settled(self, step: int, connection: Connection) -> bool:
+    def settled(self, step: int) -> bool:
         """Whether a request for that step can be answered, well or not. The lock is held."""
 
     def ended(self, connection: Connection) -> None:
@@ -326,7 +326,7 @@ class Porter:
     def _is_settled(self, connection: Connection) -> bool:
         waits_for = connection.waits_for
         with self._changed:
-            return waits_for is None or waits_for[1].expired or self._host.settled(waits_for[0], connection)
+            return waits_for is None or waits_for[1].expired or self._host.settled(waits_for[0])
 
     def _look_at_the_clock(self) -> None:
         now = time.monotonic()

@@ -3,14 +3,12 @@
 What a connection may ask for is said in :mod:`torchft.checkpointing.http_connection`.
 
 States of the offer
-    none → *open* (``offer``) → *closed* (``close``: new readers are refused, those who have the manifest may finish) →
-    *withdrawn* (``withdraw``: readers are cut off; when it returns nobody reads the memory). ``offer`` withdraws what
-    was there.
+    none → *open* (``offer``) → *withdrawn* (``withdraw``: readers are cut off; when it returns nobody reads the
+    memory). What was there must be withdrawn before the next ``offer``.
 
 Invariants
     - Who comes is let in, and given a thread, by :mod:`torchft.checkpointing.http_porter`; all ends with ``stop``.
-    - A connection that has asked for a snapshot is its reader until the connection ends or asks for another step. To a
-      closed offer may also come whose receiver reads it already, on another connection.
+    - A connection that has asked for a snapshot is its reader until the connection ends or asks for another step.
     - A slow or dead reader holds up nobody: a connection that takes nothing for ``stall`` seconds is closed.
 """
 
@@ -136,7 +134,6 @@ class SnapshotServer:
             offer = self._offer
             if offer is None:
                 return True
-            offer.open = False
             offer.withdrawn = True
             self._changed.notify_all()
             for reader in offer.readers:
@@ -173,8 +170,8 @@ class SnapshotServer:
     def reads(self, connection: Connection) -> bool:
         return self._offer is not None and connection in self._offer.readers and not connection.comparing
 
-    def settled(self, step: int, connection: Connection) -> bool:
-        return step < self._newest or bool(self._why_declined(step)) or self._readable(step, connection) is not None
+    def settled(self, step: int) -> bool:
+        return step < self._newest or bool(self._why_declined(step)) or self._readable(step) is not None
 
     def ended(self, connection: Connection) -> None:
         with self._changed:
@@ -205,20 +202,17 @@ class SnapshotServer:
                 self._offer.readers.discard(connection)
             if connection.dropped:  # whoever dropped it waits for it to end
                 raise Withdrawn("this reader was dropped")
-            if not self.settled(step, connection) and not deadline.expired:
+            if not self.settled(step) and not deadline.expired:
                 raise NotYet
-            offer = self._readable(step, connection)
+            offer = self._readable(step)
             if offer is None:
                 raise self._refusal(step)
             offer.readers.add(connection)
             return offer
 
-    def _readable(self, step: int, connection: Connection) -> Offer | None:
+    def _readable(self, step: int) -> Offer | None:
         offer = self._offer
-        if offer is None or offer.step != step or offer.withdrawn:
-            return None
-        known = connection in offer.readers or any(r.receiver == connection.receiver for r in offer.readers)
-        return offer if offer.open or known else None
+        return None if offer is None or offer.step != step or offer.withdrawn else offer
 
     def _why_declined(self, step: int) -> str:
         return self._declined[1] if self._declined is not None and self._declined[0] == step else ""
@@ -227,7 +221,7 @@ class SnapshotServer:
         if why := self._why_declined(step):
             return Refused(409, f"step {step} was asked for, but could not be offered: {why}")
         offer = self._offer
-        if offer is not None and offer.open and not offer.withdrawn:
+        if offer is not None and not offer.withdrawn:
             serves = f"step {offer.step} is served"
         elif self._newest >= 0:
             serves = f"no step is served now; the newest was step {self._newest}"

@@ -1,7 +1,7 @@
 """One snapshot as others read it: its bytes, in order, while they are copied; a chunk's hash once somebody wants it.
 
-States: *open* (anybody may become a reader) → *closed* (those who are readers may finish) → *withdrawn* (nobody may
-read; every wait here ends with :class:`Withdrawn`). Only forward.
+States: *open* (anybody may become a reader) → *withdrawn* (nobody may read; every wait here ends with
+:class:`Withdrawn`). Only forward.
 
 Rules
     - A chunk is hashed as it is sent, just before, while it is in the cache; all others only when somebody asks for
@@ -67,7 +67,6 @@ class Offer:
         self.step = step
         self.cut = Cut(manifest.total)
         self.document = write_manifest(step, manifest)
-        self.open = True
         self.withdrawn = False
         self.readers: set[Reader] = set()
         self.seal: Seal | None = None
