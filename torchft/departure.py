@@ -18,6 +18,7 @@ import logging
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Protocol
 
@@ -79,19 +80,24 @@ def _all_leave(reason: str) -> None:
             logger.exception("could not say that this group leaves")
 
 
-def listen_for_sigterm() -> None:
+def listen_for_sigterm() -> Callable[[], None]:
     """From now on the first SIGTERM only asks to drain.
+
+    Returns:
+        What undoes it, on the same thread. It changes nothing where SIGTERM was listened to before. That SIGTERM has
+        come stays known.
 
     Raises:
         ValueError: this is not the main thread: only there a signal handler can be set.
     """
     global _former_sigterm
     if signal.getsignal(signal.SIGTERM) is _on_sigterm:
-        return
+        return lambda: None
     try:
         _former_sigterm = signal.signal(signal.SIGTERM, _on_sigterm)
     except ValueError as e:
         raise ValueError("drain=True needs the Manager to be made on the main thread: it handles SIGTERM") from e
+    return _listen_no_more
 
 
 def drain_requested() -> bool:
@@ -104,6 +110,15 @@ def _on_sigterm(number: int, frame: FrameType | None) -> None:
         _drain.set()
         logger.warning("SIGTERM: this group finishes its step and leaves; a second SIGTERM ends it at once")
         return
+    _restore_sigterm()
+    signal.raise_signal(signal.SIGTERM)
+
+
+def _listen_no_more() -> None:
+    if signal.getsignal(signal.SIGTERM) is _on_sigterm:  # or else somebody's handler is in its place by now
+        _restore_sigterm()
+
+
+def _restore_sigterm() -> None:
     former = _former_sigterm if callable(_former_sigterm) or _former_sigterm == signal.SIG_IGN else signal.SIG_DFL
     signal.signal(signal.SIGTERM, former)  # type: ignore[arg-type]  # it came from signal.signal
-    signal.raise_signal(signal.SIGTERM)

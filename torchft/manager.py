@@ -176,10 +176,10 @@ class Manager:
         self._error = StepError(self._on_first_error)
         self._works = StepFutures(self._error)
         drain = config.DRAIN.read() if config.DRAIN.is_set() else drain
-        if drain:
-            listen_for_sigterm()
 
         with ExitStack() as undo:  # what has begun ends if something of the rest fails
+            if drain:
+                undo.callback(listen_for_sigterm())
             self._start = StepStart(beside=use_async_quorum)
             undo.callback(self._start.shutdown, timeout=5.0)
             self._group = join_group(
