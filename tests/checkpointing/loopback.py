@@ -8,8 +8,9 @@ from datetime import timedelta
 from typing import Any
 
 from torchft.checkpointing import HTTPTransport
+from torchft.checkpointing.offer import Offer
 
-__all__ = ["SHORT", "TIMEOUT", "address_of", "over_tcp", "port_of", "transport"]
+__all__ = ["SHORT", "TIMEOUT", "address_of", "offered", "over_tcp", "port_of", "transport"]
 
 TIMEOUT = timedelta(seconds=60)
 SHORT = timedelta(seconds=1)
@@ -30,6 +31,12 @@ def port_of(source: HTTPTransport[Any]) -> int:
 
 def address_of(source: HTTPTransport[Any]) -> str:
     return source.metadata().rpartition("http://")[2]
+
+
+def offered(source: HTTPTransport[Any]) -> Offer:
+    current = source._server.current
+    assert current is not None
+    return current
 
 
 def over_tcp(metadata: str) -> str:

@@ -1,0 +1,280 @@
+"""Sources that give nothing are asked whether they have the same state: who differs is named, who is silent no matter.
+
+The sources are in this process. What is not there in time is not compared, so the times are made long: on a busy
+machine as on an idle one, everybody who can answer has answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from tests.checkpointing.hostile_server import HostileServer
+from tests.checkpointing.loopback import TIMEOUT, address_of, offered, transport
+from torchft.checkpointing import http_comparison
+from torchft.checkpointing.chunks import CHUNK_SIZE, Sample
+from torchft.checkpointing.fetch_progress import FetchProgress
+from torchft.checkpointing.http_comparison import Comparing, Comparison
+from torchft.runtime.deadline import Deadline
+from torchft.testing.faults import Link
+
+STEP = 4
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The assigned source is enough, and whoever answers is in time."""
+    limits = "http_download._SOON", "http_download._PATIENCE", "http_agreement._SILENT", "fetch_progress._FIRST"
+    for limit in limits:
+        monkeypatch.setattr(f"torchft.checkpointing.{limit}", 60.0)
+    for limit in ("_MOMENT", "_MOMENT_FOR_ALL"):
+        monkeypatch.setattr(http_comparison, limit, 60.0)
+
+
+def state(chunks: int = 1, **more: Any) -> dict[str, Any]:
+    return {"w": torch.arange(chunks * CHUNK_SIZE // 8), "lr": 0.1, **more}
+
+
+def corrupt(good: dict[str, Any]) -> dict[str, Any]:
+    """The same, but for a bit in the last chunk."""
+    bad = good["w"].clone()
+    bad[-1] ^= 1
+    return good | {"w": bad}
+
+
+class Fetch:
+    """Sources that offer one state each, and a receiver."""
+
+    def __init__(self, stack: ExitStack, states: list[dict[str, Any]], compare: Comparing) -> None:
+        self.sources = [stack.enter_context(transport(snapshot="lock")) for _ in states]
+        for source, one in zip(self.sources, states, strict=True):
+            source.send_checkpoint([9], STEP, one, TIMEOUT)
+        self.live = {"w": torch.zeros_like(states[0]["w"])}
+        self.receiver = stack.enter_context(transport(state_dict=lambda: self.live, compare_sources=compare))
+        self.metadata = [(rank, source.metadata()) for rank, source in enumerate(self.sources)]
+
+    def receive(self) -> dict[str, Any]:
+        received = self.receiver.recv_from_many(self.metadata, STEP, TIMEOUT)
+        assert received["w"] is self.live["w"]
+        return received
+
+    @property
+    def progress(self) -> FetchProgress:
+        assert self.receiver.last_receive is not None
+        return self.receiver.last_receive
+
+
+@contextmanager
+def fetch(*states: dict[str, Any], compare: Comparing = "sample") -> Iterator[Fetch]:
+    with ExitStack() as stack:
+        yield Fetch(stack, list(states), compare)
+
+
+def assert_same(received: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert received.keys() == expected.keys()
+    assert torch.equal(received["w"], expected["w"])
+    assert received["lr"] == expected["lr"]
+
+
+# --------------------------------------------------------------- who differs
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("compare", ["sample", "all"])
+def test_assigned_source_that_is_silently_corrupt_is_outvoted(
+    compare: Comparing, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = state(2)
+    with fetch(corrupt(good), good, good, compare=compare) as f:
+        assert_same(f.receive(), good)
+        assert f.progress.bad_sources == ["replica rank 0"]
+        assert "replica rank 0" in caplog.text
+        assert "silent corruption" in caplog.text
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("compare", ["sample", "all"])
+def test_source_that_gives_nothing_and_is_silently_corrupt_is_named(
+    compare: Comparing, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = state(2)
+    with fetch(good, good, corrupt(good), compare=compare) as f:
+        assert_same(f.receive(), good)
+        assert f.progress.bad_sources == ["replica rank 2"]
+        assert "silent corruption" in caplog.text
+
+
+@pytest.mark.usefixtures("patient")
+def test_of_two_sources_that_differ_both_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    good = state()
+    with fetch(good, corrupt(good)) as f:
+        assert_same(f.receive(), good)
+        assert f.progress.bad_sources == ["replica rank 1"]
+        (line,) = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+        assert "nobody can say: replica rank 0 " in line
+        assert line.startswith("replica rank 1 ")
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_single_corrupt_chunk_is_found_where_all_are_compared() -> None:
+    good = state(10)
+    with fetch(good, corrupt(good), good, compare="all") as f:
+        assert_same(f.receive(), good)
+        assert f.progress.bad_sources == ["replica rank 1"]
+        assert f.progress.compared == 2
+
+
+@pytest.mark.usefixtures("patient")
+def test_assigned_source_with_another_tree_is_outvoted_and_the_state_taken_from_the_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    good = state(2)
+    with fetch(good | {"lr": 0.2}, good, good) as f:
+        assert_same(f.receive(), good)
+        assert f.progress.bad_sources == ["replica rank 0"]
+        assert "replica rank 0" in caplog.text
+        assert "another tree or layout" in caplog.text
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("count", [2, 3])
+def test_other_source_with_another_tree_is_named(count: int, caplog: pytest.LogCaptureFixture) -> None:
+    good = state()
+    with fetch(*[good] * (count - 1), state(2, lr=0.2)) as f:
+        assert_same(f.receive(), good)
+        assert f.progress.bad_sources == [f"replica rank {count - 1}"]
+        (line,) = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+        assert f"replica rank {count - 1} " in line
+        assert "replica rank 0 " in line
+        assert ("nobody can say" in line) == (count == 2)
+
+
+@pytest.mark.usefixtures("patient")
+def test_sources_that_agree_are_all_compared_and_nobody_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    good = state(10)
+    with caplog.at_level("INFO"), fetch(good, good, good) as f:
+        assert_same(f.receive(), good)
+        assert f.progress.compared == 2
+        assert f.progress.sources == 1
+        assert not f.progress.bad_sources
+        assert "2 of 2 further sources were compared" in caplog.text
+        for source in f.sources[1:]:
+            hashed = sum(offered(source).digest_of(i) is not None for i in range(10))
+            assert hashed == http_comparison._CHUNKS, "more was hashed than was asked for"
+            assert offered(source).bytes_sent == 0
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_state_without_tensors_is_compared_by_its_manifest() -> None:
+    with ExitStack() as stack:
+        states = [{"x": 1}, {"x": 2}, {"x": 2}]
+        sources = [stack.enter_context(transport()) for _ in states]
+        for source, one in zip(sources, states, strict=True):
+            source.send_checkpoint([9], STEP, one, TIMEOUT)
+        receiver = stack.enter_context(transport())
+        metadata = [(rank, source.metadata()) for rank, source in enumerate(sources)]
+        assert receiver.recv_from_many(metadata, STEP, TIMEOUT) == {"x": 2}
+
+
+@pytest.mark.usefixtures("patient")
+def test_states_that_differ_on_purpose_are_not_compared(caplog: pytest.LogCaptureFixture) -> None:
+    own = state(2, lr=0.2)
+    with fetch(own, corrupt(own), state(2)) as f:
+        received = f.receiver.recv_from_many(f.metadata, STEP, TIMEOUT, alike=False)
+        assert_same(received, own)
+        assert (f.progress.compared, f.progress.bad_sources) == (0, [])
+        assert not [r for r in caplog.records if r.levelname == "ERROR"]
+
+
+@pytest.mark.parametrize("another_tree", [True, False])
+def test_of_states_that_differ_on_purpose_one_is_taken_whole_when_its_source_dies(
+    another_tree: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = state(2), corrupt(state(2)) | {"lr": 0.2 if another_tree else 0.1}
+    third = corrupt(corrupt(second)) | {"lr": second["lr"]}
+    third["w"][0] = 5
+    with fetch(first, second, third) as f:
+        prepare = f.receiver._continue
+
+        def lose(*what: Any) -> Any:  # when the first one's manifest is there, and nothing else of it
+            f.sources[0].shutdown()
+            return prepare(*what)
+
+        monkeypatch.setattr(f.receiver, "_continue", lose)
+        received = f.receiver.recv_from_many(f.metadata, STEP, TIMEOUT, alike=False)
+        assert any(received["lr"] == s["lr"] and torch.equal(received["w"], s["w"]) for s in (second, third))
+        assert f.progress.bad_sources == []
+        assert not [r for r in caplog.records if r.levelname == "ERROR"]
+
+
+# ------------------------------------------------------------ who does not say
+
+
+def test_one_source_alone_and_sources_that_are_not_to_be_compared_are_not_asked(
+    monkeypatch: pytest.MonkeyPatch, patient: None
+) -> None:
+    def ask(*_: object) -> Sample:
+        raise AssertionError("it was asked")
+
+    monkeypatch.setattr(Comparison, "ask", ask)
+    good = state()
+    with fetch(good) as f:
+        assert_same(f.receive(), good)
+    with fetch(good, good, compare="none") as f:
+        assert_same(f.receive(), good)
+        assert f.progress.compared == 0
+        assert offered(f.sources[1]).digest_of(0) is None
+
+
+def _cut_off(stack: ExitStack, f: Fetch) -> str:
+    link = stack.enter_context(Link(address_of(f.sources[1])))
+    link.block()
+    return f"torchft-http/1 http://{link.address}"
+
+
+def _dead(stack: ExitStack, f: Fetch) -> str:
+    f.sources[1].shutdown()
+    return f.metadata[1][1]
+
+
+def _refusing(stack: ExitStack, f: Fetch) -> str:
+    f.sources[1]._server.withdraw(Deadline(30))
+    f.sources[1].decline(STEP, "it cannot be read")
+    return f.metadata[1][1]
+
+
+def _not_there_yet(stack: ExitStack, f: Fetch) -> str:
+    return stack.enter_context(transport()).metadata()
+
+
+def _older(stack: ExitStack, f: Fetch) -> str:
+    older = HostileServer(lambda request: [b"HTTP/1.1 404 Not Found\r\nContent-Length: 8\r\n\r\nno such\n"])
+    stack.callback(older.close)
+    return f"torchft-http/1 http://127.0.0.1:{older.port}"
+
+
+def _babbling(stack: ExitStack, f: Fetch) -> str:
+    babbling = HostileServer(lambda request: [b'HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"a": 1}\n'])
+    stack.callback(babbling.close)
+    return f"torchft-http/1 http://127.0.0.1:{babbling.port}"
+
+
+@pytest.mark.parametrize("compare", ["sample", "all"])
+@pytest.mark.parametrize("make", [_cut_off, _dead, _refusing, _not_there_yet, _older, _babbling])
+def test_a_source_that_cannot_be_compared_is_no_matter(
+    make: Callable[[ExitStack, Fetch], str], compare: Comparing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for limit in ("_SOON", "_PATIENCE"):  # it is not needed for the data
+        monkeypatch.setattr(f"torchft.checkpointing.http_download.{limit}", 60.0)
+    monkeypatch.setattr(http_comparison, "_MOMENT_FOR_ALL", 0.05)
+    good = state()
+    with ExitStack() as stack:
+        f = stack.enter_context(fetch(good, good, compare=compare))
+        f.metadata[1] = 1, make(stack, f)
+        assert_same(f.receive(), good)
+        assert f.progress.compared == 0
+        assert not f.progress.bad_sources
