@@ -86,7 +86,9 @@ def cell(case: Case, name: str, runs: list[Figures], figure: str, repeat: int) -
         return spread(values, repeat)
     if not runs and case.only_ours:
         return "has none"
-    return f"not within {case.patience:g} s" if any(figure in f for f in runs) else "failed"
+    if any(figure in f for f in runs):
+        return f"not within {case.patience:g} s"
+    return "has none" if runs else "failed"
 
 
 def ratio(figure: str, runs: list[list[Figures]]) -> str:

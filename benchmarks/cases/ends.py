@@ -23,7 +23,7 @@ class Ends:
 
     def __init__(self, run: Run, script: str, mib: int, count: int, rounds: int) -> None:
         if run.quick:
-            mib, count, rounds = min(mib, 64), min(count, 20), 2
+            mib, count, rounds = min(mib, 64), min(count, 40), 2
         args = ("--mib", mib, "--count", count, "--rounds", rounds)
         with Cluster() as cluster:
             source = cluster.spawn(run.impl, CHILDREN / script, "--rank", 0, *args, name="source")

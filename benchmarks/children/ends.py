@@ -12,6 +12,8 @@ from torch.distributed import TCPStore
 
 TIMEOUT = timedelta(seconds=60)
 MIB = 1 << 20
+FEW = 20
+"""Tensors that a state of many is held against."""
 State = dict[str, torch.Tensor]
 
 
@@ -23,16 +25,24 @@ class End:
     """0: the source, which hosts the store."""
     store: TCPStore
     state: State
+    few: State
+    """As many bytes in few tensors; empty if the state is few tensors itself. Whoever is done with it clears it."""
     rounds: int
 
     @property
     def sends(self) -> bool:
         return self.rank == 0
 
-    def mark(self, value: float) -> None:
-        """Makes the state one that was not sent before."""
-        for tensor in self.state.values():
-            tensor[0] = tensor[-1] = value
+
+def mark(state: State, value: float) -> None:
+    """Makes the state one that was not sent before."""
+    for tensor in state.values():
+        tensor[0] = tensor[-1] = value
+
+
+def zeros(mib: int, count: int) -> State:
+    """So many MiB in so many tensors of one size."""
+    return {f"tensor{i}": torch.zeros(mib * MIB // count // 4) for i in range(count)}
 
 
 def held() -> int:
@@ -75,9 +85,10 @@ def run(about: str | None, move: Callable[[End], None]) -> None:
     store = TCPStore("127.0.0.1", args.port, is_master=args.rank == 0, wait_for_workers=False)
     if args.rank == 0:
         say("store", port=store.port)
-    state = {f"tensor{i}": torch.zeros(args.mib * MIB // args.count // 4) for i in range(args.count)}
-    move(End(args.rank, store, state, args.rounds))
-    say("over", total=sum(t.nbytes for t in state.values()))
+    state = zeros(args.mib, args.count)
+    total = sum(t.nbytes for t in state.values())
+    move(End(args.rank, store, state, zeros(args.mib, FEW) if args.count > FEW else {}, args.rounds))
+    say("over", total=total)
     stop.wait()
 
 

@@ -2,7 +2,8 @@
 
 The state is `--count` tensors of `--mib` MiB in all. It is moved in every way that the implementation has: where
 `HTTPTransport` takes a `state_dict`, into the receiver's own tensors, by the way that it takes between two processes of
-one machine, and by TCP; then into fresh memory, without and with `num_chunks`. What is in place takes turns with
+one machine (a state of many tensors: in turns with one of few), and by TCP; then into fresh memory, without and with
+`num_chunks`. What is in place takes turns with
 `recv_into` of 1 MiB from one and from two TCP streams into those same tensors, checked by nobody: what the kernel
 gives; and from two whose congestion control does not pace (`reno`), where the default one may. Each other way has its
 rounds after that: gigabytes that are given back keep the system busy for a while. The receiver tells the seconds of
@@ -15,7 +16,7 @@ import socket
 import threading
 import time
 
-from ends import MIB, TIMEOUT, End, State, check, peak, peak_anew, run
+from ends import MIB, TIMEOUT, End, State, check, mark, peak, peak_anew, run
 from report import say
 
 from torchft.checkpointing import HTTPTransport
@@ -56,16 +57,27 @@ def at_once(move: object, sockets: list[socket.socket], state: State) -> None:
         thread.join()
 
 
-def transports(state: State | None) -> dict[str, HTTPTransport]:
-    """By the name of the way: of a source if there is no state to receive into."""
+def transports(end: End) -> dict[str, HTTPTransport]:
+    """By the name of the way. In place the receiver's state is the destination."""
     out = {"fresh": HTTPTransport(TIMEOUT, 0), "chunks": HTTPTransport(TIMEOUT, 8)}
     options = inspect.signature(HTTPTransport.__init__).parameters
-    into = None if state is None else lambda: state
+
+    def place(way: str, **more: bool) -> None:
+        into = None if end.sends else lambda: moved_by(way, end)
+        out[way] = HTTPTransport(TIMEOUT, snapshot="lock", state_dict=into, **more)
+
     if "state_dict" in options:
-        out["place"] = HTTPTransport(TIMEOUT, snapshot="lock", state_dict=into)
+        place("place")
+        if end.few:
+            place("place, few")
     if "local" in options:
-        out["place, tcp"] = HTTPTransport(TIMEOUT, snapshot="lock", state_dict=into, local=False)
+        place("place, tcp", local=False)
     return out
+
+
+def moved_by(way: str, end: End) -> State:
+    """The state that goes this way."""
+    return end.few if way == "place, few" else end.state
 
 
 def phases(ways: dict[str, HTTPTransport]) -> list[tuple[list[str], list[str]]]:
@@ -75,8 +87,8 @@ def phases(ways: dict[str, HTTPTransport]) -> list[tuple[list[str], list[str]]]:
 
 
 def serve(end: End) -> None:
-    store, state = end.store, end.state
-    ways = transports(None)
+    store = end.store
+    ways = transports(end)
     listener = socket.create_server(("127.0.0.1", 0))
     store.set("port", str(listener.getsockname()[1]))
     sockets = [listener.accept()[0] for _ in range(4)]
@@ -88,7 +100,8 @@ def serve(end: End) -> None:
         for n in range(end.rounds):
             for way in moved:
                 step += 1
-                end.mark(float(step))
+                state = moved_by(way, end)
+                mark(state, float(step))
                 before = peak_anew()
                 store.set(f"metadata{step}", ways[way].metadata())
                 store.wait([f"go{step}"], TIMEOUT)
@@ -98,13 +111,13 @@ def serve(end: End) -> None:
                 beyond[way] = max(beyond[way], peak() - before)
             for way in raw:
                 store.wait([f"{way}.{n}"], TIMEOUT)
-                at_once(send_all, sockets[RAW[way]], state)
-        finish(ways, beyond)
+                at_once(send_all, sockets[RAW[way]], end.state)
+        finish(ways, beyond, end)
 
 
 def receive(end: End) -> None:
-    store, state = end.store, end.state
-    ways = transports(state)
+    store = end.store
+    ways = transports(end)
     store.wait(["port"], TIMEOUT)
     sockets = [socket.create_connection(("127.0.0.1", int(store.get("port")))) for _ in range(4)]
     step = 0
@@ -128,13 +141,14 @@ def receive(end: End) -> None:
             for way in raw:
                 began = time.perf_counter()
                 store.set(f"{way}.{n}", "")
-                at_once(receive_all, sockets[RAW[way]], state)
+                at_once(receive_all, sockets[RAW[way]], end.state)
                 say("moved", way=way, seconds=time.perf_counter() - began)
-        finish(ways, beyond)
+        finish(ways, beyond, end)
 
 
-def finish(ways: dict[str, HTTPTransport], beyond: dict[str, int]) -> None:
-    """The end of a phase."""
+def finish(ways: dict[str, HTTPTransport], beyond: dict[str, int], end: End) -> None:
+    """The end of a phase. The first is the only one with few tensors."""
+    end.few.clear()
     for way, nbytes in beyond.items():
         say("memory", way=way, beyond=nbytes)
         ways[way].shutdown()
