@@ -76,6 +76,18 @@ def test_wait_quorum_raises_what_the_quorum_failed_with() -> None:
         lighthouse.shutdown()
 
 
+def test_quorums_may_fail_for_hours() -> None:
+    lighthouse = LighthouseServer("127.0.0.1:0", 2)
+    a = Replica(lighthouse.address(), "a", quorum_timeout=timedelta(seconds=0.2))
+    try:
+        a.manager._begin._failures = 5000
+        a.step()
+        assert isinstance(a.manager.errored(), TimeoutError)
+    finally:
+        a.manager.shutdown()
+        lighthouse.shutdown()
+
+
 def test_a_failed_collective_costs_the_step_and_later_ones_in_it_do_nothing(groups: Groups) -> None:
     pg = FakeProcessGroupWrapper(ProcessGroupGloo(timeout=TIMEOUT))
     a = groups.replica("a", pg=pg)

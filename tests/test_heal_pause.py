@@ -261,6 +261,9 @@ def test_who_is_refused_tries_again_at_once_and_then_waits_beside_the_others_ste
             ends.pop()()
             pause.check()
         assert pauses == [1.0, 2.0, 3.0]
+        for _ in range(2000):  # hours
+            pause.refused(refusal)
+        assert pauses[-1] == 3.0
         pause.over()
         assert pause.refused(refusal) > 0, "it begins anew"
     assert caplog.text.count("no group gives its state to this one") == 1

@@ -34,7 +34,7 @@ from torchft.coordination import QuorumResult
 from torchft.core.heal_allowance import allowance, seconds_until_allowed
 from torchft.runtime.logs import RankLogger
 from torchft.runtime.loop import Timer, call_later
-from torchft.runtime.retry import Backoff
+from torchft.runtime.retry import Backoff, doubled
 
 __all__ = ["HealPause", "Pausing"]
 
@@ -184,7 +184,7 @@ class HealPause:
         self._refusals += 1
         if self._refusals <= _REFUSALS:
             return self._moments.delay()
-        pause = min(_SELDOM, _SOON * 2.0 ** (self._refusals - _REFUSALS - 1))
+        pause = doubled(_SOON, self._refusals - _REFUSALS - 1, _SELDOM)
         if self._refusals == _REFUSALS + 1:
             self._log.warning(
                 "no group gives its state to this one: %s. This group contributes nothing, holds nobody up, and asks "

@@ -42,6 +42,7 @@ from torchft.process_group import ProcessGroup
 from torchft.recovery import Recovery
 from torchft.runtime.deadline import Deadline, seconds
 from torchft.runtime.logs import RankLogger
+from torchft.runtime.retry import doubled
 from torchft.state import ReplicaState
 from torchft.step_error import StepError, waited_in_vain
 from torchft.telemetry import RankTelemetry
@@ -241,7 +242,7 @@ class QuorumPhase:
     def run(self, allow_heal: bool, shrink_only: bool, deadline: Deadline) -> None:
         """Begins a step. Whatever fails becomes its error."""
         if self._failures:  # a quorum that fails at once must not make the loop spin
-            self._stop.wait(min(0.05 * 2.0**self._failures, _MAX_PAUSE, deadline.remaining() / 2))
+            self._stop.wait(min(doubled(0.05, self._failures, _MAX_PAUSE), deadline.remaining() / 2))
         try:
             quorum = self._ask(shrink_only, deadline)
         except Exception as e:

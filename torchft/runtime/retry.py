@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from torchft.runtime.deadline import Deadline
 
-__all__ = ["Backoff", "retry"]
+__all__ = ["Backoff", "doubled", "retry"]
 
 T = TypeVar("T")
 
@@ -28,6 +28,11 @@ class Backoff:
         span = self._next
         self._next = min(self._last, span * 2)
         return span * random.uniform(0.5, 1.0)
+
+
+def doubled(first: float, times: int, last: float) -> float:
+    """``first`` seconds doubled so many times, at most ``last``. However often: a float has an end."""
+    return min(last, first * 2.0 ** min(times, 64))
 
 
 def retry(

@@ -14,6 +14,7 @@ from torchft.coordination.types import Notice
 from torchft.core.assignment import View
 from torchft.core.participation import Participation, participation
 from torchft.failure_watch import FailureWatch
+from torchft.runtime.retry import doubled
 from torchft.testing.simulation.collective import Contribution, Fabric, Mesh
 from torchft.testing.simulation.group import Ask, GroupServer
 from torchft.testing.simulation.invariants import TORN, Invariants
@@ -113,7 +114,7 @@ class QuorumPhase:
             self._drain()
             return
         self._touched = True
-        pause = min(0.05 * 2.0**self._quorum_failures, 2.0) if self._quorum_failures else 0.0
+        pause = doubled(0.05, self._quorum_failures, 2.0) if self._quorum_failures else 0.0
         if pause:
             self._in = "pause"
             self.process.after(pause, self._ask_quorum, self._attempt)
