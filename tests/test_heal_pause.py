@@ -249,21 +249,23 @@ def test_who_is_refused_tries_again_at_once_and_then_waits_beside_the_others_ste
 
     monkeypatch.setattr("torchft.heal_pause.call_later", later)
     monkeypatch.setattr("torchft.heal_pause._SOON", 1.0)
-    monkeypatch.setattr("torchft.heal_pause._SELDOM", 3.0)
+    monkeypatch.setattr("torchft.heal_pause._ASKED_AGAIN", 3.0)
     refusal = StepNotServed("the state dict function 'x' raised")
     with pause_of(lambda: 0.0) as pause:
-        assert all(0 < pause.refused(refusal) <= 0.4 for _ in range(4))
+        assert all(0 < pause.refused(refusal, 0.01) <= 0.4 for _ in range(4))
         assert not pause.waits
         for _ in range(3):
-            assert pause.refused(refusal) == 0
+            assert pause.refused(refusal, 0.01) == 0
             with pytest.raises(Pausing, match="'x' raised"):
                 pause.check()
             ends.pop()()
             pause.check()
         assert pauses == [1.0, 2.0, 3.0]
         for _ in range(2000):  # hours
-            pause.refused(refusal)
+            pause.refused(refusal, 0.01)
         assert pauses[-1] == 3.0
+        pause.refused(refusal, 4.0)
+        assert pauses[-1] == 40.0, "the try held the others up for 4 s"
         pause.over()
-        assert pause.refused(refusal) > 0, "it begins anew"
+        assert pause.refused(refusal, 0.01) > 0, "it begins anew"
     assert caplog.text.count("no group gives its state to this one") == 1

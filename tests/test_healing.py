@@ -202,7 +202,7 @@ def test_sources_that_cannot_give_their_state_train_on_and_the_joiner_is_told_wh
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torchft.heal_pause._SOON", 0.05)
-    monkeypatch.setattr("torchft.heal_pause._SELDOM", 0.05)
+    monkeypatch.setattr("torchft.heal_pause._ASKED_AGAIN", 0.05)
     broken, goal = threading.Event(), list[int]()
 
     def sampler() -> int:

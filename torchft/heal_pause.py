@@ -17,7 +17,8 @@ States
     all there is where nothing can be measured.
 
     *trying* → ``refused`` by all who have the state → tried again in the next steps, after a moment in each; when that
-    has gone on, *waiting* beside the others' steps, longer each time → *trying* again.
+    has gone on, *waiting* beside the others' steps, longer each time → *trying* again. A try costs the others
+    what their state functions take until one raises: so these pauses are at least ten times as long.
 
     The time waited counts from when the group first waits until it is *up to date*, over all tries in between and for
     whichever of its ranks it waits.
@@ -47,6 +48,10 @@ _MOMENTS = 0.05, 0.4
 """Seconds of the first and the longest pause within a step after a refusal: what made a source refuse is often over."""
 _REFUSALS = 4
 """So many are answered by a moment; what lasts longer is waited for beside the others' steps."""
+_ASKED_AGAIN = 10.0
+"""Seconds between two tries at last, where a refusal comes in less than a second."""
+_COST = 10.0
+"""Seconds of waiting for one that a try took."""
 _TOO_SLOW = "the way to the sources is too slow for this state"
 _ANOTHER = "another rank of this group takes no state now: its log says why"
 
@@ -175,8 +180,12 @@ class HealPause:
         )
         self._thread.start()
 
-    def refused(self, why: Exception) -> float:
+    def refused(self, why: Exception, took: float) -> float:
         """All who have the state live, and do not give it. Not called while it waits.
+
+        Args:
+            why: they said.
+            took: seconds that the try took.
 
         Returns:
             Seconds to pause in this step; 0 where it waits beside the others' steps from now on.
@@ -184,13 +193,13 @@ class HealPause:
         self._refusals += 1
         if self._refusals <= _REFUSALS:
             return self._moments.delay()
-        pause = doubled(_SOON, self._refusals - _REFUSALS - 1, _SELDOM)
+        pause = max(doubled(_SOON, self._refusals - _REFUSALS - 1, _ASKED_AGAIN), _COST * took)
         if self._refusals == _REFUSALS + 1:
             self._log.warning(
                 "no group gives its state to this one: %s. This group contributes nothing, holds nobody up, and asks "
                 "again, at last every %.0f s",
                 why,
-                _SELDOM,
+                max(_ASKED_AGAIN, pause),
             )
         self.why = f"no group gave its state when it was last asked: {why}"
         self._waiting.set()

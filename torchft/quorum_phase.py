@@ -350,6 +350,7 @@ class QuorumPhase:
 
     def _try_to_heal(self, quorum: QuorumResult) -> None:
         """A heal that fails is no error of the step: the process group is as good as before, and carries zeros."""
+        began = time.monotonic()
         try:
             self._pause.check()  # not every lighthouse passes on that this group waits
             allowance, unmeasured = self._pause.allowance, not self._pause.measured
@@ -363,7 +364,7 @@ class QuorumPhase:
             level = logging.DEBUG if isinstance(e, Pausing) else logging.WARNING
             self._log.log(level, "this group is not healed in this step: %s: %s", type(e).__name__, e)
             if isinstance(e, StepNotServed):
-                self._stop.wait(self._pause.refused(e))
+                self._stop.wait(self._pause.refused(e, time.monotonic() - began))
 
     def _sit_out(self, quorum: QuorumResult) -> None:
         """This group said that it takes no state in this step: it contributes zeros, and nobody serves it."""
