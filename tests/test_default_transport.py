@@ -11,7 +11,8 @@ import pytest
 
 from tests.checkpointing.loopback import port_of
 from tests.groups import Replica, running
-from torchft.checkpointing import HTTPTransport
+from torchft.checkpointing import HTTPTransport, Unauthorized
+from torchft.heal_pause import Pausing
 
 
 def test_the_token_of_the_environment_is_asked_for_and_presented(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,31 +28,52 @@ def test_the_token_of_the_environment_is_asked_for_and_presented(monkeypatch: py
 
 
 @pytest.mark.parametrize(("token", "given"), [("wrong", "another one was given"), ("", "none was given")])
-def test_groups_with_other_tokens_fail_with_an_error_that_names_the_variable(
-    monkeypatch: pytest.MonkeyPatch, token: str, given: str
+def test_a_group_with_another_token_is_told_so_once_and_waits_while_the_others_train(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, token: str, given: str
 ) -> None:
-    with running() as groups:
+    monkeypatch.setattr("torchft.heal_pause._TOKEN", (0.05, 0.05))
+    with running(join_timeout_ms=60_000) as groups:
         monkeypatch.setenv("TORCHFT_TOKEN", "right")
         a = groups.replica("a")
         a.step()
         monkeypatch.setenv("TORCHFT_TOKEN", token)
         b = groups.replica("b")
-        why: list[str] = []
-
-        def heal() -> None:
-            while not why:
-                b.step()
-                why.extend([str(e)] if "token" in str(e := b.manager.errored()) else [])
-            b.manager.shutdown(wait=False)  # or the other one would wait for it
+        transport: Any = b.manager._transport
+        committed: list[bool] = []
+        refused: list[Exception] = []
+        waited: list[Exception] = []
+        goal: list[int] = []
 
         def train() -> None:
-            while not why:
-                a.step()
+            while not goal or a.manager.current_step() < goal[0]:
+                a.optimizer.zero_grad()
+                a.compute(1.0)
+                committed.append(a.manager.should_commit())
+
+        def heal() -> None:
+            while not goal or b.manager.current_step() < goal[0]:
+                b.step()
+                why = b.manager.errored()
+                if isinstance(why, Unauthorized):
+                    refused.append(why)
+                elif why is not None:
+                    waited.append(why)
+                elif not goal and b.manager.current_step():  # it has healed
+                    goal.append(b.manager.current_step() + 3)
+                if len(refused) == 3:
+                    transport._token = "right"  # as if it had been started again
 
         groups.together(heal, train)
-        assert given in why[0]
-        assert "set TORCHFT_TOKEN to the same text in all groups" in why[0]
-        assert "right" not in why[0]
+    assert all(committed), "it costs the others no step"
+    assert len(refused) == 3
+    assert len(waited) > len(refused), "it is not tried in each step"
+    assert given in str(refused[0])
+    assert "set TORCHFT_TOKEN to the same text in all groups" in str(refused[0])
+    assert all(isinstance(e, Pausing) and given in str(e) for e in waited)
+    (said,) = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert "the token of this group is not that of the groups that have the state" in said
+    assert given in said
+    assert "right" not in caplog.text
 
 
 def test_a_bad_token_is_refused_by_the_name_of_the_variable_and_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:

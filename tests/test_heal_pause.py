@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from torchft.checkpointing import CheckpointError, StepNotServed, TooSlow
+from torchft.checkpointing import CheckpointError, StepNotServed, TooSlow, Unauthorized
 from torchft.coordination import QuorumResult
 from torchft.core.assignment import Source
 from torchft.heal_pause import HealPause, Pausing
@@ -236,18 +236,22 @@ def test_a_heal_that_went_well_is_a_measurement() -> None:
         assert pause.measured
 
 
-def test_who_is_refused_tries_again_at_once_and_then_waits_beside_the_others_steps(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pauses: list[float] = []
-    ends: list[Callable[[], None]] = []
+@pytest.fixture
+def timers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, Callable[[], None]]]:
+    """Seconds and call of each timer that is set. None of them ends by itself."""
+    timers: list[tuple[float, Callable[[], None]]] = []
 
     def later(delay: float, end: Callable[[], None]) -> Timer:
-        pauses.append(delay)
-        ends.append(end)
+        timers.append((delay, end))
         return Timer(delay, end)
 
     monkeypatch.setattr("torchft.heal_pause.call_later", later)
+    return timers
+
+
+def test_who_is_refused_tries_again_at_once_and_then_waits_beside_the_others_steps(
+    timers: list[tuple[float, Callable[[], None]]], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("torchft.heal_pause._SOON", 1.0)
     monkeypatch.setattr("torchft.heal_pause._ASKED_AGAIN", 3.0)
     refusal = StepNotServed("the state dict function 'x' raised")
@@ -258,14 +262,34 @@ def test_who_is_refused_tries_again_at_once_and_then_waits_beside_the_others_ste
             assert pause.refused(refusal, 0.01) == 0
             with pytest.raises(Pausing, match="'x' raised"):
                 pause.check()
-            ends.pop()()
+            timers[-1][1]()
             pause.check()
-        assert pauses == [1.0, 2.0, 3.0]
+        assert [seconds for seconds, _ in timers] == [1.0, 2.0, 3.0]
         for _ in range(2000):  # hours
             pause.refused(refusal, 0.01)
-        assert pauses[-1] == 3.0
+        assert timers[-1][0] == 3.0
         pause.refused(refusal, 4.0)
-        assert pauses[-1] == 40.0, "the try held the others up for 4 s"
+        assert timers[-1][0] == 40.0, "the try held the others up for 4 s"
         pause.over()
         assert pause.refused(refusal, 0.01) > 0, "it begins anew"
     assert caplog.text.count("no group gives its state to this one") == 1
+
+
+def test_another_token_is_an_error_that_is_said_once_and_tried_seldom(
+    timers: list[tuple[float, Callable[[], None]]], caplog: pytest.LogCaptureFixture
+) -> None:
+    refusal = Unauthorized("replica rank 0 asks for a token, and another one was given")
+    with pause_of(lambda: 0.0) as pause:
+        for _ in range(5):
+            assert pause.refused(refusal, 0.01) == 0
+            with pytest.raises(Pausing, match="another one was given"):
+                pause.check()
+            timers[-1][1]()
+            pause.check()
+        assert [seconds for seconds, _ in timers] == [10.0, 20.0, 40.0, 60.0, 60.0]
+        (error,) = [r for r in caplog.records if r.levelname in ("ERROR", "WARNING")]
+        assert error.levelname == "ERROR"
+        assert "set TORCHFT_TOKEN to the same text in all groups" in error.getMessage()
+        pause.over()
+        pause.refused(refusal, 0.01)
+    assert caplog.text.count("the token of this group is not that of the groups that have the state") == 2

@@ -19,6 +19,7 @@ States
     *trying* → ``refused`` by all who have the state → tried again in the next steps, after a moment in each; when that
     has gone on, *waiting* beside the others' steps, longer each time → *trying* again. A try costs the others
     what their state functions take until one raises: so these pauses are at least ten times as long.
+    Where they ask for another token it is *waiting* at once: no try makes that better, but a restart of theirs does.
 
     The time waited counts from when the group first waits until it is *up to date*, over all tries in between and for
     whichever of its ranks it waits.
@@ -30,7 +31,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from torchft.checkpointing import TooSlow
+from torchft.checkpointing import TooSlow, Unauthorized
 from torchft.coordination import QuorumResult
 from torchft.core.heal_allowance import allowance, seconds_until_allowed
 from torchft.runtime.logs import RankLogger
@@ -52,6 +53,8 @@ _ASKED_AGAIN = 10.0
 """Seconds between two tries at last, where a refusal comes in less than a second."""
 _COST = 10.0
 """Seconds of waiting for one that a try took."""
+_TOKEN = 10.0, 60.0
+"""Seconds of the first and the longest pause where all ask for another token."""
 _TOO_SLOW = "the way to the sources is too slow for this state"
 _ANOTHER = "another rank of this group takes no state now: its log says why"
 
@@ -96,7 +99,7 @@ class HealPause:
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._waiting = threading.Event()
-        self._refusals = 0
+        self._refusals = self._tokens = 0  # since the last heal; for the token
         self._moments = Backoff(*_MOMENTS)
         self._timer: Timer | None = None
         self.why = _ANOTHER
@@ -190,27 +193,43 @@ class HealPause:
         Returns:
             Seconds to pause in this step; 0 where it waits beside the others' steps from now on.
         """
-        self._refusals += 1
-        if self._refusals <= _REFUSALS:
-            return self._moments.delay()
-        pause = max(doubled(_SOON, self._refusals - _REFUSALS - 1, _ASKED_AGAIN), _COST * took)
-        if self._refusals == _REFUSALS + 1:
-            self._log.warning(
-                "no group gives its state to this one: %s. This group contributes nothing, holds nobody up, and asks "
-                "again, at last every %.0f s",
-                why,
-                max(_ASKED_AGAIN, pause),
-            )
+        if isinstance(why, Unauthorized):
+            pause = self._for_the_token(why)
+        else:
+            self._refusals += 1
+            if self._refusals <= _REFUSALS:
+                return self._moments.delay()
+            pause = doubled(_SOON, self._refusals - _REFUSALS - 1, _ASKED_AGAIN)
+            if self._refusals == _REFUSALS + 1:
+                self._log.warning(
+                    "no group gives its state to this one: %s. This group contributes nothing, holds nobody up, and "
+                    "asks again, at last every %.0f s",
+                    why,
+                    max(_ASKED_AGAIN, _COST * took),
+                )
         self.why = f"no group gave its state when it was last asked: {why}"
         self._waiting.set()
-        self._timer = call_later(pause, self._waiting.clear)
+        self._timer = call_later(max(pause, _COST * took), self._waiting.clear)
         return 0.0
+
+    def _for_the_token(self, why: Unauthorized) -> float:
+        """A refusal. Seconds until the next try."""
+        self._tokens += 1
+        if self._tokens == 1:
+            self._log.error(
+                "the token of this group is not that of the groups that have the state, which refuse it: set "
+                "TORCHFT_TOKEN to the same text in all groups. This group contributes nothing, holds nobody up, and "
+                "asks again, at last every %.0f s. %s",
+                _TOKEN[1],
+                why,
+            )
+        return doubled(_TOKEN[0], self._tokens - 1, _TOKEN[1])
 
     def over(self) -> None:
         """A heal went well."""
         self.why = _ANOTHER
         self._length = 0.0
-        self._refusals = 0
+        self._refusals = self._tokens = 0
         self._moments = Backoff(*_MOMENTS)
         self.measured = True
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from torchft.checkpointing import CheckpointTransport, StepNotServed, TooSlow
+from torchft.checkpointing import CheckpointTransport, StepNotServed, TooSlow, Unauthorized
 from torchft.coordination import QuorumResult
 from torchft.coordination.types import Notice
 from torchft.core.participation import Participation, participation
@@ -361,9 +361,9 @@ class QuorumPhase:
                 self._pause.hopeless(e)
             self.unhealed = e
             self._together.refuse(quorum, str(e))
-            level = logging.DEBUG if isinstance(e, Pausing) else logging.WARNING
+            level = logging.DEBUG if isinstance(e, (Pausing, Unauthorized)) else logging.WARNING  # that is said once
             self._log.log(level, "this group is not healed in this step: %s: %s", type(e).__name__, e)
-            if isinstance(e, StepNotServed):
+            if isinstance(e, (StepNotServed, Unauthorized)):
                 self._stop.wait(self._pause.refused(e, time.monotonic() - began))
 
     def _sit_out(self, quorum: QuorumResult) -> None:

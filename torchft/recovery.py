@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 from torchft import config
-from torchft.checkpointing import CheckpointError, CheckpointTransport, HTTPTransport, StepNotServed
+from torchft.checkpointing import CheckpointError, CheckpointTransport, HTTPTransport, StepNotServed, Unauthorized
 from torchft.coordination import ManagerClient, QuorumResult
 from torchft.core.assignment import Source
 from torchft.runtime.deadline import Deadline, seconds
@@ -303,7 +303,7 @@ class Recovery:
             taken = self._receive(heal, source, quorum.max_step, error, options)
             self._pauses = Backoff(*_PAUSES)
             return taken
-        except StepNotServed:  # at once: what keeps a source from giving its state may do so in each step
+        except (StepNotServed, Unauthorized):  # at once: what keeps a source from giving it may do so in each step
             if pauses:
                 with heal.changed:
                     heal.changed.wait(self._pauses.delay())

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.checkpointing.loopback import SHORT, TIMEOUT, address_of, port_of, transport
-from torchft.checkpointing import CheckpointError, HTTPTransport, SourceLost, StepNotServed
+from torchft.checkpointing import CheckpointError, HTTPTransport, SourceLost, StepNotServed, Unauthorized
 from torchft.checkpointing.chunks import read_hashes, read_manifest
 from torchft.checkpointing.http_probe import MAX_PROBE, rate_of
 from torchft.testing.faults import Link
@@ -124,7 +124,7 @@ def test_token_is_required_where_one_is_set() -> None:
         assert get(source, "/checkpoint/1/manifest")[0].status == 401
         assert get(source, "/checkpoint/1/data", Authorization="Bearer right")[0].status in (200, 503)
         for receiver in (wrong, none):
-            with pytest.raises(CheckpointError, match="token"):
+            with pytest.raises(Unauthorized, match="token"):
                 receiver.recv_checkpoint(0, source.metadata(), 1, TIMEOUT)
 
 

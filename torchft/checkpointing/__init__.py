@@ -17,6 +17,7 @@ from torchft.checkpointing.transport import (
     StepNotServed,
     TooSlow,
     TransferAborted,
+    Unauthorized,
     UnsafeStateError,
 )
 from torchft.checkpointing.tree import register_dataclass
@@ -36,6 +37,7 @@ __all__ = [
     "StepNotServed",
     "TooSlow",
     "TransferAborted",
+    "Unauthorized",
     "UnsafeStateError",
     "load_latest",
     "register_dataclass",

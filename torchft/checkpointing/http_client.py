@@ -37,6 +37,7 @@ from torchft.checkpointing.transport import (
     ManifestError,
     SourceLost,
     StepNotServed,
+    Unauthorized,
 )
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.net import parse_address
@@ -105,7 +106,7 @@ class SourceConnection:
         """Waits until the source offers ``step``, and reads how its data is cut and the manifest's body.
 
         Raises:
-            SourceBusy, StepNotServed, SourceLost, ManifestError, IntegrityError, CheckpointTimeout
+            SourceBusy, Unauthorized, StepNotServed, SourceLost, ManifestError, IntegrityError, CheckpointTimeout
         """
         served, cut, body = open_manifest(self._document(step, "manifest"))
         self._check_step(served, step)
@@ -252,6 +253,8 @@ class SourceConnection:
         text = bytearray(min(length, _MAX_TEXT))
         self._receive([memoryview(text)])
         said = text.decode("utf-8", "replace").strip()
+        if status == 401:
+            return Unauthorized(f"the source {self.address} refuses this receiver: {said}")
         if status == 410:
             return ChunksGone(f"the source {self.address} does not hold what was asked for any more: {said}")
         if status in (404, 409, 412):

@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 
 from torchft.checkpointing.chunks import Seal
 from torchft.checkpointing.http_client import SourceConnection
-from torchft.checkpointing.transport import CheckpointError, CheckpointTimeout, SourceLost, StepNotServed
+from torchft.checkpointing.transport import (
+    CheckpointError,
+    CheckpointTimeout,
+    SourceLost,
+    StepNotServed,
+    Unauthorized,
+)
 
 __all__ = ["HTTPSource", "failure_of", "verdict"]
 
@@ -72,9 +78,9 @@ def failure_of(sources: Sequence[HTTPSource], step: int) -> CheckpointError:
     if len(sources) == 1:
         return type(reasons[0])(f"{sources[0].name}: {reasons[0]}")
     kind = SourceLost
-    for same in (StepNotServed, CheckpointTimeout):
-        if all(isinstance(r, same) for r in reasons):
-            kind = same  # type: ignore[assignment]
+    for kinds in ((CheckpointTimeout,), (StepNotServed, Unauthorized), (Unauthorized,)):
+        if all(isinstance(r, kinds) for r in reasons):
+            kind = kinds[0]  # type: ignore[assignment]
     told = "; ".join(f"{s.name}: {s.why}" for s in sources)
     return kind(f"no source of step {step} is left. {told}")
 

@@ -35,6 +35,7 @@ __all__ = [
     "StepNotServed",
     "TooSlow",
     "TransferAborted",
+    "Unauthorized",
     "UnsafeStateError",
 ]
 
@@ -68,6 +69,10 @@ class SourceLost(CheckpointError):
 
 class StepNotServed(CheckpointError):
     """The source lives, but offers another step than the one that was asked for."""
+
+
+class Unauthorized(CheckpointError):
+    """The source gives its state to nobody who presents what this receiver does: it asks for another token."""
 
 
 class TransferAborted(CheckpointError):
@@ -153,6 +158,7 @@ class CheckpointTransport(ABC, Generic[T]):
 
         Raises:
             StepNotServed: the source offers another step.
+            Unauthorized: it asks for another token.
             SourceLost: the source died or cannot be reached.
             IntegrityError, ManifestError: what arrived is not what was announced, or not safe.
             TransferAborted: ``abort`` was called meanwhile.
