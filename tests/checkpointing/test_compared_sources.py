@@ -15,7 +15,7 @@ import torch
 
 from tests.checkpointing.hostile_server import HostileServer
 from tests.checkpointing.loopback import TIMEOUT, address_of, offered, transport
-from torchft.checkpointing import http_comparison
+from torchft.checkpointing import http_comparison, http_differences
 from torchft.checkpointing.chunks import CHUNK_SIZE, Sample
 from torchft.checkpointing.fetch_progress import FetchProgress
 from torchft.checkpointing.http_comparison import Comparing, Comparison
@@ -68,6 +68,13 @@ class Fetch:
         return self.receiver.last_receive
 
 
+def told(caplog: pytest.LogCaptureFixture, level: str = "WARNING") -> list[str]:
+    """All lines of this level, and there are none that are graver."""
+    grave = [r for r in caplog.records if r.levelname in ("WARNING", "ERROR", "CRITICAL")]
+    assert {r.levelname for r in grave} <= {level}
+    return [r.getMessage() for r in grave]
+
+
 @contextmanager
 def fetch(*states: dict[str, Any], compare: Comparing = "sample") -> Iterator[Fetch]:
     with ExitStack() as stack:
@@ -109,14 +116,46 @@ def test_source_that_gives_nothing_and_is_silently_corrupt_is_named(
 
 
 @pytest.mark.usefixtures("patient")
-def test_of_two_sources_that_differ_both_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    good = state()
-    with fetch(good, corrupt(good)) as f:
+def test_of_two_sources_that_differ_nobody_is_accused_and_it_is_said_once_in_what(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    good = state(2, mean=torch.zeros(4), var=torch.ones(4))
+    own = good | {"mean": torch.ones(4)}
+    with fetch(good, own) as f:
+        for _ in range(2):
+            assert_same(f.receive(), good)
+            assert f.progress.bad_sources == ["replica rank 1"], "it is not used"
+        (line,) = told(caplog)
+        assert line.startswith("step 4: replica rank 0 (")
+        assert " and replica rank 1 (" in line
+        assert "They differ in state['mean']. " in line
+        assert "alike=False" in line
+        assert "silent corruption" in line
+        assert "The state of replica rank 0 is taken" in line
+        f.sources[1].send_checkpoint([9], STEP, corrupt(own), TIMEOUT)
         assert_same(f.receive(), good)
-        assert f.progress.bad_sources == ["replica rank 1"]
-        (line,) = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
-        assert "nobody can say: replica rank 0 " in line
-        assert line.startswith("replica rank 1 ")
+        assert "They differ in state['w'], state['mean']. " in told(caplog)[1], "that is new"
+
+
+@pytest.mark.usefixtures("patient")
+def test_where_it_cannot_be_looked_at_what_differs_all_tensors_that_lie_there_are_named(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_differences, "_LOOK", 0.0)
+    good = state(2, mean=torch.zeros(4), var=torch.ones(4))
+    with fetch(good, good | {"mean": torch.ones(4)}) as f:
+        assert_same(f.receive(), good)
+        (line,) = told(caplog)
+        assert "state['mean'], state['var'] (or in some of these, which lie in 1 of 3 chunks)" in line
+
+
+@pytest.mark.usefixtures("patient")
+def test_of_three_sources_that_all_differ_nobody_is_accused(caplog: pytest.LogCaptureFixture) -> None:
+    states = [state(mean=torch.full((4,), float(i))) for i in range(3)]
+    with fetch(*states) as f:
+        assert_same(f.receive(), states[0])
+        (line,) = told(caplog)
+        assert all(f"replica rank {i} (" in line for i in range(3))
 
 
 @pytest.mark.usefixtures("patient")
@@ -141,16 +180,31 @@ def test_assigned_source_with_another_tree_is_outvoted_and_the_state_taken_from_
 
 
 @pytest.mark.usefixtures("patient")
-@pytest.mark.parametrize("count", [2, 3])
-def test_other_source_with_another_tree_is_named(count: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_third_source_with_another_tree_is_named(caplog: pytest.LogCaptureFixture) -> None:
     good = state()
-    with fetch(*[good] * (count - 1), state(2, lr=0.2)) as f:
+    with fetch(good, good, state(2, lr=0.2)) as f:
         assert_same(f.receive(), good)
-        assert f.progress.bad_sources == [f"replica rank {count - 1}"]
-        (line,) = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
-        assert f"replica rank {count - 1} " in line
-        assert "replica rank 0 " in line
-        assert ("nobody can say" in line) == (count == 2)
+        assert f.progress.bad_sources == ["replica rank 2"]
+        (line,) = told(caplog, "ERROR")
+        assert line.startswith("replica rank 2 (")
+        assert "silent corruption" in line
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("alone", [True, False], ids=["compared", "engaged"])
+def test_of_two_sources_with_different_trees_nobody_is_accused_and_what_differs_is_named(
+    alone: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not alone:
+        monkeypatch.setattr("torchft.checkpointing.http_download._PATIENCE", 0.0)
+        monkeypatch.setattr("torchft.checkpointing.http_download._SOON", -1.0)
+    good = state()
+    with fetch(good, good | {"lr": 0.2, "more": 1}) as f:
+        received = f.receive()
+        (line,) = told(caplog)
+        believed = 0 if received["lr"] == 0.1 else 1
+        assert f"The state of replica rank {believed} is taken" in line
+        assert "They differ in state['lr'], state['more']. " in line
 
 
 @pytest.mark.usefixtures("patient")

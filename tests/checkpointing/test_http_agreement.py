@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 
+import pytest
+
 from torchft.checkpointing.chunks import CHUNK_SIZE, DIGEST_BYTES, Cut, Seal
 from torchft.checkpointing.fetch_progress import FetchProgress
 from torchft.checkpointing.http_agreement import Agreement
+from torchft.checkpointing.http_differences import Undecided
 from torchft.checkpointing.http_source import HTTPSource
 from torchft.core.transfer_plan import MAX_BAD, TransferPlan, Work
 
@@ -67,26 +70,31 @@ def test_what_all_announce_is_the_state() -> None:
     assert fetch.out == []
 
 
-def test_most_are_believed_and_what_the_other_vouches_for_is_missing_again() -> None:
+def test_most_are_believed_and_what_the_other_vouches_for_is_missing_again(caplog: pytest.LogCaptureFixture) -> None:
     fetch = Fetch("abX", "abc", "abc", givers=(0, 1, 0))
     assert fetch.reached() is None
     assert fetch.out == [0]
+    assert fetch.agreement.undecided is None
+    assert [r.levelname for r in caplog.records] == ["ERROR"]
     assert fetch.progress.bad_sources == ["source 0"]
     assert sorted(fetch.agreement.verified) == [0, 1], "chunk 0 is what the others have, too"
     assert fetch.progress.done == 2 * CHUNK_SIZE
     assert not fetch.plan.finished
 
 
-def test_of_two_the_assigned_one_is_believed_unless_it_sent_bad_bytes() -> None:
+def test_of_two_the_assigned_one_is_believed_unless_it_sent_bad_bytes(caplog: pytest.LogCaptureFixture) -> None:
     fetch = Fetch("abc", "abX", givers=(0, 0, 1))
     assert fetch.reached() is None
     assert fetch.out == [1]
+    assert fetch.agreement.undecided == Undecided(fetch.sources[0], [fetch.sources[1]])
+    assert not caplog.records, "the fetch says it"
     fetch = Fetch("abc", "abX", givers=(0, 0, 1))
     sends_bad_bytes(fetch.plan, source=0)
     seal = fetch.reached()
     assert seal is not None
     assert seal.chunks == b"".join(digests(*"abX"))
     assert fetch.out == [0]
+    assert fetch.agreement.undecided is None, "who sent bad bytes has no say"
 
 
 def test_who_does_not_tell_its_hashes_is_given_up_when_another_has() -> None:

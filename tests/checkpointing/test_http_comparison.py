@@ -11,6 +11,7 @@ from torchft.checkpointing import HTTPTransport, http_comparison
 from torchft.checkpointing.chunks import CHUNK_SIZE, Cut, Sample, Seal
 from torchft.checkpointing.fetch_progress import FetchProgress
 from torchft.checkpointing.http_comparison import Comparison, Outvoted
+from torchft.checkpointing.http_differences import Undecided
 from torchft.checkpointing.http_source import HTTPSource
 from torchft.checkpointing.transport import SourceLost
 
@@ -85,6 +86,7 @@ def test_most_layouts_are_believed_when_all_have_answered() -> None:
         told.comparison.judge_layouts(final=False)
     assert raised.value.names == {"source 0"}
     assert told.progress.bad_sources == [], "the next attempt names it"
+    assert told.comparison.undecided is None
 
 
 def test_of_as_many_layouts_that_of_the_assigned_source_is_believed_while_it_lives() -> None:
@@ -93,6 +95,7 @@ def test_of_as_many_layouts_that_of_the_assigned_source_is_believed_while_it_liv
     told.comparison.judge_layouts(final=False)
     assert told.progress.bad_sources == ["source 1"]
     assert told.sources[1].state == "out"
+    assert told.comparison.undecided == Undecided(told.sources[0], [told.sources[1]])
     told.comparison.judge_layouts(final=True)  # judged once
     assert told.progress.bad_sources == ["source 1"]
     told = Told(2)
@@ -100,6 +103,7 @@ def test_of_as_many_layouts_that_of_the_assigned_source_is_believed_while_it_liv
     told.sources[0].end(SourceLost("it died"))
     with pytest.raises(Outvoted, match="source 0"):
         told.comparison.judge_layouts(final=False)
+    assert told.comparison.undecided == Undecided(told.sources[1], [told.sources[0]])
 
 
 def test_a_source_that_is_judged_is_not_heard_again() -> None:

@@ -9,7 +9,7 @@ The idea
 
 Rules
     - One whose hashes differ from most (from the assigned one's, if there are as many on both sides) is named and not
-      used, and what only it vouches for is missing again.
+      used, and what only it vouches for is missing again. It is an error where most contradict it.
     - When all is there and some have told their hashes, one that does not is not waited for much longer than for those.
 """
 
@@ -21,7 +21,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torchft.checkpointing.chunks import Cut, Seal
 from torchft.checkpointing.fetch_progress import FetchProgress
-from torchft.checkpointing.http_source import HTTPSource, verdict
+from torchft.checkpointing.http_differences import Undecided
+from torchft.checkpointing.http_source import VERDICT, HTTPSource
 from torchft.checkpointing.transport import IntegrityError, SourceLost
 from torchft.core.transfer_plan import TransferPlan
 from torchft.runtime.logs import SpeakerLogger
@@ -50,6 +51,8 @@ class Agreement:
         self._kept = False
         self.disputed = False
         """A source says that what was received is wrong."""
+        self.undecided: Undecided | None = None
+        """Who was found to differ, where as many are on the other side: it is for the fetch to say so."""
         self._givers: dict[int, HTTPSource] = {}
         self.verified: dict[int, bytes] = {}
         """The chunks that are there, and their hashes."""
@@ -99,6 +102,8 @@ class Agreement:
         seal, differing = _judge(taking_part, distrusted)
         believed = [s for s in taking_part if s not in differing]
         undecided = sum(s.index not in distrusted for s in differing) >= len(believed)
+        if undecided and self._alike:
+            self.undecided = Undecided.more(self.undecided, believed[0], differing)
         for source in differing:
             self._report(source, seal, believed[0], undecided)
             source.end(IntegrityError(f"{source} has another state of step {self._step} than the others"))
@@ -119,14 +124,11 @@ class Agreement:
             )
             return
         self._progress.bad_sources.append(source.name)
-        logger.error(
-            "%s announces root %s for step %d, the others %s: %s",
-            source,
-            source.seal.root if source.seal else "-",
-            self._step,
-            seal.root,
-            verdict(believed, undecided),
-        )
+        if not undecided:
+            root = source.seal.root if source.seal else "-"
+            logger.error(
+                "%s announces root %s for step %d, the others %s: %s", source, root, self._step, seal.root, VERDICT
+            )
 
     def _give_up_the_silent(self, sources: Sequence[HTTPSource]) -> None:
         """All is there, and some say what it should be: who does not is not waited for much longer than for those."""

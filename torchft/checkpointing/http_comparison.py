@@ -13,7 +13,7 @@ Rules
       is taken from one source, the first that lives.
     - Of different manifests those of most sources are believed; of two equal sides that of the assigned source, or the
       one nearest to it that lives. Where that is another one than what is received, the fetch must begin again without
-      the outvoted: :class:`Outvoted`.
+      the outvoted: :class:`Outvoted`. Whom most contradict is named in an error; of equal sides nobody is.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from typing import Literal
 from torchft.checkpointing.chunks import Cut, Sample, Seal
 from torchft.checkpointing.fetch_progress import FetchProgress
 from torchft.checkpointing.http_client import SourceConnection
-from torchft.checkpointing.http_source import HTTPSource, verdict
+from torchft.checkpointing.http_differences import Undecided
+from torchft.checkpointing.http_source import VERDICT, HTTPSource
 from torchft.checkpointing.transport import CheckpointError, IntegrityError
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.logs import SpeakerLogger
@@ -83,22 +84,31 @@ class Comparison:
         self._ours: _Layout | None = None
         self._known: dict[int, bytes] = {}
         self._until: float | None = None
+        self.bodies: dict[HTTPSource, bytes] = {}
+        """Manifests' bodies of those that have another one than what is received, as far as they are known."""
+        self.undecided: Undecided | None = None
+        """Who was found to have another manifest, where as many have it: it is for the fetch to say so."""
         self.alike = how != "unlike"
         self.disputed = False
         """A source has another chunk than what was received: all must tell all their hashes."""
 
-    def laid_out(self, source: HTTPSource, cut: Cut, body: bytes) -> bool:
+    def laid_out(self, source: HTTPSource, cut: Cut, body: bytes, manifest: bytes | None = None) -> bool:
         """What a source offers. The first is what is received; whether this one is the same.
 
         Args:
             source: who.
             cut: how the data is cut.
             body: the hash of the manifest's body.
+            manifest: that body, where it came.
         """
         self._layouts[source] = cut, body
         if self._ours is None:
             self._ours = cut, body
-        return self._ours == (cut, body)
+        if self._ours == (cut, body):
+            return True
+        if manifest is not None:
+            self.bodies[source] = manifest
+        return False
 
     # ----------------------------------------------------- asking, and answers
 
@@ -117,8 +127,13 @@ class Comparison:
         self._pending.update(unasked)
         return unasked
 
-    def ask(self, connect: Callable[[Deadline], SourceConnection], cut: Cut, deadline: Deadline) -> Sample | Seal:
+    def ask(
+        self, connect: Callable[[Deadline], SourceConnection], cut: Cut, deadline: Deadline
+    ) -> tuple[Sample | Seal, bytes | None]:
         """Asks one source, on a connection of its own. Without the lock.
+
+        Returns:
+            Its answer, and its manifest's body if that is another one than what is received.
 
         Raises:
             CheckpointError: it does not tell.
@@ -126,14 +141,24 @@ class Comparison:
         whole = self._how == "all"
         connection = connect(deadline if whole else Deadline(min(_PATIENCE, deadline.remaining())))
         try:
+            answer: Sample | Seal
             if whole:
-                return connection.hashes(self._step)
-            return connection.hashes_of(self._step, sorted(_draw.sample(range(cut.count), min(_CHUNKS, cut.count))))
+                answer = connection.hashes(self._step)
+            else:
+                drawn = sorted(_draw.sample(range(cut.count), min(_CHUNKS, cut.count)))
+                answer = connection.hashes_of(self._step, drawn)
+            if (answer.cut, answer.body) == self._ours:
+                return answer, None
+            try:
+                return answer, connection.manifest(self._step)[1]
+            except CheckpointError as e:
+                logger.debug("what its tree is like cannot be said: %s", e)
+                return answer, None
         finally:
             connection.close()
 
-    def told(self, source: HTTPSource, answer: Sample | Seal | CheckpointError) -> None:
-        """What came of asking a source."""
+    def told(self, source: HTTPSource, answer: Sample | Seal | CheckpointError, manifest: bytes | None = None) -> None:
+        """What came of asking a source: its answer, and its manifest's body if that is another one."""
         self._pending.discard(source)
         if isinstance(answer, CheckpointError):
             logger.debug("%s is not compared: %s", source, answer)
@@ -142,7 +167,7 @@ class Comparison:
             return  # it is judged already
         self._answers[source] = answer
         self._progress.compared = len(self._answers)
-        if self.laid_out(source, answer.cut, answer.body):
+        if self.laid_out(source, answer.cut, answer.body, manifest):
             for index, value in self._known.items():
                 self._look(source, index, value)
 
@@ -157,7 +182,7 @@ class Comparison:
         if self.disputed or said is None or said == value or self._layouts.get(source) != self._ours:
             return
         self.disputed = True
-        logger.warning(
+        logger.info(
             "chunk %d of step %d is another one at %s than what was received: all sources are asked for all hashes",
             index,
             self._step,
@@ -209,12 +234,17 @@ class Comparison:
             s for s, la in self._layouts.items() if (la != believed if believed == self._ours else la == self._ours)
         ]
         right = next(s for s, la in self._layouts.items() if la == believed and s.index == nearest[believed])
+        undecided = [s for s in wrong if votes[self._layouts[s]] >= votes[believed]] if self.alike else []
+        if undecided:
+            self.undecided = Undecided.more(self.undecided, right, undecided)
         for source in wrong:
-            self._report(source, right, undecided=votes[self._layouts[source]] >= votes[believed])
+            if source not in undecided:
+                self._report(source, right)
         if believed != self._ours:
+            names = [s.name for s in wrong]
             raise Outvoted(
-                f"{', '.join(s.name for s in wrong)} offered step {self._step} with another tree or layout than most",
-                frozenset(s.name for s in wrong),
+                f"{', '.join(names)} offered step {self._step} with another tree or layout than {right}",
+                frozenset(names),
             )
         for source in wrong:
             if self.alike:
@@ -223,17 +253,11 @@ class Comparison:
             del self._layouts[source]
             self._answers.pop(source, None)
 
-    def _report(self, source: HTTPSource, right: HTTPSource, undecided: bool) -> None:
+    def _report(self, source: HTTPSource, right: HTTPSource) -> None:
         if not self.alike:
             logger.info("%s has another tree at step %d, as it may: all is taken from %s", source, self._step, right)
             return
-        logger.error(
-            "%s offers step %d with another tree or layout than %s: %s",
-            source,
-            self._step,
-            right,
-            verdict(right, undecided),
-        )
+        logger.error("%s offers step %d with another tree or layout than %s: %s", source, self._step, right, VERDICT)
 
     def tell(self) -> None:
         """A line for the log, where somebody was asked."""

@@ -27,10 +27,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from torchft.checkpointing.chunks import ByteRun, Cut, Sample, Seal, digest, parse_manifest
+from torchft.checkpointing.differences import differing_values
 from torchft.checkpointing.fetch_progress import FetchProgress
 from torchft.checkpointing.http_agreement import Agreement
 from torchft.checkpointing.http_client import SourceBusy, SourceConnection
-from torchft.checkpointing.http_comparison import Comparing, Comparison
+from torchft.checkpointing.http_comparison import Comparing, Comparison, Outvoted
+from torchft.checkpointing.http_differences import Differences, look_closer
 from torchft.checkpointing.http_source import HTTPSource, failure_of
 from torchft.checkpointing.http_threads import FetchThreads
 from torchft.checkpointing.http_workers import Workers
@@ -73,6 +75,7 @@ class Download:
         receiver: what the sources know this receiver by; None: a name that is drawn.
         compare: how sources that give nothing are compared with those that do.
         outvoted: names of sources that an earlier attempt has found to be wrong.
+        differences: of the transport: what it has said of sources that differ.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class Download:
         receiver: str | None = None,
         compare: Comparing = "sample",
         outvoted: frozenset[str] = frozenset(),
+        differences: Differences | None = None,
     ) -> None:
         self._look = sources
         self._outvoted = outvoted
@@ -103,7 +107,9 @@ class Download:
         self._sources: list[HTTPSource] = []
         self._threads = FetchThreads(self._changed)
         self._layout: tuple[Cut, bytes, bytes] | None = None  # how it is cut, the manifest's body, its hash
+        self._manifest: Manifest | None = None
         self._plan: TransferPlan | None = None
+        self._differences = differences or Differences()
         self._workers: Workers | None = None
         self._unoffered: str | None = None
         self.progress = FetchProgress(step)
@@ -164,7 +170,8 @@ class Download:
                     raise TransferAborted(f"no source had offered step {self._step} when {self._unoffered}")
                 self._changed.wait(_TICK)
             cut, body, _ = self._layout
-        return parse_manifest(body, cut, allow_pickle), cut
+        self._manifest = parse_manifest(body, cut, allow_pickle)
+        return self._manifest, cut
 
     def run(self, run: ByteRun, kept: Mapping[int, bytes]) -> Seal:
         """Receives the data into ``run``; returns when all of it is verified.
@@ -178,6 +185,16 @@ class Download:
             Outvoted: another tree or layout is what most sources have.
             SourceLost, StepNotServed, CheckpointTimeout, TransferAborted
         """
+        try:
+            seal = self._run(run, kept)
+        except Outvoted:
+            self._tell_other_trees()
+            raise
+        self._tell_other_trees()
+        self._tell_other_states(run, seal)
+        return seal
+
+    def _run(self, run: ByteRun, kept: Mapping[int, bytes]) -> Seal:
         assert self._layout is not None
         cut = self._layout[0]
         with self._changed:
@@ -285,6 +302,25 @@ class Download:
             self.agreement.disputed = True
             self._open(self._sources)
 
+    def _tell_other_trees(self) -> None:
+        """One line on those with another tree or layout, where nobody can say whose is right."""
+        sides = self.comparison.undecided
+        if sides is not None and self._layout is not None:
+            bodies = [b for s in (sides.believed, *sides.others) if (b := self.comparison.bodies.get(s)) is not None]
+            paths = dict.fromkeys(path for body in bodies for path in differing_values(self._layout[1], body))
+            self._differences.tell(self._step, sides, list(paths))
+
+    def _tell_other_states(self, run: ByteRun, seal: Seal) -> None:
+        """The same on those with other data, which is looked at once more. All is there, and no lock is held."""
+        sides, manifest = self.agreement.undecided, self._manifest
+        if sides is None or manifest is None:
+            return
+        other, cut = sides.others[0], seal.cut
+        assert other.seal is not None
+        chunks = [i for i in range(cut.count) if other.seal.digest_of(i) != seal.digest_of(i)]
+        what = look_closer(partial(self._connect, other), self._step, manifest, cut, run, chunks)
+        self._differences.tell(self._step, sides, *what)
+
     # -------------------------------------------------------------- the threads
 
     def _open(self, sources: Sequence[HTTPSource]) -> None:
@@ -304,12 +340,13 @@ class Download:
     def _ask_to_compare(self, source: HTTPSource) -> None:
         assert self._layout is not None
         answer: Sample | Seal | CheckpointError
+        manifest = None
         try:
-            answer = self.comparison.ask(partial(self._connect, source), self._layout[0], self._deadline)
+            answer, manifest = self.comparison.ask(partial(self._connect, source), self._layout[0], self._deadline)
         except CheckpointError as e:
             answer = e
         with self._changed:
-            self.comparison.told(source, answer)
+            self.comparison.told(source, answer, manifest)
 
     def _ask_for_manifest(self, source: HTTPSource) -> None:
         while (pause := self._ask_once_for_manifest(source)) is not None:
@@ -331,7 +368,7 @@ class Download:
                 source.address = connection.address
                 if self._layout is None:
                     self._layout = layout
-                if not self.comparison.laid_out(source, cut, layout[2]):
+                if not self.comparison.laid_out(source, cut, layout[2], body):
                     raise IntegrityError(f"{source} offers another tree or layout as step {self._step}")
                 source.state, source.first, handed_on = "ready", connection, True
                 if self._workers is not None:

@@ -19,7 +19,7 @@ from torchft.checkpointing.transport import (
     Unauthorized,
 )
 
-__all__ = ["HTTPSource", "failure_of", "verdict"]
+__all__ = ["VERDICT", "HTTPSource", "failure_of"]
 
 
 @dataclass(eq=False)
@@ -85,19 +85,8 @@ def failure_of(sources: Sequence[HTTPSource], step: int) -> CheckpointError:
     return kind(f"no source of step {step} is left. {told}")
 
 
-def verdict(believed: HTTPSource, undecided: bool) -> str:
-    """What is said of a source whose state differs from that of ``believed``.
-
-    Args:
-        believed: one of the side that is believed.
-        undecided: as many stand on the other side.
-    """
-    end = (
-        f"Which side is right nobody can say: {believed} is believed. Look at the memory of both machines"
-        if undecided
-        else "It is not used; look at that machine's memory"
-    )
-    return (
-        "its state differs, which is a silent corruption, unless the groups' states are not alike on purpose "
-        f"(docs/transfer.md). {end}"
-    )
+VERDICT = (
+    "its state differs, which is a silent corruption, unless the groups' states are not alike on purpose "
+    "(docs/transfer.md). It is not used; look at that machine's memory"
+)
+"""What is said of a source that most others contradict."""

@@ -45,6 +45,7 @@ from torchft.checkpointing.fetch_progress import FetchProgress
 from torchft.checkpointing.http_addresses import PROTOCOL, addresses_in, named_sources, own_addresses
 from torchft.checkpointing.http_client import SourceConnection
 from torchft.checkpointing.http_comparison import Outvoted
+from torchft.checkpointing.http_differences import Differences
 from torchft.checkpointing.http_download import Download
 from torchft.checkpointing.http_partial import Partial
 from torchft.checkpointing.http_probe import sum_of_rates
@@ -139,6 +140,7 @@ class HTTPTransport(CheckpointTransport[T]):
         self.last_receive: FetchProgress | None = None
         """How the newest receive goes, or went: bytes that were fetched, kept, bad, retries."""
         self._partial: Partial | None = None
+        self._differences = Differences()
         self._waiting: Download | None = None  # for a source to offer anything
         self._outlived: Offer | None = None  # it was offered in a step that has ended
         self._live = False  # what is offered is the caller's own memory
@@ -293,7 +295,7 @@ class HTTPTransport(CheckpointTransport[T]):
                     return self._receive(sources, step, deadline, limit, unmeasured, alike, outvoted, whole)
                 except Outvoted as e:
                     outvoted |= e.names
-                    logger.warning("%s: once more, without", e)
+                    logger.info("%s: once more, without", e)
 
     def _receive(
         self,
@@ -320,6 +322,7 @@ class HTTPTransport(CheckpointTransport[T]):
                 unmeasured,
                 compare=self._compare if alike else "unlike",
                 outvoted=outvoted,
+                differences=self._differences,
             )
             self.last_receive = download.progress
             with download:
