@@ -6,6 +6,7 @@ machine as on an idle one, everybody who can answer has answered.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,10 +16,11 @@ import torch
 
 from tests.checkpointing.hostile_server import HostileServer
 from tests.checkpointing.loopback import TIMEOUT, address_of, offered, transport
-from torchft.checkpointing import http_comparison, http_differences
+from torchft.checkpointing import http_agreement, http_comparison, http_differences
 from torchft.checkpointing.chunks import CHUNK_SIZE, Sample
 from torchft.checkpointing.fetch_progress import FetchProgress
 from torchft.checkpointing.http_comparison import Comparing, Comparison
+from torchft.checkpointing.offer import Offer
 from torchft.runtime.deadline import Deadline
 from torchft.testing.faults import Link
 
@@ -147,6 +149,24 @@ def test_where_it_cannot_be_looked_at_what_differs_all_tensors_that_lie_there_ar
         assert_same(f.receive(), good)
         (line,) = told(caplog)
         assert "state['mean'], state['var'] (or in some of these, which lie in 1 of 3 chunks)" in line
+
+
+@pytest.mark.usefixtures("patient")
+def test_sources_that_differ_and_do_not_tell_their_hashes_do_not_keep_the_state_back(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(http_agreement, "_ALL_SILENT", 0.1)
+    monkeypatch.setattr(Offer, "await_seal", lambda *_: (over.wait(60), None)[1])
+    good = state()
+    with fetch(good, corrupt(good)) as f:
+        try:
+            assert_same(f.receive(), good)
+        finally:
+            over.set()
+        (line,) = told(caplog)
+        assert "no source of step 4 told its hashes" in line
+        assert "replica rank 0 (" in line
 
 
 @pytest.mark.usefixtures("patient")

@@ -32,7 +32,7 @@ class Fetch:
         self.progress = FetchProgress(1)
         self.progress.begin(CUT.total, 0)
         self.agreement = Agreement(1, self.progress)
-        self.agreement.begin({})
+        self.agreement.begin({}, CUT)
         self.plan = TransferPlan(CUT.count, range(CUT.count))
         for index, giver in enumerate(givers):
             self.agreement.landed(index, digests(*announced[giver])[index], self.sources[giver])
@@ -111,4 +111,67 @@ def test_who_does_not_tell_its_hashes_is_given_up_when_another_has() -> None:
 def test_a_state_of_one_source_needs_no_comparison() -> None:
     fetch = Fetch("abc", givers=(0, 0, 0))
     assert not fetch.agreement.of_several
-    assert fetch.agreement.whole(CUT, BODY).chunks == b"".join(digests(*"abc"))
+    assert fetch.agreement.whole(BODY).chunks == b"".join(digests(*"abc"))
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no time for hashes that nobody tells."""
+    monkeypatch.setattr("torchft.checkpointing.http_agreement._ALL_SILENT", -60.0)
+
+
+def test_all_have_seconds_to_tell_their_hashes() -> None:
+    fetch = Fetch("abc", "abc", givers=(0, 1, 0))
+    for source in fetch.sources:
+        source.seal = None
+    assert fetch.reached() is None
+    assert fetch.out == []
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_dispute_in_which_nobody_tells_its_hashes_ends_with_the_assigned_source(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fetch = Fetch("abc", "abX", "abc", givers=(0, 0, 0))
+    fetch.agreement.disputed = True
+    for source in fetch.sources:
+        source.seal = None
+    fetch.sources[2].state = "opening"
+    assert fetch.agreement.of_several
+    assert fetch.reached() is None
+    assert fetch.out == [1, 2]
+    assert not fetch.agreement.of_several, "it is taken as it is"
+    assert fetch.plan.finished
+    assert fetch.agreement.whole(BODY).chunks == b"".join(digests(*"abc"))
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert "no source of step 1 told its hashes within" in line
+    assert "source 0 () is believed" in line
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("kept", [True, False])
+def test_where_nobody_tells_its_hashes_what_the_one_that_is_believed_did_not_give_is_missing_again(kept: bool) -> None:
+    fetch = Fetch("abc", "abc", givers=(0, 1, 0))
+    if kept:
+        fetch.agreement.begin({1: digests("b")[0]}, CUT)
+        for index in (0, 2):
+            fetch.agreement.landed(index, digests(*"abc")[index], fetch.sources[0])
+    for source in fetch.sources:
+        source.seal = None
+    assert fetch.reached() is None
+    assert fetch.out == [1]
+    assert sorted(fetch.agreement.verified) == [0, 2]
+    assert fetch.progress.done == 2 * CHUNK_SIZE
+    assert not fetch.plan.finished
+    assert not fetch.agreement.of_several
+
+
+@pytest.mark.usefixtures("impatient")
+def test_one_that_gave_nothing_is_not_believed_where_nobody_tells_its_hashes() -> None:
+    fetch = Fetch("abc", "abc", givers=(1, 1, 1))
+    fetch.agreement.disputed = True
+    for source in fetch.sources:
+        source.seal = None
+    assert fetch.reached() is None
+    assert fetch.out == [0]
+    assert fetch.plan.finished

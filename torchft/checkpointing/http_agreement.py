@@ -11,6 +11,8 @@ Rules
     - One whose hashes differ from most (from the assigned one's, if there are as many on both sides) is named and not
       used, and what only it vouches for is missing again. It is an error where most contradict it.
     - When all is there and some have told their hashes, one that does not is not waited for much longer than for those.
+      If nobody tells them in a few seconds, and the time that hashing the state may take, one source is believed, if
+      possible the assigned one, and what it did not give is fetched again from it.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ logger = SpeakerLogger("torchft.checkpointing.http_transport")
 
 _SILENT = 1.0
 """Seconds that a source has for its hashes at least, when all data and another source's hashes are there."""
+_ALL_SILENT = 5.0
+_HASHED = 0.5e9
+"""Seconds that all have where none tells them, and bytes a second of hashing for which they have more."""
 
 
 class Agreement:
@@ -48,7 +53,9 @@ class Agreement:
         self._alike = alike
         self._step = step
         self._progress = progress
-        self._kept = False
+        self._cut = Cut(0)
+        self._kept = self._taken_as_it_is = False
+        self._there: float | None = None  # when all data was
         self.disputed = False
         """A source says that what was received is wrong."""
         self.undecided: Undecided | None = None
@@ -57,8 +64,9 @@ class Agreement:
         self.verified: dict[int, bytes] = {}
         """The chunks that are there, and their hashes."""
 
-    def begin(self, kept: Mapping[int, bytes]) -> None:
-        """The data is asked for, but for the chunks that are there from an earlier attempt."""
+    def begin(self, kept: Mapping[int, bytes], cut: Cut) -> None:
+        """The data, which is cut so, is asked for, but for the chunks that are there from an earlier attempt."""
+        self._cut = cut
         self._kept = bool(kept)
         self.verified = dict(kept)
 
@@ -79,11 +87,12 @@ class Agreement:
     @property
     def of_several(self) -> bool:
         """Whether only the hashes of all tell: what is there came from more than one, was kept, or is disputed."""
-        return self._kept or self.disputed or len(self._used()) > 1
+        disputed = self.disputed and not self._taken_as_it_is
+        return self._kept or disputed or len(self._used()) > 1
 
-    def whole(self, cut: Cut, body: bytes) -> Seal:
+    def whole(self, body: bytes) -> Seal:
         """Of a state that is there and came from one source."""
-        return Seal(cut, b"".join(self.verified[i] for i in range(cut.count)), body)
+        return Seal(self._cut, b"".join(self.verified[i] for i in range(self._cut.count)), body)
 
     def reached(self, sources: Sequence[HTTPSource], plan: TransferPlan) -> Seal | None:
         """What all agree on, when all is there and they do; else what is not agreed on is missing again.
@@ -92,7 +101,7 @@ class Agreement:
             sources: all of the fetch; those that are usable have been asked for their hashes.
             plan: in which all is there.
         """
-        self._give_up_the_silent(sources)
+        self._give_up_the_silent(sources, plan)
         taking_part = [s for s in sources if s.usable]
         if not taking_part or any(s.seal is None for s in taking_part):
             return None
@@ -109,12 +118,10 @@ class Agreement:
             source.end(IntegrityError(f"{source} has another state of step {self._step} than the others"))
         wrong = [i for i, value in self.verified.items() if value != seal.digest_of(i)]
         for index in wrong:
-            giver = self._givers.pop(index, None)
+            giver = self._givers.get(index)
             if giver is not None and giver not in differing and self._alike:
                 logger.error("chunk %d of step %d from %s is not what the others have", index, self._step, giver)
-            self._progress.lost(seal.cut.length(index))
-            del self.verified[index]
-        plan.revoke(wrong)
+        self._forget(wrong, plan)
         return seal if plan.finished else None
 
     def _report(self, source: HTTPSource, seal: Seal, believed: HTTPSource, undecided: bool) -> None:
@@ -130,13 +137,15 @@ class Agreement:
                 "%s announces root %s for step %d, the others %s: %s", source, root, self._step, seal.root, VERDICT
             )
 
-    def _give_up_the_silent(self, sources: Sequence[HTTPSource]) -> None:
+    def _give_up_the_silent(self, sources: Sequence[HTTPSource], plan: TransferPlan) -> None:
         """All is there, and some say what it should be: who does not is not waited for much longer than for those."""
         usable = [s for s in sources if s.usable]
         told = [s.seal_took for s in usable if s.seal is not None]
+        now = time.monotonic()
         if not told:
+            self._believe_one(sources, usable, plan, now)
             return
-        patience, now = max(_SILENT, 3 * max(told)), time.monotonic()
+        patience = max(_SILENT, 3 * max(told))
         for source in usable:
             asked = source.asked_for_seal
             if source.seal is None and asked is not None and now - asked > patience:
@@ -146,6 +155,41 @@ class Agreement:
             if source.state == "opening" and now - source.opened > patience:
                 logger.warning("%s does not answer: it has no say in what is right", source)
                 source.end(SourceLost(f"{source} did not answer within {patience:.1f}s"))
+
+    def _believe_one(
+        self, sources: Sequence[HTTPSource], usable: Sequence[HTTPSource], plan: TransferPlan, now: float
+    ) -> None:
+        """All is there, and nobody says what it should be: in the end it is taken as one of them gave it."""
+        if self._there is None:
+            self._there = now
+        patience = _ALL_SILENT + self._progress.total / _HASHED
+        asked = [now if s.asked_for_seal is None else s.asked_for_seal for s in usable]
+        if not usable or now - max(self._there, *asked) <= patience:
+            return
+        used = self._used()
+        one = min(usable, key=lambda s: (s not in used, s.index))
+        again = [i for i in self.verified if self._givers.get(i) is not one]
+        logger.warning(
+            "no source of step %d told its hashes within %.1fs: %s is believed, with nothing to compare it to, and "
+            "the %d chunks that it did not give are fetched from it",
+            self._step,
+            patience,
+            one,
+            len(again),
+        )
+        for source in sources:
+            if source is not one:
+                source.end(SourceLost(f"{source} did not tell its hashes within {patience:.1f}s"))
+        self._forget(again, plan)
+        self._kept, self._taken_as_it_is = False, True
+
+    def _forget(self, chunks: Sequence[int], plan: TransferPlan) -> None:
+        """They are missing again."""
+        for index in chunks:
+            self._givers.pop(index, None)
+            self._progress.lost(self._cut.length(index))
+            del self.verified[index]
+        plan.revoke(chunks)
 
 
 def _judge(sources: Sequence[HTTPSource], distrusted: Collection[int]) -> tuple[Seal, list[HTTPSource]]:

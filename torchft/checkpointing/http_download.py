@@ -199,7 +199,7 @@ class Download:
         cut = self._layout[0]
         with self._changed:
             self._plan = plan = TransferPlan(cut.count, kept)
-            self.agreement.begin(kept)
+            self.agreement.begin(kept, cut)
             self.progress.begin(cut.total, sum(cut.length(i) for i in kept))
             self._workers = Workers(
                 self._step,
@@ -285,7 +285,7 @@ class Download:
             self._ask_for_seals()
             seal = self.agreement.reached(self._sources, self._plan)
         else:
-            seal = self.agreement.whole(self._layout[0], self._layout[2])
+            seal = self.agreement.whole(self._layout[2])
         if seal is None or self.comparison.waits:
             return None
         self.comparison.judge_layouts(final=True)
