@@ -228,6 +228,19 @@ def test_the_vote_is_yes_only_if_every_rank_votes_yes(start: Start, pool: Thread
         assert other.result(60) is (mine and theirs)
 
 
+def test_why_a_group_commits_nothing_is_said_once_until_it_commits_again(
+    start: Start, pool: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = start("a", world_size=2)
+    client = ManagerClient(server.address(), WAIT)
+    for theirs in (False, False, False, True, False, False):
+        other = pool.submit(lambda vote=theirs: client.should_commit(1, 5, vote, WAIT))
+        server.should_commit(0, 5, True, WAIT)
+        other.result(60)
+    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert [line.partition("not committed: ")[2] for line in said] == 2 * ["rank 1 voted no"]
+
+
 def _vote_and_wait(address: str, ready: object) -> None:
     client = ManagerClient(address, WAIT)
     client.should_commit(1, 5, True, timedelta(minutes=4))

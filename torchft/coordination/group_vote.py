@@ -55,6 +55,9 @@ class GroupVote:
         self._lock = threading.Lock()
         self._vote = CommitVote(world_size)
         self._ballots: dict[int, Ballot] = {}
+        self._said: set[str] = (
+            set()
+        )  # causes since the last commit: a group that waits for a state has the same each step
 
     def alone(self, step: int, commit: bool, deadline: Deadline) -> bool:
         """The vote of a group of one rank: there is nobody to wait for, but perhaps the lighthouse."""
@@ -126,8 +129,12 @@ class GroupVote:
         self._standing.ended(step, bool(decision.decided))
         next_stands = bool(decision.decided) and self._world_size > 1 and self._standing.stands(step + 1)
         if not decision.decided and decision.cause:
-            level = logging.WARNING if self._world_size > 1 else logging.DEBUG
+            new = decision.cause not in self._said
+            self._said.add(decision.cause)
+            level = logging.WARNING if new and self._world_size > 1 else logging.DEBUG
             self._log.log(level, "the step is not committed: %s", decision.cause)
+        elif decision.decided:
+            self._said.clear()
         for ballot in ballots:
             if not ballot.done():
                 ballot.set_result(Voted(bool(decision.decided), next_stands))
