@@ -65,6 +65,76 @@ def test_same_state_gives_the_same_root_and_another_byte_another_root() -> None:
     assert root(1.0) != root(2.0)
 
 
+def fill(destination: Destination, state: object) -> None:
+    """Writes a state's bytes into what was made for it."""
+    for view, extent in zip(destination.run.views(0, destination.run.total), describe(state)[1], strict=True):
+        view[:] = host_run([extent]).views(0, extent.numel())[0]
+
+
+def test_views_whose_elements_share_memory_arrive_with_gaps_and_conjugated_too() -> None:
+    state = {
+        "gaps": torch.randn(200).as_strided((2, 2, 10), (0, 100, 1)),
+        "windows": torch.randn(300).as_strided((2, 3, 4), (200, 2, 1)),
+        "expanded": torch.randn(4, 1, dtype=torch.complex64).conj().expand(4, 50),
+        "negated": torch.randn(20, dtype=torch.complex64).conj().imag.unfold(0, 4, 2),
+        "empty": torch.empty(0, 3, dtype=torch.complex64).conj(),
+    }
+    assert_same(state, carry(state))
+
+
+def test_a_tensor_whose_memory_was_freed_is_refused_and_left_alone_on_both_sides() -> None:
+    freed = torch.randn(100)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(UnsafeStateError, match=r"state\['w'\].*freed"):
+        describe({"w": freed})
+    state = {"w": torch.ones(100)}
+    destination = Destination(describe(state)[0], {"w": freed})
+    fill(destination, state)
+    assert_same(state, destination.finish())
+    assert not freed.untyped_storage().nbytes()
+
+
+def test_a_live_tensor_that_is_given_other_memory_meanwhile_does_not_pass_for_what_came() -> None:
+    state = {
+        "in place": torch.randn(6, 4),
+        "by copy": torch.randn(4, 6).t(),
+        "resized": torch.randn(3),
+        "same": torch.ones(2),
+    }
+    live = {key: torch.nn.Parameter(torch.zeros(value.shape)) for key, value in state.items()}
+    destination = Destination(describe(state)[0], live)
+    live["in place"].data = torch.zeros(6, 4)
+    live["by copy"].data = torch.zeros(6, 4)
+    live["resized"].data = live["resized"].data[:2]
+    fill(destination, state)
+    received = destination.finish()
+    assert isinstance(received, dict)
+    assert received["same"] is live["same"]
+    assert_same(state, {key: value.detach() for key, value in received.items()})
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_live_tensors_without_a_shape_are_passed_over() -> None:
+    state = {"w": torch.ones(3), "lazy": torch.ones(4), "nested": torch.ones(2)}
+    live = torch.ones(3)
+    lazy = torch.nn.UninitializedParameter()
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    destination = Destination(describe(state)[0], {"w": live, "lazy": lazy, "nested": nested})
+    fill(destination, state)
+    received = destination.finish()
+    assert isinstance(received, dict)
+    assert received["w"] is live
+    assert_same(state, received)
+    for odd in (lazy, nested):
+        with pytest.raises(UnsafeStateError, match="cannot be sent"):
+            describe([odd])
+
+
+def test_a_key_that_is_too_large_a_number_is_refused_with_where_it_is() -> None:
+    with pytest.raises(UnsafeStateError, match=r"state\['a'\] has a key of more than"):
+        describe({"a": {10**5000: 1}})
+
+
 def test_a_view_of_a_large_buffer_does_not_send_the_buffer() -> None:
     buffer = torch.zeros(1_000_000)
     manifest, _ = describe({"a": buffer[10:20], "b": buffer[-10:], "c": buffer[15:30]})
@@ -133,6 +203,7 @@ T = ["T", "float32", [4], None, 0, 0, False]
         (["T", "float32", [1.0], None, 0, 0, False], [4]),
         (["T", "float32", [4], [10**14], 0, 0, True], [16]),  # packed, would unpack to far more memory
         (["T", "float32", [3], None, 0, 0, True], [16]),
+        (["T", "float32", [2, 2, 10], [0, 100, 1], 0, 0, True], [160]),  # packed, but its elements share memory
         (["T", "qint8", [4], None, 0, 0, False], [4]),
         (["T", "load", [4], None, 0, 0, False], [4]),
         (["T", "float32", [4]], [16]),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
-from torchft.checkpointing.manifest import MAX_MANIFEST_BYTES, Manifest, SpecReader, contiguous_stride, span
+from torchft.checkpointing.manifest import MAX_MANIFEST_BYTES, Manifest, SpecReader, are_apart, contiguous_stride, span
 from torchft.checkpointing.memory import byte_view
 from torchft.checkpointing.mesh import MeshSpec, placements_json
 from torchft.checkpointing.transport import UnsafeStateError
@@ -134,14 +134,14 @@ class _Collector:
 
     def _plain(self, tensor: torch.Tensor, path: str) -> list[JSON]:
         name = dtype_name(tensor.dtype)
-        if type(tensor) not in _PLAIN or tensor.layout != torch.strided or tensor.is_meta or not name:
+        plain = type(tensor) in _PLAIN and tensor.layout == torch.strided and not tensor.is_nested
+        if not plain or tensor.is_meta or not name:
             raise UnsafeStateError(
                 f"{path} holds a tensor that cannot be sent: {type(tensor).__name__}, {tensor.dtype}, "
                 f"{tensor.layout}, on {tensor.device}. Dense tensors with memory can be."
             )
         if tensor.is_conj() or tensor.is_neg():
-            data = tensor.detach()
-            tensor = torch.empty_strided(data.shape, data.stride(), dtype=data.dtype, device=data.device).copy_(data)
+            tensor = _resolved(tensor.detach())
         shape, stride = tuple(tensor.shape), tensor.stride()
         contiguous = stride == contiguous_stride(shape)
         node: list[JSON] = ["T", name, list(shape), None if contiguous else list(stride), 0, -1, False]
@@ -149,7 +149,13 @@ class _Collector:
             size = tensor.itemsize
             start = int(tensor.storage_offset()) * size
             stop = start + (numel if contiguous else span(shape, stride)) * size
-            self._found.append(_Found(tensor, tensor.untyped_storage(), node, start, stop))
+            storage = tensor.untyped_storage()
+            if stop > storage.nbytes():
+                raise UnsafeStateError(
+                    f"{path} holds a tensor whose memory was freed: it needs {stop} bytes of a storage that has "
+                    f"{storage.nbytes()}. Sharding frees what it gathers again: save the shards"
+                )
+            self._found.append(_Found(tensor, storage, node, start, stop))
         return node
 
     def lay_out(self) -> list[_Place]:
@@ -176,6 +182,15 @@ class _Collector:
         return places
 
 
+def _resolved(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a lazily conjugated or negated tensor that is not, with the same strides."""
+    shape, stride = tensor.shape, tensor.stride()
+    if not tensor.numel():
+        return torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device)
+    covered = tensor.as_strided((span(shape, stride),), (1,))
+    return covered.resolve_conj().resolve_neg().as_strided(shape, stride, 0)
+
+
 def _overlapping(members: list[_Found]) -> list[list[_Found]]:
     groups: list[list[_Found]] = []
     stop = -1
@@ -192,7 +207,7 @@ def _overlapping(members: list[_Found]) -> list[list[_Found]]:
 def _alone(found: _Found, extent: int) -> _Place:
     found.extent = found.node[5] = extent
     length, nbytes = found.stop - found.start, found.tensor.nbytes
-    packed = found.node[6] = nbytes < length
+    packed = found.node[6] = nbytes < length and are_apart(found.tensor.shape, found.tensor.stride())
     return _Place(found, found.start, nbytes if packed else length, packed)
 
 

@@ -9,6 +9,8 @@ Rules
     - No memory is written twice: where live tensors share memory (as far as their first and last byte tell) that the
       source's do not share, only the first is written, and the others are handed out in fresh memory.
     - Fresh memory is allocated once per extent, so tensors that shared memory share it again.
+    - A counterpart that was given other memory while its bytes came (``parameter.data = …``) is left as it is, and what
+      came is handed out beside it.
     - Extents of fewer than ``in_place_from`` bytes get fresh memory (transport.py, ``COPY_BELOW``).
     - A DTensor's counterpart is a DTensor of the same global shape and placements; its local tensor is what is filled.
 """
@@ -24,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchft.checkpointing.chunks import ByteRun
 from torchft.checkpointing.live import LiveTensor, LiveTensors
-from torchft.checkpointing.manifest import Manifest, TensorSpec
+from torchft.checkpointing.manifest import Manifest, TensorSpec, are_apart
 from torchft.checkpointing.memory import huge_empty
 from torchft.checkpointing.mesh import MeshSpec
 from torchft.checkpointing.transport import CheckpointError
@@ -95,7 +97,7 @@ class Destination:
         self._by_copy: dict[str, LiveTensor] = {}
         rest = (found for extent, found in enumerate(members) if extent not in self._in_place)
         for spec, fit in itertools.chain(empty, *rest):
-            if fit is not None and _takes_values(fit.local) and written.add(fit.address, _reach(fit.local)):
+            if fit is not None and are_apart(fit.shape, fit.stride) and written.add(fit.address, _reach(fit.local)):
                 self._by_copy[spec.path] = fit
         self.run = ByteRun(pieces, views)
         """Where to write the data."""
@@ -126,27 +128,28 @@ class Destination:
         """The state, once every byte of ``run`` is written and verified."""
         return self._manifest.build([self._tensor(s) for s in self._manifest.tensors], allow_pickle)
 
-    def _given(self, path: str) -> torch.Tensor:
-        live = self._live.get(path)
-        assert live is not None
-        return live.given
-
     def _tensor(self, spec: TensorSpec) -> torch.Tensor:
         if spec.extent in self._in_place:
-            return self._given(spec.path)
+            live = self._live.get(spec.path)
+            if live is not None and live.in_its_place:
+                return live.given
         if spec.extent < 0:
             arrived = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype)
         else:
             arrived = torch.empty(0, dtype=spec.dtype)
-            storage = self._pieces[spec.extent].untyped_storage()
+            piece = self._pieces[spec.extent]
+            if spec.extent in self._in_place:
+                piece = piece.clone()  # to begin where a storage does
+            storage = piece.untyped_storage()
             if spec.packed:
                 arrived.set_(storage, 0, spec.shape)  # type: ignore[call-overload]
                 arrived = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype).copy_(arrived)
             else:
                 arrived.set_(storage, spec.offset // spec.dtype.itemsize, spec.shape, spec.stride)
-        if spec.path in self._by_copy:
-            self._by_copy[spec.path].local.copy_(arrived)
-            return self._given(spec.path)
+        by_copy = self._by_copy.get(spec.path)
+        if by_copy is not None and by_copy.in_its_place:
+            by_copy.local.copy_(arrived)
+            return by_copy.given
         if spec.dtensor is None:
             return arrived.to(self._device)
         known = self._meshes.get(spec.dtensor.mesh)
@@ -193,17 +196,6 @@ def _filler(members: list[tuple[TensorSpec, LiveTensor | None]], length: int) ->
         if live.view is not None and len(live.view) == length:
             filler = live
     return filler
-
-
-def _takes_values(tensor: torch.Tensor) -> bool:
-    """Whether ``copy_`` may write it: no two of its elements share memory."""
-    step = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride < step:
-                return False
-            step = stride * size
-    return True
 
 
 def _reach(tensor: torch.Tensor) -> int:

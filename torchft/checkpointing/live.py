@@ -8,11 +8,13 @@ to do but to compare.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from torchft.checkpointing.chunks import host_view
+from torchft.checkpointing.manifest import span
 from torchft.checkpointing.memory import byte_view
 from torchft.checkpointing.tree import tensors_by_path
 from torchft.dtensor import dtensor_class
@@ -44,18 +46,24 @@ class LiveTensor(NamedTuple):
     view: memoryview | None
     """Of ``memory``."""
 
+    @property
+    def in_its_place(self) -> bool:
+        """Whether what stands in the tree is in the memory that was looked at still (``parameter.data = …``)."""
+        now = self.given if self.dtensor is None else cast("DTensor", self.given.detach()).to_local()
+        return now.data_ptr() == self.address and now.shape == self.shape and now.stride() == self.stride
+
 
 class LiveTensors:
     """The tensors of a tree, by path.
 
     Args:
-        tree: values that the format refuses are passed over.
+        tree: values that the format refuses are passed over, and tensors that have no shape (yet).
     """
 
     @collection_put_off()
     def __init__(self, tree: object = None) -> None:
         kind = dtensor_class()
-        self._by_path = {path: _look_at(tensor, kind) for path, tensor in tensors_by_path(tree)}
+        self._by_path = {p: _look_at(t, kind) for p, t in tensors_by_path(tree) if not is_lazy(t) and not t.is_nested}
 
     def get(self, path: str) -> LiveTensor | None:
         """The one at a path."""
@@ -94,10 +102,16 @@ def _look_at(given: torch.Tensor, kind: type[DTensor] | None) -> LiveTensor:
     usable = usable and not local.is_conj() and not local.is_neg()
     shape, stride = tuple(local.shape), tuple(local.stride()) if usable else ()
     memory = view = None
-    address = local.data_ptr() if usable else 0
-    if usable and local.is_cpu and _is_dense(local):
-        memory = byte_view(local, local.untyped_storage(), int(local.storage_offset()) * local.itemsize, local.nbytes)
-        view = host_view(memory)
+    address = 0
+    if usable:
+        storage, start, dense = local.untyped_storage(), int(local.storage_offset()) * local.itemsize, _is_dense(local)
+        reach = local.nbytes if dense else span(shape, stride) * local.itemsize
+        usable = not local.numel() or start + reach <= storage.nbytes()  # sharding frees what it gathers again
+        if usable:
+            address = local.data_ptr()
+            if local.is_cpu and dense:
+                memory = byte_view(local, storage, start, reach)
+                view = host_view(memory)
     return LiveTensor(given, dtensor, local, local.dtype, shape, stride, usable, address, memory, view)
 
 

@@ -9,8 +9,9 @@ Form (JSON, UTF-8, no spaces)
     ``{"extents": [bytes, …], "meshes": [mesh, …], "tree": …}``. A tensor in the tree is
     ``["T", dtype, shape, stride | null, offset, extent, packed]``: ``offset`` in bytes into its extent, ``stride`` in
     elements (null: contiguous), ``extent`` -1 if it has no elements. ``packed``: it is alone in its extent and does not
-    fill it, so its elements travel contiguously and get their strides back on arrival. Its position in the tree is
-    its path. A DTensor is ``["D", global shape, global stride, mesh, placements, local "T"]``.
+    fill it, and no two of its elements share memory, so they travel contiguously and get their strides back on arrival.
+    Its position in the tree is its path. A DTensor is
+    ``["D", global shape, global stride, mesh, placements, local "T"]``.
 
 Invariants, checked on reading before anything is allocated
     Every tensor lies inside its extent, and its offset is a multiple of its element size. Counts, dimensions and
@@ -45,6 +46,7 @@ __all__ = [
     "Manifest",
     "SpecReader",
     "TensorSpec",
+    "are_apart",
     "contiguous_stride",
     "span",
 ]
@@ -205,7 +207,8 @@ class SpecReader:
             length = self._extents[extent]
             reach = (numel if raw_stride is None else span(shape, stride)) * dtype.itemsize
             if packed:
-                if extent in self.used or offset or numel * dtype.itemsize != length or reach > MAX_TOTAL:
+                fills = extent not in self.used and not offset and numel * dtype.itemsize == length
+                if not fills or reach > MAX_TOTAL or not are_apart(shape, stride):
                     raise ManifestError(f"{path} is packed, but does not fill an extent of its own")
                 self._spread += reach
                 self._packed += length
@@ -253,3 +256,14 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
 def span(shape: Sequence[int], stride: Sequence[int]) -> int:
     """Elements from the first to the last, both included. Not for a tensor without elements."""
     return 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+
+
+def are_apart(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether no two elements share memory, so that values may be copied into such a tensor. May err towards no."""
+    step = 1
+    for n, size in sorted(zip(stride, shape, strict=True)):
+        if size > 1:
+            if n < step:
+                return False
+            step = n * size
+    return True

@@ -231,6 +231,8 @@ class Encoder:
                     f"{path} has a key {key!r} of type {type(key).__name__}, which cannot be sent safely: "
                     "dict keys must be str or int"
                 )
+            if type(key) is int and key.bit_length() > _MAX_INT_BITS:
+                raise UnsafeStateError(f"{path} has a key of more than {_MAX_INT_BITS} bits, which cannot be sent")
             out += [key, self.encode(item, f"{path}[{key!r}]", depth + 1)]
         return out
 
