@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,48 @@ def test_no_rank_begins_anew_when_all_checkpoints_are_damaged(groups: Groups, tm
         return r.manager.current_step()
 
     assert groups.together(*(lambda r=r: begin(r) for r in b)) == [0, 0]
+
+
+def test_a_step_that_comes_again_finds_no_parts_of_the_last_time(groups: Groups, tmp_path: Path) -> None:
+    class Recording(Checkpoints):
+        def save(self, step: int, *args: Any, **kwargs: Any) -> Any:
+            writers.append((step, kwargs["writer"]))
+            return super().save(step, *args, **kwargs)
+
+    writers: list[tuple[int, str]] = []
+    checkpoints = Recording(tmp_path, every=1)
+    a = groups.replica("a", checkpoints=checkpoints)
+    for again in range(2):
+        while a.manager.current_step() < 3:
+            a.step()
+            assert checkpoints.wait(30)
+        if not again:
+            shutil.rmtree(tmp_path / "step-000000000002")
+            assert a.manager.restore() == 1
+    of_2 = [writer for step, writer in writers if step == 2]
+    assert len(of_2) == len(set(of_2)) == 2
+
+
+def test_a_checkpoint_that_is_deleted_before_it_is_read_is_left_for_the_newer_one(
+    groups: Groups, tmp_path: Path
+) -> None:
+    class Late(Checkpoints):
+        def load(self, folder: Path, *args: Any) -> Any:
+            if folder == old:
+                newer.rename(tmp_path / "run" / newer.name)
+                shutil.rmtree(old)
+            return super().load(folder, *args)
+
+    checkpoints = Checkpoints(tmp_path / "run", every=1)
+    a = groups.replica("a", checkpoints=checkpoints)
+    while a.manager.current_step() < 3:
+        a.step()
+        assert checkpoints.wait(30)
+    a.manager.shutdown()
+    old, newer = (folder for _, folder in reversed(checkpoints.candidates()))
+    newer = newer.rename(tmp_path / newer.name)
+    b = groups.replica("b", checkpoints=Late(tmp_path / "run"))
+    assert b.manager.restore() == 2
 
 
 def test_a_program_that_loaded_a_state_of_its_own_is_left_alone(groups: Groups, tmp_path: Path) -> None:

@@ -88,8 +88,9 @@ class Restoring:
         if not self._agree(step):
             return
         state = self._state.read(torchft, self._timeout, directly)
+        writer = f"{self._replica_id}/{self._rounds}"  # a step that comes again must not find parts of the last time
         try:
-            self.checkpoints.save(step, state, rank=self._rank, world_size=self._world_size, writer=self._replica_id)
+            self.checkpoints.save(step, state, rank=self._rank, world_size=self._world_size, writer=writer)
         except (UnsafeStateError, CheckpointTimeout) as e:
             self.checkpoints.report(step, e)  # the state has changed its kind since the first step: no reason to die
 
@@ -118,13 +119,21 @@ class Restoring:
             CheckpointError: it cannot be read.
             TimeoutError: another rank of the group did not come.
         """
-        folder = self._choose()
-        if folder is None:
-            return None
-        live = self._state.read({}, self._timeout, directly)
-        self._saved = -1
-        self._state.begin_receiving(in_place=True)
-        loaded = self.checkpoints.load(self.checkpoints.directory / folder, live, self._rank, self._world_size)
+        while True:
+            name = self._choose()
+            if name is None:
+                return None
+            folder = self.checkpoints.directory / name
+            live = self._state.read({}, self._timeout, directly)
+            self._saved = -1
+            self._state.begin_receiving(in_place=True)
+            try:
+                loaded = self.checkpoints.load(folder, live, self._rank, self._world_size)
+                break
+            except DamagedCheckpoint:
+                if self._world_size > 1 or folder.exists():
+                    raise
+                # Its writer has replaced it by a newer one since it was checked.
         torchft = self._state.received(loaded.state)
         self._state.apply()
         self._log.info("restored step %d from %s", loaded.step, loaded.path)

@@ -20,6 +20,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from torchft.checkpointing import CheckpointError, Checkpoints, DamagedCheckpoint, UnsafeStateError, load_latest, save
 from torchft.checkpointing.dcp import CheckpointReader
+from torchft.checkpointing.description import describe
+from torchft.checkpointing.group_save import write_part
+from torchft.checkpointing.shard import Shard as Part
+from torchft.checkpointing.snapshot import host_run
 
 LONG = 60.0
 
@@ -58,6 +62,14 @@ def saved(directory: Path, *steps: int, keep: int = 10, elements: int = 5000) ->
         assert job is not None
         job.result(LONG)
     assert checkpoints.close()
+
+
+def write_again(directory: Path, step: int, keep: int) -> None:
+    """Saves on this thread."""
+    manifest, sources = describe(state_of(step))
+    write_part(
+        directory, Part(step, 0, manifest, host_run(sources), {}), 1, "x", keep, timeout=LONG, stop=threading.Event()
+    )
 
 
 def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
@@ -137,6 +149,45 @@ def test_the_newest_few_are_kept_and_what_a_dead_writer_left_is_deleted(tmp_path
         os.utime(path, (time.time() - 3600, time.time() - 3600))
     saved(tmp_path, 1, 2, 3, 4, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == [fresh.name, "step-000000000003", "step-000000000004"]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_step_that_is_saved_anew_is_never_missing(tmp_path: Path, keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, 1, 2, keep=keep)
+    folder, rename = tmp_path / "step-000000000002", Path.rename
+
+    def killed(path: Path, target: Path) -> Path:
+        if target == folder:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_again(tmp_path, 2, keep)
+    monkeypatch.undo()
+    assert not folder.exists()
+    loaded = load_latest(tmp_path)
+    assert loaded is not None
+    assert loaded.step == 2
+    assert equal(loaded.state, state_of(2))
+    saved(tmp_path, 3, keep=keep)
+    assert [step for step, _ in Checkpoints(tmp_path).candidates()] == [3, 2][:keep]
+    saved(tmp_path, 2, keep=keep)
+    assert [step for step, _ in Checkpoints(tmp_path).candidates()] == [2]
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_one_that_is_deleted_before_it_is_read_is_left_for_the_newer_one(tmp_path: Path) -> None:
+    class Late(Checkpoints):
+        def load(self, folder: Path, *args: Any) -> Any:
+            if folder.name.endswith("1"):
+                saved(tmp_path, 2, keep=1)
+            return super().load(folder, *args)
+
+    saved(tmp_path, 1)
+    loaded = Late(tmp_path).load_latest()
+    assert loaded is not None
+    assert loaded.step == 2
 
 
 def test_what_is_ahead_of_a_job_that_went_back_is_not_loaded_again(tmp_path: Path) -> None:

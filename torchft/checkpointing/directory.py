@@ -8,7 +8,8 @@ The idea
 Layout
     ``step-000000000500/`` holds ``rank-0.data``, ``rank-0.manifest``, ``rank-0.json``, the same of further ranks, and
     ``COMPLETE.json``. ``.writing-000000000500-ID/`` is one that is being written, or was when its writer died.
-    ``.replaced-…`` is one whose step was written anew.
+    ``.replaced-step-000000000500-TIME`` is one whose step was written anew: it counts as long as there is no other of
+    that step, since its writer may die before the new one has its name. ``.deleted-…`` is being deleted.
 
 Rules
     - A folder without its marker, or one file of which does not have the announced size and hash, is not a
@@ -59,7 +60,8 @@ logger = logging.getLogger(__name__)
 MARKER = "COMPLETE.json"
 _FORMAT = "torchft-checkpoint-directory/1"
 _NAME = re.compile(r"step-(\d{12,18})")
-_WRITING, _REPLACED, _ABANDONED = ".writing-", ".replaced-", "abandoned-"
+_WRITING, _REPLACED, _DELETED, _ABANDONED = ".writing-", ".replaced-", ".deleted-", "abandoned-"
+_SET_ASIDE = re.compile(r"\.replaced-(step-(\d{12,18}))-(\d+)")
 _MAX_MARKER = 64 << 20
 _PIECE = 8 << 20
 _ORPHANED_AFTER = 60.0
@@ -117,8 +119,11 @@ def complete(directory: Path) -> list[tuple[int, Path]]:
         names = os.listdir(directory)
     except FileNotFoundError:
         return []
-    found = [(int(m[1]), directory / name) for name in names if (m := _NAME.fullmatch(name))]
-    return sorted(found, reverse=True)
+    found = {int(m[1]): directory / name for name in names if (m := _NAME.fullmatch(name))}
+    aside = [(int(m[3]), int(m[2]), name) for name in names if (m := _SET_ASIDE.fullmatch(name))]
+    for _, step, name in sorted(aside, reverse=True):
+        found.setdefault(step, directory / name)
+    return sorted(found.items(), reverse=True)
 
 
 def read_marker(folder: Path) -> Marker:
@@ -148,7 +153,8 @@ def read_marker(folder: Path) -> Marker:
         raise DamagedCheckpoint(f"{path} is not a marker: {e!r}") from e
     if any("/" in name or name.startswith(".") for name in files):
         raise DamagedCheckpoint(f"{path} names a file outside of its folder")
-    if folder.name != folder_of(folder.parent, marker.step).name:
+    aside = _SET_ASIDE.fullmatch(folder.name)
+    if (aside[1] if aside else folder.name) != folder_of(folder.parent, marker.step).name:
         raise DamagedCheckpoint(f"{path} is of step {marker.step}: the folder was renamed")
     return marker
 
@@ -234,18 +240,26 @@ def tidy(directory: Path, step: int, keep: int, abandoned: list[Path]) -> None:
     Raises:
         OSError: something could not be deleted.
     """
+    counts = {folder.name for _, folder in complete(directory)}
+    for name in os.listdir(directory):
+        if name.startswith(_REPLACED) and name not in counts:  # first: it is not to count when another one goes
+            _delete(directory, name)
     for folder in abandoned:
         aside = directory / f"{_ABANDONED}{folder.name}-{time.time_ns()}"
         folder.rename(aside)
         logger.warning("%s is of a history that was given up; it is kept as %s and not loaded", folder, aside.name)
     for _, folder in [f for f in complete(directory) if f[0] <= step][keep:]:
-        doomed = directory / f"{_REPLACED}{folder.name}-{time.time_ns()}"
-        folder.rename(doomed)  # it vanishes at once, and not file by file
-        shutil.rmtree(doomed)
+        _delete(directory, folder.name)
     for name in os.listdir(directory):
         path = directory / name
-        if name.startswith(_REPLACED) or (name.startswith(_WRITING) and _orphaned(path)):
+        if name.startswith(_DELETED) or (name.startswith(_WRITING) and _orphaned(path)):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _delete(directory: Path, name: str) -> None:
+    doomed = directory / f"{_DELETED}{name}-{time.time_ns()}"
+    (directory / name).rename(doomed)  # it vanishes at once, and not file by file
+    shutil.rmtree(doomed)
 
 
 @contextmanager

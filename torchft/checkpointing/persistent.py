@@ -139,7 +139,8 @@ class Checkpoints:
             step: the state is of.
             state: as it is now; it may be changed when this returns.
             rank, world_size: of this process in its group.
-            writer: the same on all ranks of the group, and another one in each life and group.
+            writer: the same on all ranks of the group, and another one in each life and group, and when a step comes
+                again after the job went back.
 
         Returns:
             The future of the checkpoint's folder (of rank 0; the other ranks' is that of the unfinished one); None if
@@ -315,12 +316,11 @@ class Checkpoints:
             folder = found[0][1]
             try:
                 self.verify(folder, rank, world_size)
+                return self.load(folder, into, rank, world_size)
             except DamagedCheckpoint as e:
                 refused[folder] = str(e)
                 if folder.exists():  # else a writer has deleted it meanwhile: there is a newer one
                     logger.warning("%s is passed over for the one before: %s", folder, e)
-                continue
-            return self.load(folder, into, rank, world_size)
         damaged = {folder: why for folder, why in refused.items() if folder.exists()}
         if damaged:
             raise DamagedCheckpoint(
