@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from tests.checkpointing.loopback import address_of
 from tests.groups import Groups, Replica, running
-from torchft.checkpointing import HTTPTransport
+from torchft.checkpointing import HTTPTransport, StepNotServed
 from torchft.runtime.deadline import Deadline
 from torchft.testing.faults import Link
 
@@ -254,3 +255,65 @@ def test_sources_that_cannot_give_their_state_train_on_and_the_joiner_is_told_wh
     told = [line for line in lines if line.startswith("[c:") and "is not healed in this step" in line]
     assert told
     assert f"could not be offered: {why}" in told[0]
+
+
+def test_where_one_rank_cannot_give_its_state_no_rank_of_the_joiner_heals_and_the_others_train_on(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchft.heal_pause._REFUSALS", 1)
+    monkeypatch.setattr("torchft.heal_pause._SOON", 0.05)
+    monkeypatch.setattr("torchft.heal_pause._ASKED_AGAIN", 0.05)
+    broken, goal, stores = threading.Event(), list[int](), list[TCPStore]()
+    broken.set()
+
+    def sampler(name: str, rank: int) -> int:
+        if (name, rank) == ("a", 1) and broken.is_set():
+            raise OSError("the sampler's file is gone")
+        return rank
+
+    def group(name: str) -> list[Replica]:
+        stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+        options = {"store_addr": "127.0.0.1", "store_port": stores[-1].port, "world_size": 2, "seed": ord(name)}
+        ranks = groups.together(*(lambda r=r: groups.replica(name, rank=r, **options) for r in range(2)))
+        for rank, r in enumerate(ranks):
+            r.manager.register_state_dict_fn("sampler", lambda state: None, lambda rank=rank: sampler(name, rank))
+        return ranks
+
+    def train(r: Replica) -> None:
+        """Notes of each step whether it was committed, and why not."""
+        limit = Deadline(150)
+        while not goal or r.manager.current_step() < goal[0]:
+            assert not limit.expired, r.manager.errored()
+            r.optimizer.zero_grad()
+            r.compute(1.0)
+            committed = r.manager.should_commit()
+            steps[r].append((committed, r.manager.errored()))
+            if committed:
+                r.inner.step()
+
+    def committed(r: Replica) -> list[bool]:
+        return [yes for yes, _ in steps[r]]
+
+    with running(heartbeat_timeout_ms=60_000, join_timeout_ms=60_000) as groups:
+        a = group("a")
+        groups.together(*(r.step for r in a))
+        b = group("b")
+        steps: dict[Replica, list[tuple[bool, Exception | None]]] = {r: [] for r in (*a, *b)}
+        loops = [groups.start(lambda r=r: train(r)) for r in steps]
+        until(lambda: "no group gives its state to this one" in caplog.text)
+        before = len(steps[a[0]])
+        until(lambda: len(steps[a[0]]) > before + 5)
+        assert not any(committed(b[0]) + committed(b[1]))
+        broken.clear()
+        until(lambda: any(committed(b[0])))
+        goal.append(a[0].manager.current_step() + 2)
+        for loop in loops:
+            loop.result(60)
+        assert {r.manager.current_step() for r in steps} == {goal[0]}
+        assert len({r.manager.batches_committed() for r in steps}) == 1
+        assert len({r.weights() for r in steps}) == 1
+    assert all(committed(a[0]) + committed(a[1])), "the others lose no step"
+    assert committed(b[0]) == committed(b[1])
+    refusals = [str(why) for _, why in steps[b[1]] if isinstance(why, StepNotServed)]
+    assert refusals
+    assert all("'sampler' raised OSError: the sampler's file is gone" in why for why in refusals)

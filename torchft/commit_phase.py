@@ -153,7 +153,7 @@ class CommitPhase:
 
     def _failed(self, participants: int, few: bool) -> None:
         self._progress.failures += 1
-        if self._error.current is not None or self._begin.unhealed is None or self._group.world_size > 1:
+        if self._error.current is not None or not self._begin.only_unhealed:
             self._progress.breaks += 1
         if not self._begin.failed:
             self._progress.timed_out = waited_in_vain(self._error.current)

@@ -67,7 +67,7 @@ class Progress:
     failures: int = 0
     """Steps in a row that were not committed."""
     breaks: int = 0
-    """Of these, from the last that was not only this replica's own heal: so often did a quorum break."""
+    """Of these, from the last that was not only this group's own heal: so often did a quorum break."""
     timed_out: bool = False
     """In the last step it waited for the other groups in vain."""
     lineage: int = 0
@@ -207,6 +207,16 @@ class QuorumPhase:
     def waits(self) -> bool:
         """This group needs a state, and has said that it takes none in this step."""
         return isinstance(self.unhealed, Pausing)
+
+    @property
+    def only_unhealed(self) -> bool:
+        """If nothing else failed here, the step under way can fail only because this group is not healed: the quorum is
+        as good as before. A rank with an error of its own says so, for all of its group.
+        """
+        if self._group.world_size == 1:
+            return self.unhealed is not None
+        # What all ranks call is agreed on once in each attempt, and a break tells one attempt from the next.
+        return self.healing and self._heals_aside and not self._together.shared
 
     def stands(self, again: Callable[[], bool]) -> bool:
         """Begins a step without asking, if it stands: there is nothing to do then, and nothing to wait for.

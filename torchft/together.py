@@ -48,7 +48,7 @@ class Together:
     def all_save(self, quorum: QuorumResult) -> bool:
         """Whether this rank saves in this step although it may serve nobody."""
         up_to_date = quorum.max_replica_rank is not None
-        return self._shared() and up_to_date and bool(quorum.recovering_replica_ranks)
+        return self.shared and up_to_date and bool(quorum.recovering_replica_ranks)
 
     def all_load(self, quorum: QuorumResult) -> bool:
         """Whether this rank loads at the end of this step although it may heal nothing."""
@@ -76,15 +76,17 @@ class Together:
 
     def refuse(self, quorum: QuorumResult, cause: str) -> None:
         """This rank makes no further such call in this step. What is decided already stays decided."""
-        if self._shared():
+        if self.shared:
             for what in ("save", "load"):
                 self._agreement.refuse(_topic(quorum, what), cause)
 
-    def _shared(self) -> bool:
+    @property
+    def shared(self) -> bool:
+        """There are functions that all ranks of the group must call."""
         return not self._agreement.alone and self._state.on_training_thread
 
     def _agree(self, quorum: QuorumResult, what: str) -> None:
-        if not self._shared():
+        if not self.shared:
             return
         try:
             self._agreement.agree(_topic(quorum, what))

@@ -55,9 +55,7 @@ class GroupVote:
         self._lock = threading.Lock()
         self._vote = CommitVote(world_size)
         self._ballots: dict[int, Ballot] = {}
-        self._said: set[str] = (
-            set()
-        )  # causes since the last commit: a group that waits for a state has the same each step
+        self._said: set[str] = set()  # since the last commit; a group that waits for a state has one cause for many
 
     def alone(self, step: int, commit: bool, deadline: Deadline) -> bool:
         """The vote of a group of one rank: there is nobody to wait for, but perhaps the lighthouse."""
