@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from benchmarks.cases.base import Case, Figures, Run
 from benchmarks.cases.ends import Ends
 from benchmarks.processes import CHILDREN, Cluster
@@ -9,6 +11,8 @@ from benchmarks.processes import CHILDREN, Cluster
 __all__ = ["CASES"]
 
 _ROUNDS = 4
+_BEFORE = 2.0
+"""Seconds that a crowd has asked before the source offers anything, as at step 0."""
 
 
 def _transfer(run: Run, mib: int, count: int) -> Figures:
@@ -63,6 +67,32 @@ def _sources(run: Run) -> Figures:
         }
 
 
+def _crowd(run: Run, count: int) -> Figures:
+    script, processes = CHILDREN / "transfer_crowd.py", 4
+    count = min(count, 40) if run.quick else count
+    with Cluster() as cluster:
+        source = cluster.spawn(run.impl, script, "--bytes", 4 << 20, name="source")
+        source.hello()
+        metadata = source.wait("source", 60)["metadata"]
+        crowd = [
+            cluster.spawn(run.impl, script, "--crowd", count // processes, "--metadata", metadata, name=f"crowd{i}")
+            for i in range(processes)
+        ]
+        for child in crowd:
+            child.hello()
+        for child in crowd:
+            child.wait("asking", 60)
+        time.sleep(_BEFORE)
+        source.tell("offer")
+        offered = source.wait("offered", 10)["t"]
+        done = sorted(t - offered for child in crowd for t in child.wait("over", 120)["done"])
+        return {
+            "served, fraction": len(done) / count,
+            "the first half served, s": done[count // 2 - 1] if len(done) >= count // 2 else None,
+            "all served, s": done[-1] if len(done) == count else None,
+        }
+
+
 def _case(name: str, mib: int, count: int) -> Case:
     about = f"{mib} MiB in {count} tensors by HTTPTransport, beside one and two bare TCP streams into warm memory"
     return Case(
@@ -84,5 +114,13 @@ CASES = (
         _sources,
         target="two: 1.9 of one; fetched again: 0.05",
         only_ours=True,
+    ),
+    Case(
+        "transfer-crowd-300",
+        "300 receivers ask one source for 4 MiB by HTTPTransport, 2 s before it offers them",
+        lambda run: _crowd(run, 300),
+        target="served: 1",
+        patience=60.0,
+        most=1,
     ),
 )

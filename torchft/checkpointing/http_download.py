@@ -53,6 +53,8 @@ __all__ = ["Download"]
 logger = SpeakerLogger("torchft.checkpointing.http_transport")
 
 _TICK = 0.05
+_QUIET = 0.25
+"""Seconds between two looks for more sources, the only news that come without notice while an offer is waited for."""
 _IDLE = 0.02
 _PATIENCE = 0.5
 """Seconds that the assigned source has for its manifest before the others are asked as well."""
@@ -64,7 +66,8 @@ class Download:
     """A context manager: leaving it closes all connections and ends all threads.
 
     Args:
-        sources: name and addresses of each source, the assigned one first; asked again and again, may grow.
+        sources: name and addresses of each source after the first so many, the assigned one first; asked again and
+            again, as there may be more.
         token: presented to them if not None.
         step: of the state.
         deadline: until when all must be done.
@@ -80,7 +83,7 @@ class Download:
 
     def __init__(
         self,
-        sources: Callable[[], Sequence[tuple[str, Sequence[str]]]],
+        sources: Callable[[int], Sequence[tuple[str, Sequence[str]]]],
         token: str | None,
         step: int,
         deadline: Deadline,
@@ -94,6 +97,7 @@ class Download:
         differences: Differences | None = None,
     ) -> None:
         self._look = sources
+        self._seen = 0
         self._outvoted = outvoted
         self._token = token
         self._step = step
@@ -164,11 +168,12 @@ class Download:
             while self._layout is None:
                 self._learn()
                 lost = any(s.state == "out" for s in self._sources)
-                self._open(self._sources if lost or time.monotonic() > patience else self._sources[:1])
+                late = time.monotonic() > patience
+                self._open(self._sources if lost or late else self._sources[:1])
                 self._check()
                 if self._unoffered is not None:
                     raise TransferAborted(f"no source had offered step {self._step} when {self._unoffered}")
-                self._changed.wait(_TICK)
+                self._changed.wait(min(_QUIET, self._deadline.remaining()) if late else _TICK)
             cut, body, _ = self._layout
         self._manifest = parse_manifest(body, cut, allow_pickle)
         return self._manifest, cut
@@ -237,8 +242,11 @@ class Download:
         return sum(s.received for s in self._sources)
 
     def _learn(self) -> None:
-        known = [named for named in self._look() if named[0] not in self._outvoted]
-        for name, addresses in known[len(self._sources) :]:
+        new = self._look(self._seen)
+        self._seen += len(new)
+        for name, addresses in new:
+            if name in self._outvoted:
+                continue
             source = HTTPSource(len(self._sources), name, addresses)
             if not addresses:
                 source.end(CheckpointError("it uses another transport"))

@@ -312,7 +312,7 @@ class HTTPTransport(CheckpointTransport[T]):
         with self._receiving.begin() as transfer:
             whole.check()
             download = Download(
-                lambda: named_sources(sources),
+                lambda first: named_sources(sources[first:]),
                 self._token,
                 step,
                 deadline,

@@ -140,4 +140,4 @@ class LocalWay:
             transfer: that this is.
         """
         source = [(f"replica rank {rank}", [self.address])]
-        return Download(lambda: source, self.token, step, deadline, transfer, receiver=self.receiver)
+        return Download(lambda first: source[first:], self.token, step, deadline, transfer, receiver=self.receiver)
