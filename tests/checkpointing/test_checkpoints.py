@@ -16,7 +16,7 @@ from prometheus_client import REGISTRY
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from torchft.checkpointing import CheckpointError, Checkpoints, DamagedCheckpoint, UnsafeStateError, load_latest, save
 from torchft.checkpointing.dcp import CheckpointReader
@@ -328,6 +328,23 @@ def test_a_group_of_another_size_puts_the_shards_together_anew(tmp_path: Path, r
     flip(tmp_path / "step-000000000005" / "rank-1.data")
     with pytest.raises(DamagedCheckpoint):
         load_latest(tmp_path, shard_of(rank, now, 0), rank=rank, world_size=now)
+
+
+def test_a_group_of_another_size_takes_no_tensor_for_another_and_no_part_for_a_sum(tmp_path: Path) -> None:
+    keys: list[Any] = ["a.b", 1, "1", "w", "w@1"]
+    state = {"a": {"b": torch.zeros(2)}} | {key: torch.full((2,), 1.0 + i) for i, key in enumerate(keys)}
+    states = state, {"w": torch.ones(2)}
+    for job in [save(tmp_path, 5, states[rank], rank=rank, world_size=2) for rank in range(2)]:
+        job.result(LONG)
+    for rank in (0, 2):
+        loaded = load_latest(tmp_path, rank=rank, world_size=3)
+        assert loaded is not None
+        assert equal(loaded.state, state)
+    mesh = DeviceMesh("cpu", torch.arange(1), _init_backend=False, _rank=0)
+    part = DTensor.from_local(torch.ones(2), mesh, [Partial()], run_check=False)
+    save(tmp_path, 6, {"sum": part, "w": torch.ones(2)}).result(LONG)
+    with pytest.raises(CheckpointError, match=r"state\['sum'\] is a DTensor of partial sums"):
+        load_latest(tmp_path, {"sum": part}, rank=0, world_size=2)
 
 
 def test_a_missing_shard_is_damage_for_all_ranks(tmp_path: Path) -> None:

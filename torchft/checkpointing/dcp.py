@@ -13,6 +13,8 @@ The idea
 Names
     A tensor at ``state['user']['default']['model']['0.weight']`` is ``user.default.model.0.weight``, as DCP flattens
     such a tree. A tensor that is no DTensor may differ from rank to rank: rank 0's has this name, rank R's ``…@R``.
+    Where two would have one name (keys ``1`` and ``"1"``, or with dots in them) each has its path as name.
+    A DTensor of partial sums has none: they cannot be put together without the collective that they wait for.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import ast
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +58,8 @@ __all__ = ["CheckpointReader", "load_resharded"]
 
 _KEY = re.compile(r"\[('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|-?\d+)\]|\.(\w+)")
 
+_OF_A_RANK = re.compile(r"@\d+$")
+
 
 @dataclass(frozen=True, slots=True)
 class _Place:
@@ -70,6 +75,17 @@ def _name(path: str) -> str:
     """The name by which DCP knows the tensor at a path."""
     keys = [ast.literal_eval(m[1]) if m[1] else m[2] for m in _KEY.finditer(path)]
     return ".".join(str(key) for key in keys) or path
+
+
+def _names(paths: set[str]) -> dict[str, str]:
+    """A name for each path, which no other has."""
+    names = {path: _name(path) for path in paths}
+    times = Counter(names.values())
+    return {path: path if times[name] > 1 or _OF_A_RANK.search(name) else name for path, name in names.items()}
+
+
+def _is_partial(spec: TensorSpec) -> bool:
+    return spec.dtensor is not None and any(p.is_partial() for p in spec.dtensor.placements)
 
 
 class CheckpointReader(StorageReader):
@@ -90,6 +106,7 @@ class CheckpointReader(StorageReader):
             self.checkpoint_id = checkpoint_id
             self._folder = Path(checkpoint_id)
         self._places: dict[MetadataIndex, _Place] = {}
+        self._names: dict[str, str] = {}
         self._checked: set[str] = set()
 
     @property
@@ -99,14 +116,20 @@ class CheckpointReader(StorageReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         marker = self.marker
         described: dict[str, TensorStorageMetadata] = {}
+        manifests: list[Manifest] = []
         for rank in range(marker.world_size):
             check_files(self._folder, marker, list(file_names(rank)[1:]))
-            manifest = read_shard_manifest(self._folder, rank, marker.step)
+            manifests.append(read_shard_manifest(self._folder, rank, marker.step))
+        self._places = {}
+        self._names = _names({spec.path for manifest in manifests for spec in manifest.tensors})
+        for rank, manifest in enumerate(manifests):
             chunks = read_index(self._folder, rank).chunks
             starts = [0]
             for length in manifest.extents:
                 starts.append(starts[-1] + length)
             for spec in manifest.tensors:
+                if _is_partial(spec):
+                    continue
                 name = self.name_of(spec, rank)
                 offsets = torch.Size(chunks.get(spec.path, [0] * len(spec.shape)))
                 size = spec.shape if spec.dtensor is None else spec.dtensor.shape
@@ -120,10 +143,11 @@ class CheckpointReader(StorageReader):
                     entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(spec.shape)))
         return Metadata(state_dict_metadata=dict(described))
 
-    @staticmethod
-    def name_of(spec: TensorSpec, rank: int) -> str:
+    def name_of(self, spec: TensorSpec, rank: int) -> str:
         """How a rank's tensor is named."""
-        name = _name(spec.path)
+        if not self._names:
+            self.read_metadata()
+        name = self._names[spec.path]
         return name if spec.dtensor is not None or rank == 0 else f"{name}@{rank}"
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -180,7 +204,7 @@ def load_resharded(folder: Path, rank: int, into: object | None, allow_pickle: b
         into: a state with the DTensors of this rank: their meshes are used, and they are read into where they match.
 
     Raises:
-        CheckpointError: there is a DTensor for which ``into`` has no mesh.
+        CheckpointError: there is a DTensor for which ``into`` has no mesh, or one of partial sums.
         DamagedCheckpoint: a file is not what was written.
     """
     reader = CheckpointReader(folder)
@@ -193,6 +217,11 @@ def load_resharded(folder: Path, rank: int, into: object | None, allow_pickle: b
     tensors: list[torch.Tensor] = []
     for spec in manifest.tensors:
         name = reader.name_of(spec, source)
+        if _is_partial(spec):
+            raise CheckpointError(
+                f"{spec.path} is a DTensor of partial sums, which a group of another size cannot put together: reduce "
+                "it before it is saved (redistribute)"
+            )
         if name not in targets:
             targets[name] = _target(spec, given.get(spec.path), meshes)
         tensors.append(targets[name])
