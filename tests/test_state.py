@@ -46,10 +46,20 @@ def test_a_load_function_that_fails_leaves_the_state_unusable() -> None:
     assert not state.usable
 
 
-@pytest.mark.parametrize("garbage", [None, [], {}, {"user": {}}, "state"])
+@pytest.mark.parametrize("garbage", [None, [], {}, {"user": {}}, "state", {"user": {"default": 1}, "torchft": 3}])
 def test_what_is_no_state_is_refused(garbage: object) -> None:
     with pytest.raises(StateError):
         registered({}).received(garbage)
+
+
+def test_a_state_of_another_step_is_refused_and_does_not_wait_to_be_applied() -> None:
+    state = registered({})
+    arrived = {"user": {"default": {"w": 2}}, "torchft": {"step": 5}}
+    with pytest.raises(StateError, match="its state of step 5, the quorum is at 6"):
+        state.received(arrived, step=6)
+    assert not state.pending
+    state.received(arrived, step=5)
+    assert state.pending
 
 
 def test_on_the_training_thread_a_closed_gate_keeps_nobody_out() -> None:

@@ -333,10 +333,7 @@ class Recovery:
                 received = self.transport.recv_checkpoint(
                     src_rank=source, metadata=metadata, step=step, timeout=self._timeout
                 )
-        torchft = self._state.received(received)
-        if torchft.get("step") != step:
-            raise RuntimeError(f"the source sent its state of step {torchft.get('step')}, the quorum is at {step}")
-        return torchft
+        return self._state.received(received, step)
 
     def _ask(self, heal: _Heal, assigned: int) -> tuple[int, str]:
         """A source that tells how to reach its state, if possible the assigned one, and what it tells."""

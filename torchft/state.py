@@ -127,15 +127,24 @@ class ReplicaState:
         if in_place:
             self.usable = False
 
-    def received(self, state: object) -> dict[str, int]:
+    def received(self, state: object, step: int | None = None) -> dict[str, int]:
         """A transfer ended well. Returns the ``torchft`` part; the rest waits for :meth:`apply`.
 
+        Args:
+            state: what arrived.
+            step: that it must be of; None: any.
+
         Raises:
-            StateError: what arrived has another shape, or other keys than are registered here.
+            StateError: what arrived has another shape, or other keys than are registered here, or is of another step.
+                Nothing waits to be applied then.
         """
-        if not isinstance(state, dict) or not {"user", "torchft"} <= state.keys():
+        if not isinstance(state, dict) or not all(isinstance(state.get(part), dict) for part in ("user", "torchft")):
             raise StateError(f"what the source sent is not a replica's state: {type(state).__name__}")
-        whole = cast("dict[str, Any]", state)
+        whole = cast("dict[str, dict[str, Any]]", state)
+        if step is not None and whole["torchft"].get("step") != step:
+            raise StateError(
+                f"the source sent its state of step {whole['torchft'].get('step')}, the quorum is at {step}"
+            )
         theirs, ours = set(whole["user"]), set(self._functions)
         if theirs != ours:
             raise StateError(
