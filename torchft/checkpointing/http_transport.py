@@ -406,6 +406,7 @@ class HTTPTransport(CheckpointTransport[T]):
 
     def shutdown(self, wait: bool = True) -> None:
         self._closed = True
+        self._receiving.close(_DROP if wait else 0.0)
         self._partial = None
         self._server.stop(wait, Deadline(_DROP))
         with self._sending:

@@ -156,7 +156,8 @@ class PGTransport(CheckpointTransport[T]):
                 attempt(rank, Link.drain)
 
     def shutdown(self, wait: bool = True) -> None:
-        """Frees the buffers. The process group belongs to the caller."""
+        """Ends what runs, and frees the buffers. The process group, whose messages may have to end, is the caller's."""
+        self._running.close()
         self._buffers.clear()
 
     def _send(self, dst_ranks: list[int], step: int, state_dict: T, deadline: Deadline, transfer: Transfer) -> None:

@@ -26,6 +26,8 @@ from torchft.checkpointing.transport import TransferAborted
 
 __all__ = ["Transfer", "Transfers", "shut_down"]
 
+_SHUT_DOWN = "this transport was shut down"
+
 
 def shut_down(sock: socket.socket) -> None:
     """Makes every call on the socket fail now."""
@@ -129,8 +131,24 @@ class Transfers:
     """The transfers of one transport that run now."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._running: set[Transfer] = set()
+        self._closed = False
+
+    def close(self, wait: float = 0.0) -> bool:
+        """Ends all that run and all that would begin. Idempotent.
+
+        Args:
+            wait: seconds for those that run to end.
+
+        Returns:
+            Whether none runs any more.
+        """
+        with self._lock:
+            self._closed = True
+        self.abort(_SHUT_DOWN)
+        with self._lock:
+            return self._lock.wait_for(lambda: not self._running, wait)
 
     def abort(self, reason: str) -> None:
         """Ends all that run now. Idempotent; returns at once."""
@@ -144,10 +162,12 @@ class Transfers:
         """A transfer runs inside.
 
         Raises:
-            TransferAborted: instead of any error inside, once it was aborted.
+            TransferAborted: instead of any error inside, once it was aborted; at once after :meth:`close`.
         """
         transfer = Transfer()
         with self._lock:
+            if self._closed:
+                raise TransferAborted(_SHUT_DOWN)
             self._running.add(transfer)
         try:
             yield transfer
@@ -162,3 +182,4 @@ class Transfers:
         finally:
             with self._lock:
                 self._running.discard(transfer)
+                self._lock.notify_all()

@@ -226,4 +226,8 @@ class CheckpointTransport(ABC, Generic[T]):
         """
 
     def shutdown(self, wait: bool = True) -> None:
-        """Stops serving and frees what is held. With ``wait``, threads have ended when this returns. Idempotent."""
+        """Stops serving and receiving, and frees what is held. Idempotent.
+
+        A ``recv_checkpoint`` that runs raises :class:`TransferAborted` soon, so that nothing is written into the
+        caller's tensors any more. With ``wait``, threads have ended when this returns.
+        """

@@ -188,6 +188,24 @@ class TransportFailures(TransportPair):
         finally:
             pair.close()
 
+    def test_shutdown_ends_a_receive_that_runs(self) -> None:
+        """Passed over for a transport that leaves ``abort`` as it is."""
+        pairs: list[Pair] = []
+
+        def into() -> State:
+            ending = threading.Thread(target=pairs[0].receiver.shutdown, args=(False,))
+            ending.start()
+            ending.join(30)
+            return {}
+
+        pairs.append(self.open(into))
+        try:
+            if type(pairs[0].receiver).abort is not CheckpointTransport.abort:
+                text = expect(TransferAborted, lambda: transfer(pairs[0], {"w": torch.ones(64 << 18)}))
+                assert "shut down" in text
+        finally:
+            pairs[0].close()
+
     def test_shutdown_twice(self) -> None:
         pair = self.open()
         pair.close()
