@@ -33,7 +33,7 @@ class Fetch:
         self.progress.begin(CUT.total, 0)
         self.agreement = Agreement(1, self.progress)
         self.agreement.begin({}, CUT)
-        self.plan = TransferPlan(CUT.count, range(CUT.count))
+        self.plan = TransferPlan([CUT.chunk_size] * CUT.count, range(CUT.count))
         for index, giver in enumerate(givers):
             self.agreement.landed(index, digests(*announced[giver])[index], self.sources[giver])
             self.progress.landed(CUT.length(index))

@@ -15,6 +15,8 @@ from tests.checkpointing.loopback import address_of
 from torchft.checkpointing import CheckpointError, HTTPTransport, IntegrityError, SourceLost
 from torchft.checkpointing.chunks import CHUNK_SIZE
 from torchft.checkpointing.http_comparison import Comparing
+from torchft.checkpointing.http_source import HTTPSource
+from torchft.checkpointing.http_workers import Workers
 from torchft.checkpointing.offer import Offer
 from torchft.runtime.deadline import Deadline
 from torchft.testing.faults import Link
@@ -135,6 +137,25 @@ def test_source_that_hangs_is_taken_over_from() -> None:
         hanger = s.when_there(1, s.links[0].block)
         s.assert_right(s.receive(timeout=timedelta(seconds=45)))
         hanger.join(60)
+
+
+def test_sources_that_were_taken_over_from_come_back_when_the_faster_one_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    with sources(2, rate=None) as s:
+        s.links[0].throttle(1e6)
+        s.links[1].throttle(60e6)
+        real, taken = Workers._take_over, []
+
+        def take_over(workers: Workers, victim: int, by: HTTPSource) -> None:
+            real(workers, victim, by)
+            taken.append(victim)
+            if len(taken) == 2:  # both connections of the slow one have ended
+                s.links[1].refuse()
+                s.links[1].cut()
+                s.links[0].throttle(None)
+
+        monkeypatch.setattr(Workers, "_take_over", take_over)
+        s.assert_right(s.receive(timeout=timedelta(seconds=20)))
+        assert len(taken) >= 2
 
 
 def test_source_that_never_tells_its_hashes_is_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:

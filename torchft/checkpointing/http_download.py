@@ -203,7 +203,7 @@ class Download:
         assert self._layout is not None
         cut = self._layout[0]
         with self._changed:
-            self._plan = plan = TransferPlan(cut.count, kept)
+            self._plan = plan = TransferPlan([cut.length(i) for i in range(cut.count)], kept)
             self.agreement.begin(kept, cut)
             self.progress.begin(cut.total, sum(cut.length(i) for i in kept))
             self._workers = Workers(
@@ -229,6 +229,8 @@ class Download:
                     self.comparison.tell()
                     return seal
                 self._check()
+                if not plan.finished:
+                    self._workers.go_on()
                 self._changed.wait(_IDLE if plan.finished else _TICK)
                 self._learn()
                 if self._more_sources_pay():

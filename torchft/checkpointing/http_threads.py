@@ -38,6 +38,11 @@ class FetchThreads:
         self.failure: Exception | None = None
         """What ends the fetch."""
 
+    @property
+    def writing(self) -> bool:
+        """Some thread may write the receiver's memory."""
+        return bool(self._writing)
+
     def start(self, kind: str, call: Callable[[HTTPSource], None], source: HTTPSource, writes: bool = False) -> None:
         """Begins a thread. The condition is held.
 

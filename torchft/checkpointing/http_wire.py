@@ -41,9 +41,9 @@ _IOV = 256
 _SCATTERED = 16
 """Views of one piece that are received into as they are: smaller ones cost less to copy than to hand to the kernel."""
 _CHECK = 0.1
-_EAGER = 1 << 20
-"""The first bytes of a connection are handed on as they come, whole pieces afterwards: who watches a slow one knows at
-once how slow it is."""
+_QUICK = 10e6
+"""Bytes a second from which on whole pieces are waited for. Of what is slower, and of the first piece, bytes are handed
+on as they come: who watches knows how slow it is, and whether it goes on."""
 
 PIECE = 1 << 20
 """Bytes that are hashed and moved at a time: they stay in the second level's cache in between."""
@@ -192,7 +192,7 @@ class BodyReader:
         self._reader = reader
         self._deadline = deadline
         self._checked = 0.0
-        self._came = 0
+        self._quick = False
         self._bounce: memoryview | None = None
 
     def fill(self, views: Sequence[memoryview], arrived: Callable[[memoryview], object] | None = None) -> None:
@@ -213,26 +213,28 @@ class BodyReader:
                 self._fill_scattered(piece, arrived)
 
     def _fill_piece(self, piece: list[memoryview], arrived: Callable[[memoryview], object] | None) -> None:
+        began, size = time.monotonic(), sum(map(len, piece))
+        whole = socket.MSG_WAITALL if self._quick else 0
         came, left = self._reader.take(piece), piece
         while True:
             there, left = _split(left, came)
             if arrived is not None:
                 for view in there:
                     arrived(view)
-            if not left:
-                return
             now = time.monotonic()
+            if not left:
+                if arrived is not None:  # it is data: what is small comes with what is before it
+                    self._quick = size >= _QUICK * (now - began)
+                return
             if now - self._checked > _CHECK:  # two system calls for each piece would be felt
                 set_timeout(self._sock, self._deadline)
                 self._checked = now
             try:
-                whole = socket.MSG_WAITALL if self._came >= _EAGER else 0
                 came = self._sock.recvmsg_into(left, 0, whole)[0]
             except BlockingIOError as e:
                 raise TimeoutError(f"not all data came within {self._deadline.timeout:g}s") from e
             if not came:
                 raise WireError("the connection was closed in the middle of the data")
-            self._came += came
 
     def _fill_scattered(self, piece: list[memoryview], arrived: Callable[[memoryview], object] | None) -> None:
         """Many small views: received together, then handed out."""

@@ -76,6 +76,16 @@ class Workers:
         for _ in range(max(1, min(self._connections, self._plan.remaining))):
             self._threads.start("fetch", self._work, source, writes=True)
 
+    def go_on(self) -> None:
+        """Where nobody works any more, since those who took over from others were lost in their turn, these come back.
+
+        The condition is held.
+        """
+        if not self._threads.writing:
+            for source in self._sources:
+                if source.usable:
+                    self.staff(source)
+
     def _work(self, source: HTTPSource) -> None:
         """One connection after another, until there is nothing to do."""
         with self._changed:
@@ -129,13 +139,21 @@ class Workers:
         with self._changed:
             while not self._threads.over and source.usable:
                 if not self._plan.finished:
-                    answer = self._plan.ask(name, time.monotonic())
+                    now = time.monotonic()
+                    self._hear(now)
+                    answer = self._plan.ask(name, now)
                     if isinstance(answer, Work):
                         return answer
                     if isinstance(answer, TakeOver):
                         self._take_over(answer.victim, source)
                 self._changed.wait(_IDLE)
             return None
+
+    def _hear(self, now: float) -> None:
+        """Tells the plan what has come of the chunks that are not whole."""
+        for source in self._sources:
+            for worker, connection in source.workers.items():
+                self._plan.heard(worker, connection.received, now)
 
     def _take_over(self, victim: int, by: HTTPSource) -> None:
         for source in self._sources:

@@ -1,16 +1,18 @@
 """Which chunk of a state comes from which source, and what to do when one is bad, slow, or gone.
 
 The idea
-    A state is ``count`` chunks. *Workers* (one connection each, several to a source) ask for work whenever they have
-    none and get a run of chunks that follow one another, long while much is left, short towards the end. What a worker
-    holds is nobody else's until it is verified, found bad, or given back.
+    A state is chunks of known lengths. *Workers* (one connection each, several to a source) ask for work whenever they
+    have none and get a run of chunks that follow one another, long while much is left, short towards the end. The first
+    is one chunk: how fast a worker is nobody knows yet, and others may still come. What a worker holds is nobody else's
+    until it is verified, found bad, or given back.
 
 Rules
     - A chunk that is found bad is not asked of the same source again while another one can give it. A source whose
       chunks were bad ``MAX_BAD`` times is *distrusted*: the shell takes its workers away if there is another.
     - A worker that ends, for whatever reason, gives back what it holds.
     - When nothing is left to give, an idle worker may *take over* what a much slower one holds: the shell ends the slow
-      one first, and gives out its chunks when it has ended, so that no two ever write the same memory.
+      one first, and gives out its chunks when it has ended, so that no two ever write the same memory. What has come of
+      a chunk is lost then, and counts: the bytes that are left are weighed against all bytes that it holds.
     - Chunks that were kept from an earlier attempt are done until a source's table says otherwise (``revoke``).
 
 Invariants (tests/core/test_transfer_plan_model.py)
@@ -22,7 +24,7 @@ Invariants (tests/core/test_transfer_plan_model.py)
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 __all__ = ["MAX_BAD", "MAX_RUN", "Hopeless", "TakeOver", "TransferPlan", "Work"]
@@ -36,7 +38,9 @@ MAX_TRIES = 3
 _GRACE = 0.25
 """Seconds that a worker is left alone beyond what could be gained by taking over from it."""
 _UNKNOWN = 1.0
-"""Seconds after which a worker may be taken over from where no chunk has come from anywhere yet."""
+"""Seconds after which a worker may be taken over from to which nothing has come, as to nobody else."""
+_SURE = 0.5
+"""Seconds after which bytes tell how fast a worker is, before its first chunk is whole."""
 
 
 class Hopeless(Exception):
@@ -69,27 +73,43 @@ class _Worker:
     """In the order in which they arrive."""
     since: float = 0.0
     """When it was given its work, or its last chunk arrived."""
+    heard: float = 0.0
+    """When bytes came last; not before ``since``."""
+    received: int = 0
+    """Bytes, those of chunks that are not whole included."""
     arrived: int = 0
+    """Bytes of whole chunks."""
     busy: float = 0.0
-    """Seconds in which they arrived."""
+    """Seconds in which these came."""
     ending: bool = False
 
     @property
-    def pace(self) -> float | None:
-        """Seconds a chunk."""
-        return self.busy / self.arrived if self.arrived else None
+    def rate(self) -> float | None:
+        """Bytes a second; None: it is too early to say."""
+        busy = self.busy + (self.heard - self.since if self.held else 0.0)
+        return self.received / max(busy, 1e-9) if self.arrived or busy >= _SURE else None
+
+    def needs(self, nbytes: int, now: float) -> float:
+        """Seconds until all that it holds, ``nbytes``, will have come, as far as can be said."""
+        came, rate = self.received - self.arrived, self.rate
+        left, waited, silent = nbytes - came, now - self.since, now - self.heard
+        as_before = left / rate if rate else 0.0
+        # What has stopped, or has become slower with this chunk, may take as long again as it has already.
+        as_now = waited * min(1.0, left / came) if came else waited
+        return max(as_before + silent, as_now)
 
 
 class TransferPlan:
     """The work of one fetch.
 
     Args:
-        count: of chunks.
+        lengths: bytes of each chunk.
         done: chunks that are there already.
     """
 
-    def __init__(self, count: int, done: Iterable[int] = ()) -> None:
-        self.count = count
+    def __init__(self, lengths: Sequence[int], done: Iterable[int] = ()) -> None:
+        self.count = count = len(lengths)
+        self._lengths = lengths
         self._done = set(done)
         self._free: list[tuple[int, int]] = []
         self._workers: dict[int, _Worker] = {}
@@ -161,16 +181,23 @@ class TransferPlan:
         work = self._take(asking)
         if work is not None:
             asking.held = list(range(work.first, work.stop))
-            asking.since = now
+            asking.since = asking.heard = now
             return work
         return self._slowest(asking, now)
+
+    def heard(self, worker: int, received: int, now: float) -> None:
+        """So many bytes have come to it since it was added."""
+        one = self._workers[worker]
+        if received > one.received:
+            one.received, one.heard = received, now
 
     def arrived(self, worker: int, now: float) -> None:
         """All bytes of the first chunk that it holds have come; whether they are right follows."""
         one = self._workers[worker]
-        one.arrived += 1
+        one.arrived += self._lengths[one.held[0]]
+        one.received = max(one.received, one.arrived)
         one.busy += now - one.since
-        one.since = now
+        one.since = one.heard = now
 
     def verified(self, worker: int, index: int) -> None:
         """A chunk that it holds is done."""
@@ -222,7 +249,7 @@ class TransferPlan:
 
     def _take(self, asking: _Worker) -> Work | None:
         free = sum(stop - first for first, stop in self._free)
-        longest = min(MAX_RUN, max(1, free // (2 * max(1, len(self._workers)))))
+        longest = min(MAX_RUN, max(1, free // (2 * max(1, len(self._workers))))) if asking.arrived else 1
         for i, (first, stop) in enumerate(self._free):
             start = first
             while start < stop and not self._may_take(asking.source, start):
@@ -236,18 +263,16 @@ class TransferPlan:
         return None
 
     def _slowest(self, asking: _Worker, now: float) -> TakeOver | None:
-        paces = [w.pace for w in self._workers.values() if w.pace is not None]
-        mine = asking.pace if asking.pace is not None else min(paces, default=None)
+        mine = asking.rate or max((w.rate or 0.0 for w in self._workers.values()), default=0.0)
         worst: tuple[float, int] | None = None
         for name, other in self._workers.items():
             if other is asking or other.ending or not other.held:
                 continue
             if not all(self._may_take(asking.source, index) for index in other.held):
                 continue
-            waited = now - other.since
-            pace = waited if other.pace is None else other.pace
-            left = max(pace * len(other.held) - waited, waited)
-            gain = _UNKNOWN if mine is None else 2 * mine * len(other.held) + _GRACE
+            nbytes = sum(self._lengths[index] for index in other.held)
+            left = other.needs(nbytes, now)
+            gain = 2 * nbytes / mine + _GRACE if mine else _UNKNOWN
             if other.source == asking.source:
                 gain = max(5 * gain, _UNKNOWN)  # two connections of one source share its speed
             if left > gain:
