@@ -17,7 +17,7 @@ import torch
 from tests.checkpointing.hostile_server import HostileServer
 from tests.checkpointing.loopback import TIMEOUT, address_of, offered, transport
 from torchft.checkpointing import http_agreement, http_comparison, http_differences
-from torchft.checkpointing.chunks import CHUNK_SIZE, Sample
+from torchft.checkpointing.chunks import Sample
 from torchft.checkpointing.fetch_progress import FetchProgress
 from torchft.checkpointing.http_comparison import Comparing, Comparison
 from torchft.checkpointing.offer import Offer
@@ -25,6 +25,8 @@ from torchft.runtime.deadline import Deadline
 from torchft.testing.faults import Link
 
 STEP = 4
+CHUNK = 1 << 20
+"""Bytes, of so small a state."""
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def state(chunks: int = 1, **more: Any) -> dict[str, Any]:
-    return {"w": torch.arange(chunks * CHUNK_SIZE // 8), "lr": 0.1, **more}
+    return {"w": torch.arange(chunks * CHUNK // 8), "lr": 0.1, **more}
 
 
 def corrupt(good: dict[str, Any]) -> dict[str, Any]:
@@ -228,7 +230,10 @@ def test_of_two_sources_with_different_trees_nobody_is_accused_and_what_differs_
 
 
 @pytest.mark.usefixtures("patient")
-def test_sources_that_agree_are_all_compared_and_nobody_is_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_sources_that_agree_are_all_compared_and_nobody_is_named(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_comparison, "_SAMPLE", 3 * CHUNK)
     good = state(10)
     with caplog.at_level("INFO"), fetch(good, good, good) as f:
         assert_same(f.receive(), good)
@@ -238,7 +243,7 @@ def test_sources_that_agree_are_all_compared_and_nobody_is_named(caplog: pytest.
         assert "2 of 2 further sources were compared" in caplog.text
         for source in f.sources[1:]:
             hashed = sum(offered(source).digest_of(i) is not None for i in range(10))
-            assert hashed == http_comparison._CHUNKS, "more was hashed than was asked for"
+            assert hashed == 3, "more was hashed than was asked for"
             assert offered(source).bytes_sent == 0
 
 

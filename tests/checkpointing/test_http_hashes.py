@@ -13,14 +13,16 @@ import torch
 
 from tests.checkpointing.loopback import TIMEOUT, offered, port_of, transport
 from torchft.checkpointing import HTTPTransport, offer
-from torchft.checkpointing.chunks import CHUNK_SIZE, digest
+from torchft.checkpointing.chunks import digest
 from torchft.runtime.deadline import Deadline
 
 STEP = 4
+CHUNK = 1 << 20
+"""Bytes, of so small a state."""
 
 
 def state(chunks: int) -> dict[str, torch.Tensor]:
-    return {"w": torch.arange(chunks * CHUNK_SIZE // 8)}
+    return {"w": torch.arange(chunks * CHUNK // 8)}
 
 
 def get(source: HTTPTransport[Any], what: str) -> tuple[int, bytes]:
@@ -40,7 +42,7 @@ def test_what_is_asked_for_is_answered_and_nothing_else() -> None:
         status, document = get(source, "hashes?chunks=0,2,3,99999999999")
         assert status == 200
         told = json.loads(document)
-        assert told["chunk_size"] == CHUNK_SIZE
+        assert told["chunk_size"] == CHUNK
         assert len(told["chunks"]) == 44, "base64 of the hashes of chunks 0 and 2: there are no others"
         assert [offered(source).digest_of(i) is None for i in range(3)] == [False, True, False]
         assert get(source, "hashes?chunks=")[0] == 200
@@ -59,7 +61,7 @@ def test_hashes_that_are_known_are_not_made_again(monkeypatch: pytest.MonkeyPatc
         made.clear()
         first = get(source, "hashes?chunks=1")
         assert get(source, "hashes?chunks=1") == first
-        assert made == [CHUNK_SIZE]
+        assert made == [CHUNK]
 
 
 class Comparer:
@@ -100,7 +102,7 @@ def test_memory_that_is_being_hashed_for_a_comparison_is_waited_for_and_not_read
     hashing, go_on, read = threading.Event(), threading.Event(), []
 
     def slow(views: list[memoryview]) -> bytes:
-        if sum(map(len, views)) == CHUNK_SIZE:
+        if sum(map(len, views)) == CHUNK:
             hashing.set()
             assert go_on.wait(60)
             read.append(digest(views))

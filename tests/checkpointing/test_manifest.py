@@ -52,8 +52,26 @@ def carry(state: object) -> object:
 
 def seal(manifest: Manifest, run: ByteRun) -> Seal:
     """The hashes of a state."""
-    cut = Cut(manifest.total)
-    return Seal.of(manifest, b"".join(digest(run.views(*cut.span(i))) for i in range(cut.count)))
+    cut = Cut.shared(manifest.total)
+    chunks = b"".join(digest(run.views(*cut.span(i))) for i in range(cut.count))
+    return Seal(cut, chunks, digest([memoryview(manifest.body)]))
+
+
+@pytest.mark.parametrize(
+    ("total", "size", "count"),
+    [
+        (0, 1 << 20, 0),
+        (1, 1 << 20, 1),
+        (16 << 20, 1 << 20, 16),
+        ((16 << 20) + 1, (1 << 20) + (64 << 10), 16),
+        (100 << 20, 6 * (1 << 20) + (256 << 10), 16),
+        (128 << 20, CHUNK_SIZE, 16),
+        (4 << 30, CHUNK_SIZE, 512),
+    ],
+)
+def test_a_small_state_has_a_part_for_each_of_many_sources(total: int, size: int, count: int) -> None:
+    cut = Cut.shared(total)
+    assert (cut.chunk_size, cut.count) == (size, count)
 
 
 def test_same_state_gives_the_same_root_and_another_byte_another_root() -> None:
@@ -276,7 +294,7 @@ def test_damaged_documents_are_refused() -> None:
     document, hashes = write_manifest(3, manifest), write_hashes(3, sealed)
     assert read_manifest(document) == (3, manifest, sealed.cut)
     assert read_hashes(hashes) == (3, sealed)
-    assert sealed.cut.count == 3
+    assert sealed.cut.count == 16
     for damaged in (document.replace(b"0.25", b"0.26"), document[:-1], hashes):
         with pytest.raises((IntegrityError, ManifestError)):
             read_manifest(damaged)

@@ -2,9 +2,10 @@
 
 The idea
     The extents of a manifest, end to end, are the data. Byte ranges of it are read and written as lists of
-    ``memoryview`` into tensor memory: nothing is copied in Python. The data is cut every ``chunk_size`` bytes; each
-    chunk has an xxh3-128. The *root* is the xxh3-128 of the manifest's and all chunks' hashes, so equal roots mean
-    equal states: same tree, same layout, same bytes. (xxh3 finds corruption, not forgery.)
+    ``memoryview`` into tensor memory: nothing is copied in Python. The data is cut every ``chunk_size`` bytes, a small
+    state so that there is a part for each of many sources (:meth:`Cut.shared`); each chunk has an xxh3-128. The *root*
+    is the xxh3-128 of the manifest's and all chunks' hashes, so equal roots mean equal states: same tree, same layout,
+    same bytes. (xxh3 finds corruption, not forgery.)
 
 What a source serves beside the data, both JSON
     The *manifest document*, known before a byte is copied: a line ``{"format", "step", "total", "chunk_size", "body"}``
@@ -55,6 +56,8 @@ FORMAT = "torchft-checkpoint/1"
 CHUNK_SIZE = 8 << 20
 DIGEST_BYTES = 16
 _CHUNK_SIZES = range(64 << 10, (1 << 30) + 1)
+_PARTS = 16
+_SMALLEST = 1 << 20
 
 
 def digest(views: Sequence[memoryview]) -> bytes:
@@ -112,6 +115,15 @@ class Cut:
     total: int
     chunk_size: int = CHUNK_SIZE
 
+    @classmethod
+    def shared(cls, total: int) -> Cut:
+        """For a state that comes from several sources: sixteen chunks, or more where these would be larger than
+        ``CHUNK_SIZE``, fewer where they would be smaller than 1 MiB. A multiple of 64 KiB each, but for the last.
+        """
+        part = -(-total // _PARTS)
+        step = _CHUNK_SIZES.start
+        return cls(total, min(CHUNK_SIZE, max(_SMALLEST, -(-part // step) * step)))
+
     @property
     def count(self) -> int:
         """Number of chunks."""
@@ -139,7 +151,7 @@ class Seal:
 
     @classmethod
     def of(cls, manifest: Manifest, chunks: bytes) -> Seal:
-        """Of data that is cut as usual."""
+        """Of data that is cut every ``CHUNK_SIZE`` bytes."""
         return cls(Cut(manifest.total), chunks, digest([memoryview(manifest.body)]))
 
     @property
@@ -169,7 +181,7 @@ class Sample:
 def write_manifest(step: int, manifest: Manifest) -> bytes:
     """The manifest document."""
     body = digest([memoryview(manifest.body)])
-    return _header(step, Cut(manifest.total), body) + b"\n" + manifest.body
+    return _header(step, Cut.shared(manifest.total), body) + b"\n" + manifest.body
 
 
 def read_manifest(document: bytes | bytearray, allow_pickle: bool = False) -> tuple[int, Manifest, Cut]:

@@ -3,8 +3,9 @@
 The idea
     That a source sends what it announces does not say that it is right, and a whole table of hashes costs a source a
     pass over its state. So each source that gives no chunk is asked, beside the transfer, for the hash of its
-    manifest's body and of ``_CHUNKS`` chunks, drawn for it alone (``"all"``: for its whole table). A chunk that differs
-    makes the fetch *disputed*: all tell all their hashes, and :mod:`torchft.checkpointing.http_agreement` decides.
+    manifest's body and of chunks of ``_SAMPLE`` bytes, drawn for it alone (``"all"``: its whole table). One that
+    differs makes the fetch *disputed*: all tell all their hashes, and :mod:`torchft.checkpointing.http_agreement`
+    decides.
 
 Rules
     - Who cannot be asked, refuses, or does not answer is not compared: no failure of the fetch, nor of that source.
@@ -30,6 +31,7 @@ from torchft.checkpointing.fetch_progress import FetchProgress
 from torchft.checkpointing.http_client import SourceConnection
 from torchft.checkpointing.http_differences import Undecided
 from torchft.checkpointing.http_source import VERDICT, HTTPSource
+from torchft.checkpointing.http_wire import MAX_SAMPLE
 from torchft.checkpointing.transport import CheckpointError, IntegrityError
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.logs import SpeakerLogger
@@ -40,7 +42,8 @@ logger = SpeakerLogger("torchft.checkpointing.http_transport")
 
 Comparing = Literal["sample", "all", "none", "unlike"]
 """Of sources that give nothing: some chunks, drawn at random; all; nothing; nothing, as they differ on purpose."""
-_CHUNKS = 8
+_SAMPLE = 64 << 20
+"""Bytes whose hashes are asked for at most: 8 chunks of a large state, a small one as a whole."""
 _MOMENT = 0.05
 _MOMENT_FOR_ALL = 1.0
 """At least; a table takes about as long as the data, which is hashed, too."""
@@ -145,7 +148,8 @@ class Comparison:
             if whole:
                 answer = connection.hashes(self._step)
             else:
-                drawn = sorted(_draw.sample(range(cut.count), min(_CHUNKS, cut.count)))
+                most = min(cut.count, MAX_SAMPLE, -(-_SAMPLE // cut.chunk_size))
+                drawn = sorted(_draw.sample(range(cut.count), most))
                 answer = connection.hashes_of(self._step, drawn)
             if (answer.cut, answer.body) == self._ours:
                 return answer, None
@@ -270,6 +274,6 @@ class Comparison:
             self._step,
             self._progress.compared,
             len(self._asked),
-            "all their hashes" if self._how == "all" else f"{_CHUNKS} chunks each at most, drawn at random",
+            "all their hashes" if self._how == "all" else f"a sample of {_SAMPLE >> 20} MiB each at most",
             missing,
         )

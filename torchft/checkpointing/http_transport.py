@@ -82,7 +82,8 @@ class HTTPTransport(CheckpointTransport[T]):
 
     Args:
         timeout: after which a reader that takes nothing is dropped, and longest wait for a copy.
-        num_chunks: accepted for compatibility; the data is always cut into chunks of 8 MiB.
+        num_chunks: accepted for compatibility; the data is always cut into chunks of 8 MiB, and that of a state below
+            128 MiB into sixteen.
         state_dict: returns the tree whose tensors are received into where path, dtype and shape match. By default
             fresh memory is used.
         snapshot: ``"copy"`` or ``"lock"``, see the module.
@@ -97,7 +98,7 @@ class HTTPTransport(CheckpointTransport[T]):
         connections: to each source, of a receiver.
         local: receivers on this machine may come by a Unix socket; False: everybody by TCP, to ``hostname``.
         compare_sources: what a receiver asks of sources that it takes nothing from, to find one whose state differs.
-            ``"sample"``: the hashes of 8 chunks, drawn at random, at no cost to speak of; ``"all"``: all hashes, a pass
+            ``"sample"``: the hashes of 64 MiB, drawn at random, at no cost to speak of; ``"all"``: all hashes, a pass
             over its state for each source and heal; ``"none"``: nothing. By default
             ``TORCHFT_COMPARE_SOURCES``, else ``"sample"``.
     """

@@ -65,13 +65,12 @@ class Offer:
 
     def __init__(self, step: int, manifest: Manifest, changed: threading.Condition) -> None:
         self.step = step
-        self.cut = Cut(manifest.total)
+        self.cut = Cut.shared(manifest.total)
         self.document = write_manifest(step, manifest)
         self.withdrawn = False
         self.readers: set[Reader] = set()
         self.seal: Seal | None = None
         self.hashes = b""
-        self._manifest = manifest
         self._body = digest([memoryview(manifest.body)])
         self._changed = changed
         self._ready = 0
@@ -274,7 +273,7 @@ class Offer:
         return value
 
     def _finish_seal(self) -> None:
-        seal = Seal.of(self._manifest, b"".join(d for d in self._digests if d is not None))
+        seal = Seal(self.cut, b"".join(d for d in self._digests if d is not None), self._body)
         self.seal, self.hashes = seal, write_hashes(self.step, seal)
         self._changed.notify_all()
 
