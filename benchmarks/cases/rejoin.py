@@ -90,6 +90,31 @@ def _slow_joiner(run: Run) -> Figures:
         }
 
 
+def _slow_heal(run: Run, sources: int) -> Figures:
+    """A group joins whose state comes at 1 MB/s from each source, and is healed all the same."""
+    with Cluster() as cluster:
+        lighthouse = cluster.lighthouse(run.impl)
+        args = ("--state-mb", 3 if run.quick else 16, "--link")
+        others = [train(cluster, run.impl, i, lighthouse, *args) for i in range(sources)]
+        for child in others:
+            child.hello()
+        together(others, sources)
+        for child in others:
+            child.tell("limit 1000000")
+        joiner = train(cluster, run.impl, sources, lighthouse, *args)
+        joiner.hello()
+        asked = joiner.wait("quorum", 60)["t"]
+        healed = joiner.wait("step", 280, lambda e: e["committed"])["t"]
+        _train_on(others, 2)  # their commit of that step may be a moment later
+        times = [e["t"] for e in others[0].all("step") if e["committed"] and e["t"] >= asked]
+        gaps = [b - a for a, b in itertools.pairwise(times)]
+        return {
+            "first quorum call to first commit, s": healed - asked,
+            "others' longest gap between commits, s": max(gaps),
+            "all their gaps of a second or more together, s": sum(gap for gap in gaps if gap >= 1.0),
+        }
+
+
 def _train_on(children: list[Child], steps: int) -> None:
     goals = [child.all("step")[-1]["step"] + steps for child in children]
     for child, goal in zip(children, goals, strict=True):
@@ -142,5 +167,14 @@ CASES = (
         "a third group joins whose 256 MiB of state come at 1 MB/s, timeout 20 s: what the others feel of it",
         _slow_joiner,
         only_ours=True,
+    ),
+    *(
+        Case(
+            f"slow-heal-{sources}",
+            f"a group joins whose 16 MiB of state come at 1 MB/s from {word}, and is healed all the same",
+            lambda run, sources=sources: _slow_heal(run, sources),
+            only_ours=True,
+        )
+        for sources, word in ((1, "one source"), (2, "each of two sources"))
     ),
 )
