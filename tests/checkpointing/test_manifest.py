@@ -288,6 +288,19 @@ def test_depth_is_bounded_on_both_sides() -> None:
         parse({"extents": [], "meshes": [], "tree": node})
 
 
+def test_the_memory_that_paths_take_is_bounded_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"k" * 4000: [torch.empty(0)] * 100}
+    document = document_of(state)
+    for module in ("description", "manifest"):
+        monkeypatch.setattr(f"torchft.checkpointing.{module}.MAX_PATHS", 400_000)
+    with pytest.raises(UnsafeStateError, match="paths"):
+        describe(state)
+    with pytest.raises(ManifestError, match="paths"):
+        parse(document)
+    monkeypatch.undo()
+    assert len(parse(document).tensors) == 100
+
+
 def test_damaged_documents_are_refused() -> None:
     manifest, sources = describe({"w": torch.arange(CHUNK_SIZE // 4 + 5), "lr": 0.25})
     sealed = seal(manifest, ByteRun(sources))

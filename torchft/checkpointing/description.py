@@ -18,7 +18,7 @@ from torchft.checkpointing.manifest import MAX_MANIFEST_BYTES, Manifest, SpecRea
 from torchft.checkpointing.memory import byte_view
 from torchft.checkpointing.mesh import MeshSpec, placements_json
 from torchft.checkpointing.transport import UnsafeStateError
-from torchft.checkpointing.tree import JSON, Encoder, dtype_name
+from torchft.checkpointing.tree import JSON, MAX_PATHS, Encoder, dtype_name
 from torchft.dtensor import dtensor_class
 from torchft.runtime.collection import collection_put_off
 
@@ -75,6 +75,10 @@ class Description:
             raise UnsafeStateError(
                 f"the state without its tensors takes {len(body)} bytes, more than {MAX_MANIFEST_BYTES}: "
                 "hold bulk data in tensors"
+            )
+        if sum(len(path) for _, path in collector.nodes) > MAX_PATHS:
+            raise UnsafeStateError(
+                f"the paths of the state's tensors have more than {MAX_PATHS} characters: use shorter keys"
             )
         reader = SpecReader(extents, collector.meshes)
         for node, path in collector.nodes:

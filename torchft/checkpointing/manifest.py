@@ -33,7 +33,7 @@ import torch
 
 from torchft.checkpointing.mesh import MeshSpec, parse_placements
 from torchft.checkpointing.transport import ManifestError
-from torchft.checkpointing.tree import DTYPES, JSON, Decoder
+from torchft.checkpointing.tree import DTYPES, JSON, MAX_PATHS, Decoder
 from torchft.runtime.collection import collection_put_off
 
 if TYPE_CHECKING:  # here only: see torchft.dtensor
@@ -170,10 +170,14 @@ class SpecReader:
         self.specs: list[TensorSpec] = []
         """What was read."""
         self.used: set[int] = set()
+        self._paths = 0
         self._spread = 0
         self._packed = 0
 
     def read(self, node: list[JSON], path: str) -> None:
+        self._paths += len(path)
+        if self._paths > MAX_PATHS:
+            raise ManifestError(f"the paths of the tensors have more than {MAX_PATHS} characters")
         spec = self._dtensor(node, path) if node[0] == "D" else self._tensor(node, path, None)
         self.specs.append(spec)
 

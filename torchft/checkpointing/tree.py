@@ -41,6 +41,7 @@ __all__ = [
     "JSON",
     "MAX_DEPTH",
     "MAX_PATH",
+    "MAX_PATHS",
     "Decoder",
     "Encoder",
     "dtype_name",
@@ -53,7 +54,9 @@ JSON = Any
 
 MAX_DEPTH = 100
 MAX_PATH = 4096
-"""Characters of a value's path. Each tensor has one: long keys above many tensors would take memory without bound."""
+"""Characters of a value's path."""
+MAX_PATHS = 256 << 20
+"""Characters of the paths of all tensors: long keys above many of them are a few bytes each in a manifest."""
 _MAX_INT_BITS = 4096
 
 _DTYPE_NAMES = (
