@@ -11,6 +11,7 @@ import torch
 from tests.groups import TIMEOUT, Groups, Replica
 from torchft.checkpointing import StepNotServed
 from torchft.checkpointing.pg_transport import PGTransport
+from torchft.heal_pause import HealPause
 from torchft.process_group import ProcessGroupGloo
 
 
@@ -95,8 +96,16 @@ def test_a_replica_without_registered_state_says_so_when_a_peer_needs_it(
 def test_over_a_process_group_the_joiner_is_told_why_there_is_no_state_and_does_not_wait(
     groups: Groups, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where no error aborts what others wait for."""
+    """Also where no error aborts what others wait for. The steps that fail for it do not follow each other at once."""
     monkeypatch.setattr("torchft.checkpointing.pg_transport._REFUSAL", 30.0)
+    moments: list[float] = []
+    moment = HealPause.moment
+
+    def told_moment(pause: HealPause) -> float:
+        moments.append(moment(pause))
+        return moments[-1]
+
+    monkeypatch.setattr(HealPause, "moment", told_moment)
 
     def broken() -> Any:
         raise OSError("the sampler's file is gone")
@@ -123,6 +132,8 @@ def test_over_a_process_group_the_joiner_is_told_why_there_is_no_state_and_does_
 
     groups.together(lambda: train(a), lambda: train(b))
     assert "could not offer it: the state dict function 'sampler' raised OSError: the sampler's file is gone" in told[0]
+    assert moments
+    assert 0 < moments[0] <= 0.05
 
 
 def test_groups_that_register_different_state_say_so(groups: Groups) -> None:

@@ -45,7 +45,7 @@ _LONGEST = 300.0
 _SOON = 1.0
 _SELDOM = 30.0
 _END = 10.0
-_MOMENTS = 0.05, 0.4
+_MOMENTS = 0.05, 1.0
 """Seconds of the first and the longest pause within a step after a refusal: what made a source refuse is often over."""
 _REFUSALS = 4
 """So many are answered by a moment; what lasts longer is waited for beside the others' steps."""
@@ -198,7 +198,7 @@ class HealPause:
         else:
             self._refusals += 1
             if self._refusals <= _REFUSALS:
-                return self._moments.delay()
+                return self.moment()
             pause = doubled(_SOON, self._refusals - _REFUSALS - 1, _ASKED_AGAIN)
             if self._refusals == _REFUSALS + 1:
                 self._log.warning(
@@ -211,6 +211,10 @@ class HealPause:
         self._waiting.set()
         self._timer = call_later(max(pause, _COST * took), self._waiting.clear)
         return 0.0
+
+    def moment(self) -> float:
+        """Seconds to pause in a step that a refusal makes fail: it comes at once, and may come in each step."""
+        return self._moments.delay()
 
     def _for_the_token(self, why: Unauthorized) -> float:
         """A refusal. Seconds until the next try."""

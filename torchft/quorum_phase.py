@@ -314,7 +314,7 @@ class QuorumPhase:
                 if self._heals_aside:
                     self._try_to_heal(quorum)
                 else:
-                    self._heal(quorum)
+                    self._heal_or_fail(quorum)
             elif quorum.waits:
                 self._sit_out(quorum)
             elif self.loads and own is not None:
@@ -358,13 +358,22 @@ class QuorumPhase:
         self._telemetry.heal(quorum, time.monotonic() - began)
         self._progress.lineage = quorum.lineage
 
+    def _heal_or_fail(self, quorum: QuorumResult) -> None:
+        """A heal that fails is the step's error. All go on to the next one at once, so the loop must not spin."""
+        try:
+            self._heal(quorum)
+            self._pause.over()
+        except (StepNotServed, Unauthorized):
+            self._stop.wait(self._pause.moment())
+            raise
+
     def _try_to_heal(self, quorum: QuorumResult) -> None:
         """A heal that fails is no error of the step: the process group is as good as before, and carries zeros."""
         began = time.monotonic()
         try:
             self._pause.check()  # not every lighthouse passes on that this group waits
             allowance, unmeasured = self._pause.allowance, not self._pause.measured
-            self._heal(quorum, allowance=allowance, unmeasured=unmeasured, pauses=False)
+            self._heal(quorum, allowance=allowance, unmeasured=unmeasured)
             self._pause.over()
         except Exception as e:
             if isinstance(e, TooSlow):

@@ -13,13 +13,12 @@ from datetime import timedelta
 from typing import Any
 
 from torchft import config
-from torchft.checkpointing import CheckpointError, CheckpointTransport, HTTPTransport, StepNotServed, Unauthorized
+from torchft.checkpointing import CheckpointError, CheckpointTransport, HTTPTransport
 from torchft.coordination import ManagerClient, QuorumResult
 from torchft.core.assignment import Source
 from torchft.runtime.deadline import Deadline, seconds
 from torchft.runtime.logs import RankLogger, speaking
 from torchft.runtime.loop import call_later
-from torchft.runtime.retry import Backoff
 from torchft.state import ReplicaState
 from torchft.step_error import StepError
 from torchft.together import Together
@@ -29,8 +28,6 @@ __all__ = ["Recovery", "default_transport"]
 _PATIENCE = 0.5
 """Seconds after which another source that has answered is as good as the assigned one."""
 _MEASURING = timedelta(seconds=3)
-_PAUSES = 0.05, 1.0
-"""Seconds of the first and the longest pause after a heal that every source declined."""
 
 
 def default_transport(live_state: Callable[[], Any], timeout: timedelta) -> CheckpointTransport[dict[str, Any]]:
@@ -147,7 +144,6 @@ class Recovery:
         self._receivers: tuple[str, ...] = ()
         self._heal: _Heal | None = None
         self._sources: list[Source] = []
-        self._pauses = Backoff(*_PAUSES)
 
     def drop(self, replica_id: str, cause: str) -> None:
         """A replica is no longer there: a transfer to it, or from it alone, ends now. From any thread.
@@ -263,7 +259,6 @@ class Recovery:
         *,
         allowance: float | None = None,
         unmeasured: bool = False,
-        pauses: bool = True,
     ) -> dict[str, int]:
         """Takes the state from the members that the quorum names. It waits in ``state`` to be applied.
 
@@ -273,7 +268,6 @@ class Recovery:
             error: of the step under way: with one, nothing is begun.
             allowance: seconds that it may hold the others up, where the transport measures; None: its timeout.
             unmeasured: nothing is known about the way to them: what would take longer is given up at once.
-            pauses: where all of them refuse, raise after a moment, so that the loop does not spin.
 
         Returns:
             The manager's own part of the state.
@@ -300,14 +294,7 @@ class Recovery:
                 options = {"allowance": timedelta(seconds=allowance), "unmeasured": unmeasured}
             if not self._state.alike and getattr(self.transport, "compares", False):
                 options["alike"] = False
-            taken = self._receive(heal, source, quorum.max_step, error, options)
-            self._pauses = Backoff(*_PAUSES)
-            return taken
-        except (StepNotServed, Unauthorized):  # at once: what keeps a source from giving it may do so in each step
-            if pauses:
-                with heal.changed:
-                    heal.changed.wait(self._pauses.delay())
-            raise
+            return self._receive(heal, source, quorum.max_step, error, options)
         finally:
             self._heal = None
             heal.close()
