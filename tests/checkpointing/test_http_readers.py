@@ -15,7 +15,10 @@ import torch
 
 from tests.checkpointing.loopback import TIMEOUT, port_of, transport
 from torchft.checkpointing import CheckpointError, HTTPTransport, SourceLost
+from torchft.checkpointing.chunks import CHUNK_SIZE, ByteRun
 from torchft.checkpointing.description import Description
+from torchft.checkpointing.manifest import Manifest
+from torchft.checkpointing.offer import Offer
 from torchft.runtime.deadline import Deadline
 
 
@@ -49,6 +52,42 @@ class SlowReader:
 
     def close(self) -> None:
         self._sock.close()
+
+
+class Reading:
+    """A reader of an offer, without a connection."""
+
+    def __init__(self, receiver: str) -> None:
+        self.receiver = receiver
+        self.dropped = self.comparing = False
+        self.lease = threading.Lock()
+
+    def cut(self) -> None: ...
+
+    def gone(self) -> bool:
+        return False
+
+
+def test_what_many_receivers_of_many_chunks_need_is_found_at_once() -> None:
+    count = 1280
+    offer = Offer(1, Manifest(b"", None, (count * CHUNK_SIZE,)), threading.Condition())
+    readers = [Reading(str(i)) for i in range(1000)]
+    offer.readers.update(readers)
+    for reader in readers:
+        for index in (0, 5, count - 1, int(reader.receiver)):
+            offer.sent(reader, index)
+    copied: list[tuple[int, int]] = []
+    began = time.monotonic()
+    offer.move(ByteRun([]), lambda source, target, spans: copied.extend(spans))
+    assert time.monotonic() - began < 1.0, "the training waits for it: it took 5 s"
+    assert {start // CHUNK_SIZE for start, _ in copied} == set(range(count)) - {0, 5, count - 1}
+    assert not offer.was_sent("7")
+    for index in range(count):
+        offer.sent(readers[7], index)
+    assert offer.was_sent("7")
+    assert offer.needed() == set(range(count)) - {0, 5, count - 1}
+    offer.readers = {readers[7]}
+    assert offer.needed() == set()
 
 
 def test_copied_state_survives_writes_and_a_slow_reader_blocks_nobody() -> None:

@@ -76,7 +76,8 @@ class Offer:
         self._ready = 0
         self._digests: list[bytes | None] = [None] * self.cut.count
         self._unhashed = self.cut.count
-        self._sent: dict[str, set[int]] = {}
+        self._all = (1 << self.cut.count) - 1
+        self._sent: dict[str, int] = {}  # a bit for each chunk: there may be a thousand receivers of many chunks
         self._held: tuple[ByteRun, frozenset[int] | None] = (
             ByteRun([]),
             None,
@@ -141,13 +142,13 @@ class Offer:
     def sent(self, reader: Reader, index: int) -> None:
         """A reader was sent a whole chunk."""
         with self._changed:
-            self._sent.setdefault(reader.receiver, set()).add(index)
+            self._sent[reader.receiver] = self._sent.get(reader.receiver, 0) | 1 << index
             self.bytes_sent += self.cut.length(index)
 
     def was_sent(self, receiver: str) -> bool:
         """Whether a receiver was sent every chunk."""
         with self._changed:
-            return len(self._sent.get(receiver, ())) == self.cut.count
+            return self._sent.get(receiver, 0) == self._all
 
     @property
     def wanted(self) -> bool:
@@ -156,11 +157,11 @@ class Offer:
 
     def needed(self) -> set[int]:
         """Chunks that somebody who reads was not sent."""
+        missing = 0
         with self._changed:
-            out: set[int] = set()
             for receiver in {r.receiver for r in self.readers if not r.dropped and not r.comparing}:
-                out |= set(range(self.cut.count)) - self._sent.get(receiver, set())
-            return out
+                missing |= self._all & ~self._sent.get(receiver, 0)
+        return {index for index, bit in enumerate(reversed(f"{missing:b}")) if bit == "1"}
 
     def move(self, memory: ByteRun, copy: Callable[[ByteRun, ByteRun, list[tuple[int, int]]], None]) -> int:
         """Copies what readers need into ``memory``: afterwards nobody reads the memory that was offered.
