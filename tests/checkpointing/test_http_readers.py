@@ -19,6 +19,7 @@ from torchft.checkpointing.chunks import CHUNK_SIZE, ByteRun
 from torchft.checkpointing.description import Description
 from torchft.checkpointing.manifest import Manifest
 from torchft.checkpointing.offer import Offer
+from torchft.checkpointing.snapshot import Arena
 from torchft.runtime.deadline import Deadline
 
 
@@ -246,11 +247,33 @@ def test_a_source_that_fails_after_its_manifest_went_out_serves_nothing_of_it_an
             patch.setattr(Description, "extents", fail)
             with pytest.raises(MemoryError):
                 source.send_checkpoint([1], 1, {"w": torch.ones(1 << 20)}, TIMEOUT)
-        reading.join(60)
-        assert len(failed) == 1
+        reading.join(20)
+        assert len(failed) == 1, "it is told, and does not wait until its timeout"
+        assert "no memory for a packed tensor" in str(failed[0])
         source.send_checkpoint([1], 2, {"w": torch.ones(1 << 20)}, TIMEOUT)
         got: Any = receiver.recv_checkpoint(0, source.metadata(), 2, TIMEOUT)
         assert torch.equal(got["w"], torch.ones(1 << 20))
+
+
+def test_a_copy_that_fails_beside_the_training_is_told_to_those_who_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+
+    def fail(*_: object) -> None:
+        assert asked.wait(60)
+        raise MemoryError("no memory for a copy")
+
+    with transport(snapshot="copy") as source, transport() as receiver:
+        prepare = receiver._continue
+        monkeypatch.setattr(receiver, "_continue", lambda *a: (asked.set(), prepare(*a))[1])
+        with monkeypatch.context() as patch:
+            patch.setattr(Arena, "fill", fail)
+            source.send_checkpoint([1], 1, {"w": torch.ones(1 << 20)}, TIMEOUT)
+            began = time.monotonic()
+            with pytest.raises(CheckpointError, match="no memory for a copy"):
+                receiver.recv_checkpoint(0, source.metadata(), 1, TIMEOUT)
+            assert time.monotonic() - began < 20
+            with pytest.raises(MemoryError):
+                source.disallow_checkpoint()
 
 
 def test_memory_of_a_received_state_goes_with_it() -> None:

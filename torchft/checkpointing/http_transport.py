@@ -174,8 +174,8 @@ class HTTPTransport(CheckpointTransport[T]):
             offer = self._server.offer(step, manifest)  # readers begin with the manifest
             try:
                 self._supply(offer, description.extents(), deadline)
-            except BaseException:
-                self._server.withdraw(Deadline(_DROP))
+            except BaseException as e:
+                self._give_up(offer, e)
                 raise
         took = time.perf_counter() - started
         logger.info(
@@ -206,14 +206,19 @@ class HTTPTransport(CheckpointTransport[T]):
         started = time.perf_counter()
         try:
             self._arena.fill(sources, streams, deadline, offer.advance)
-        except BaseException:
-            self._server.withdraw(Deadline(_DROP))
+        except BaseException as e:
+            self._give_up(offer, e)
             raise
         took = time.perf_counter() - started
         total = offer.cut.total
         logger.info("copying state_dict took %.3fs (%d bytes, %.2f GB/s)", took, total, total / took / 1e9)
         metrics.SNAPSHOT_SECONDS.inc(took)
         metrics.SNAPSHOT_BYTES.inc(total)
+
+    def _give_up(self, offer: Offer, error: BaseException) -> None:
+        """The bytes of what is offered cannot be had: readers are told why, and do not wait for them."""
+        self._server.decline(offer.step, str(error) or type(error).__name__)
+        self._server.withdraw(Deadline(_DROP))
 
     def _await_fill(self, deadline: Deadline) -> None:
         """Waits until nothing is copied any more."""
