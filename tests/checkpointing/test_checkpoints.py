@@ -190,6 +190,13 @@ def test_one_that_is_deleted_before_it_is_read_is_left_for_the_newer_one(tmp_pat
     assert loaded.step == 2
 
 
+@pytest.mark.parametrize("step", [-1, 10**18])
+def test_a_step_that_would_not_be_found_again_is_refused(tmp_path: Path, step: int) -> None:
+    with pytest.raises(ValueError, match="never be found"):
+        save(tmp_path, step, state_of(1))
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_ahead_of_a_job_that_went_back_is_not_loaded_again(tmp_path: Path) -> None:
     saved(tmp_path, 10, 20, 30)
     saved(tmp_path, 20)  # from another branch, after the job began again at 10

@@ -147,9 +147,12 @@ class Checkpoints:
             the last save is still under way: this one is left out then.
 
         Raises:
+            ValueError: the step is below 0, or has more than 18 digits.
             UnsafeStateError: the state holds something that cannot be saved.
             CheckpointError: more than ``max_failures`` saves in a row failed.
         """
+        if not 0 <= step < 10**18:
+            raise ValueError(f"step={step} is none that a checkpoint can be of: it would never be found again")
         if self.saving:
             self.leave_out(step)
             return None
