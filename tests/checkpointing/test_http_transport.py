@@ -146,6 +146,17 @@ def test_receiver_may_ask_before_the_source_offers() -> None:
         later.join()
 
 
+@pytest.mark.parametrize("num_chunks", [0, 1, 5])
+def test_the_older_argument_num_chunks_is_accepted_and_changes_nothing(num_chunks: int) -> None:
+    state = {"w": torch.arange(1000), "n": 7}
+    with transport(num_chunks=num_chunks) as source, transport(num_chunks=num_chunks) as receiver:
+        source.send_checkpoint([1], 3, state, TIMEOUT)
+        received = receiver.recv_checkpoint(0, source.metadata(), 3, TIMEOUT)
+        assert torch.equal(received["w"], state["w"])
+        assert received["n"] == 7
+        assert read_manifest(get(source, "/checkpoint/3/manifest")[1])[2].count == 1
+
+
 def test_nothing_is_served_after_disallow() -> None:
     with transport() as source, transport() as receiver:
         source.send_checkpoint([1], 4, {"x": 1}, TIMEOUT)

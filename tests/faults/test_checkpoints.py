@@ -32,6 +32,8 @@ def test_all_groups_are_killed_and_one_alone_goes_on_from_the_newest_whole_check
         trainer.process.send_signal(signal.SIGKILL)  # both, before one notices that the other is gone
     for trainer in (a, b):
         trainer.process.wait(timeout=60)
+    saves = [event["step"] for trainer in (a, b) for event in trainer.of("saves")]
+    assert len(saves) == len(set(saves)) >= 2, "each step by one of the two groups"
     (newest, damaged), (before, whole) = checkpoints.candidates()[:2]
     data = damaged / "rank-0.data"
     os.truncate(data, data.stat().st_size // 2)

@@ -99,6 +99,21 @@ def test_a_source_that_stops_in_mid_transfer_is_exchanged_for_another(make: Make
     assert_identical(job.finish(), 3)
 
 
+def test_a_source_that_is_killed_when_half_of_the_state_has_left_it_is_not_waited_for(make: Make) -> None:
+    job = make()
+    options = ("--transport", "default", "--state-mb", "64")
+    a, b = start(job, "a", "b", args=options)
+    source = job.start("0", *MINUTE, *options, "--die", "half@0")  # it is asked first
+    job.until(lambda: together(a, b, source), "training together")
+    joiner = job.start("c", *MINUTE, *options)
+    job.until(lambda: source.of("dies"), "the death of the source")
+    goes_on(job, [a, b, joiner], source.of("dies")[0]["time"])
+    for survivor in (a, b):
+        assert len(survivor.failures()) <= 1, survivor.failures()
+    assert "received step" in joiner.log
+    assert_identical(job.finish(), 3)
+
+
 def test_a_group_that_stops_while_the_process_group_is_built_does_not_hold_the_others(make: Make) -> None:
     job = make(heartbeat_timeout_ms=1000)
     a, b = start(job, "a", "b")

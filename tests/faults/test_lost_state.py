@@ -7,11 +7,16 @@ import pytest
 from tests.faults.job import Job
 
 
-@pytest.mark.parametrize("transport", ["http", "pg"], ids=["first-weights", "half-a-state"])
-def test_a_survivor_of_the_last_holder_stops_and_says_what_is_lost(job: Job, transport: str) -> None:
-    holder = job.start("holder", "--transport", transport, "--die", "send@20")
+@pytest.mark.parametrize(
+    ("transport", "phase"),
+    [("http", "send"), ("pg", "send"), ("default", "half")],
+    ids=["first-weights", "none-of-a-state", "half-a-state"],
+)
+def test_a_survivor_of_the_last_holder_stops_and_says_what_is_lost(job: Job, transport: str, phase: str) -> None:
+    options = ("--transport", transport, "--state-mb", "64" if phase == "half" else "0")
+    holder = job.start("holder", *options, "--die", f"{phase}@20")
     job.until(lambda: holder.step >= 5, "training alone")
-    joiner = job.start("joiner", "--transport", transport)
+    joiner = job.start("joiner", *options)
     joiner.exits = {None, 1}
     job.until(lambda: joiner.process.poll() is not None, "the end of who cannot go on")
     assert holder.of("dies"), "it died when it was to send its state"
@@ -20,4 +25,4 @@ def test_a_survivor_of_the_last_holder_stops_and_says_what_is_lost(job: Job, tra
     lost = joiner.log.rpartition("StateLost: ")[2]
     assert f"the job was at step {holder.of('dies')[0]['step']}" in lost
     assert f"held by {holder.of('start')[0]['replica_id']}" in lost
-    assert "TORCHFT_ALLOW_RESTART=1" in lost or transport == "pg"
+    assert "TORCHFT_ALLOW_RESTART=1" in lost or transport != "http"

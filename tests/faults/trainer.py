@@ -26,6 +26,7 @@ from torch import nn
 
 from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
 from torchft.checkpointing import Checkpoints, HTTPTransport
+from torchft.checkpointing.offer import Offer
 from torchft.checkpointing.pg_transport import PGTransport
 from torchft.testing.faults import Injector
 
@@ -48,6 +49,18 @@ def fork_and_live_on() -> None:
     emit("forked", pid=child)
 
 
+def after(owner: Any, method: str, act: Callable[..., None]) -> None:
+    """Calls ``act`` with the arguments of each call of ``owner.method`` after it."""
+    real = getattr(owner, method)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = real(*args, **kwargs)
+        act(*args, **kwargs)
+        return result
+
+    setattr(owner, method, call)
+
+
 def before(owner: Any, method: str, act: Callable[[], None]) -> None:
     """Calls ``act`` before each call of ``owner.method``."""
     real = getattr(owner, method)
@@ -63,7 +76,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--name", required=True)
     parser.add_argument("--stop-file", type=Path, required=True)
-    parser.add_argument("--transport", choices=["http", "pg"], default="http")
+    parser.add_argument(
+        "--transport", choices=["http", "pg", "default"], default="http", help="default: what a Manager makes by itself"
+    )
     parser.add_argument("--sync", action="store_true")
     parser.add_argument("--timeout", type=float, default=30.0)
     parser.add_argument("--die", default="", help="PHASE@STEP, or PHASE@+N: after N steps of its own")
@@ -98,7 +113,7 @@ def main() -> None:
 
     timeout = timedelta(seconds=args.timeout)
     pg = ProcessGroupGloo(timeout=timeout)
-    transport: Any = HTTPTransport(timeout)
+    transport: Any = HTTPTransport(timeout) if args.transport == "http" else None
     if args.transport == "pg":
         transport = PGTransport(pg, timeout, torch.device("cpu"), state_dict=lambda: {"user": {"default": save()}})
     manager = Manager(
@@ -142,9 +157,12 @@ def main() -> None:
         before(inner, "step", die)
     elif phase == "send":
         before(transport, "send_checkpoint", die)
+    elif phase == "half":  # when half of a state has left
+        after(Offer, "sent", lambda offer, *_: die() if 2 * offer.bytes_sent >= offer.cut.total else None)
     elif phase == "receive":
         before(transport, "recv_from_many" if args.transport == "http" else "recv_checkpoint", die)
 
+    after(Checkpoints, "save", lambda _, step, *__, **___: emit("saves", step=step))
     emit("start", pid=os.getpid(), replica_id=manager.replica_id())
     if args.faults:
         Injector(args.faults, name=manager.replica_id()).attach(manager)
