@@ -16,7 +16,7 @@ import torch
 
 from tests.checkpointing.hostile_server import HostileServer
 from tests.checkpointing.loopback import TIMEOUT, address_of, offered, transport
-from torchft.checkpointing import http_agreement, http_comparison, http_differences
+from torchft.checkpointing import chunks, http_agreement, http_comparison, http_differences
 from torchft.checkpointing.chunks import Sample
 from torchft.checkpointing.fetch_progress import FetchProgress
 from torchft.checkpointing.http_comparison import Comparing, Comparison
@@ -37,6 +37,11 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"torchft.checkpointing.{limit}", 60.0)
     for limit in ("_MOMENT", "_MOMENT_FOR_ALL"):
         monkeypatch.setattr(http_comparison, limit, 60.0)
+
+
+@pytest.fixture(autouse=True)
+def small_states_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "_WHOLE", CHUNK)
 
 
 def state(chunks: int = 1, **more: Any) -> dict[str, Any]:

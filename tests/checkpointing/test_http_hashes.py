@@ -12,13 +12,18 @@ import pytest
 import torch
 
 from tests.checkpointing.loopback import TIMEOUT, offered, port_of, transport
-from torchft.checkpointing import HTTPTransport, offer
+from torchft.checkpointing import HTTPTransport, chunks, offer
 from torchft.checkpointing.chunks import digest
 from torchft.runtime.deadline import Deadline
 
 STEP = 4
 CHUNK = 1 << 20
 """Bytes, of so small a state."""
+
+
+@pytest.fixture(autouse=True)
+def small_states_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "_WHOLE", CHUNK)
 
 
 def state(chunks: int) -> dict[str, torch.Tensor]:

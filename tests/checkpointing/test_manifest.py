@@ -60,8 +60,9 @@ def seal(manifest: Manifest, run: ByteRun) -> Seal:
 @pytest.mark.parametrize(
     ("total", "size", "count"),
     [
-        (0, 1 << 20, 0),
-        (1, 1 << 20, 1),
+        (0, CHUNK_SIZE, 0),
+        (CHUNK_SIZE, CHUNK_SIZE, 1),
+        (CHUNK_SIZE + 1, 1 << 20, 9),
         (16 << 20, 1 << 20, 16),
         ((16 << 20) + 1, (1 << 20) + (64 << 10), 16),
         (100 << 20, 6 * (1 << 20) + (256 << 10), 16),

@@ -58,6 +58,8 @@ DIGEST_BYTES = 16
 _CHUNK_SIZES = range(64 << 10, (1 << 30) + 1)
 _PARTS = 16
 _SMALLEST = 1 << 20
+_WHOLE = CHUNK_SIZE
+"""Bytes up to which a state stays one chunk: parts cost more than they bring there, above all where many ask."""
 
 
 def digest(views: Sequence[memoryview]) -> bytes:
@@ -119,7 +121,10 @@ class Cut:
     def shared(cls, total: int) -> Cut:
         """For a state that comes from several sources: sixteen chunks, or more where these would be larger than
         ``CHUNK_SIZE``, fewer where they would be smaller than 1 MiB. A multiple of 64 KiB each, but for the last.
+        One for a state of up to ``CHUNK_SIZE``.
         """
+        if total <= _WHOLE:
+            return cls(total)
         part = -(-total // _PARTS)
         step = _CHUNK_SIZES.start
         return cls(total, min(CHUNK_SIZE, max(_SMALLEST, -(-part // step) * step)))

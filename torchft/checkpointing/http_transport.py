@@ -82,8 +82,8 @@ class HTTPTransport(CheckpointTransport[T]):
 
     Args:
         timeout: after which a reader that takes nothing is dropped, and longest wait for a copy.
-        num_chunks: accepted for compatibility; the data is always cut into chunks of 8 MiB, and that of a state below
-            128 MiB into sixteen.
+        num_chunks: accepted for compatibility; the data is always cut into chunks of 8 MiB, and that of a state of 8
+            to 128 MiB into sixteen, of 1 MiB at least.
         state_dict: returns the tree whose tensors are received into where path, dtype and shape match. By default
             fresh memory is used.
         snapshot: ``"copy"`` or ``"lock"``, see the module.
