@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -159,10 +160,14 @@ class TransportFailures(TransportPair):
 
     def test_abort_ends_a_receive_that_runs(self) -> None:
         """Passed over for a transport that leaves ``abort`` as it is: doing nothing is allowed."""
+        self._ends_a_receive_that_runs(lambda receiver: receiver.abort("a member died"), "a member died")
+
+    def _ends_a_receive_that_runs(self, end: Callable[[CheckpointTransport[State]], object], why: str) -> None:
+        """``end``, called by another thread while a state comes, makes that fail with ``why``."""
         pairs: list[Pair] = []
 
         def into() -> State:
-            ending = threading.Thread(target=pairs[0].receiver.abort, args=("a member died",))
+            ending = threading.Thread(target=end, args=(pairs[0].receiver,))
             ending.start()
             ending.join(30)
             return {}
@@ -170,9 +175,8 @@ class TransportFailures(TransportPair):
         pairs.append(self.open(into))
         try:
             if type(pairs[0].receiver).abort is not CheckpointTransport.abort:
-                state = {"w": torch.ones(64 << 18)}
-                text = expect(TransferAborted, lambda: transfer(pairs[0], state))
-                assert "a member died" in text
+                text = expect(TransferAborted, lambda: transfer(pairs[0], {"w": torch.ones(64 << 18)}))
+                assert why in text
         finally:
             pairs[0].close()
 
@@ -190,21 +194,7 @@ class TransportFailures(TransportPair):
 
     def test_shutdown_ends_a_receive_that_runs(self) -> None:
         """Passed over for a transport that leaves ``abort`` as it is."""
-        pairs: list[Pair] = []
-
-        def into() -> State:
-            ending = threading.Thread(target=pairs[0].receiver.shutdown, args=(False,))
-            ending.start()
-            ending.join(30)
-            return {}
-
-        pairs.append(self.open(into))
-        try:
-            if type(pairs[0].receiver).abort is not CheckpointTransport.abort:
-                text = expect(TransferAborted, lambda: transfer(pairs[0], {"w": torch.ones(64 << 18)}))
-                assert "shut down" in text
-        finally:
-            pairs[0].close()
+        self._ends_a_receive_that_runs(lambda receiver: receiver.shutdown(wait=False), "shut down")
 
     def test_shutdown_twice(self) -> None:
         pair = self.open()
