@@ -3,12 +3,11 @@
 The state is `--count` tensors of `--mib` MiB in all. It is moved in every way that the implementation has: where
 `HTTPTransport` takes a `state_dict`, into the receiver's own tensors, by the way that it takes between two processes of
 one machine (a state of many tensors: in turns with one of few), and by TCP; then into fresh memory, without and with
-`num_chunks`. What is in place takes turns with
-`recv_into` of 1 MiB from one and from two TCP streams into those same tensors, checked by nobody: what the kernel
-gives; and from two whose congestion control does not pace (`reno`), where the default one may. Each other way has its
-rounds after that: gigabytes that are given back keep the system busy for a while. The receiver tells the seconds of
-each, from when the source may begin until everything is there, and both what their memory peaked at beyond what they
-held before.
+`num_chunks`. What is in place takes turns with `recv_into` of 1 MiB from one and from two TCP streams into those same
+tensors, checked by nobody: what the kernel gives; and from two whose congestion control does not pace (`reno`), where
+the default one may. Each other way has its rounds after that: gigabytes that are given back keep the system busy for a
+while. The receiver tells the seconds of each, from when the source may begin until everything is there, and both what
+their memory peaked at beyond what they held before.
 """
 
 import inspect

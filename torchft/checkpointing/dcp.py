@@ -124,9 +124,7 @@ class CheckpointReader(StorageReader):
         self._names = _names({spec.path for manifest in manifests for spec in manifest.tensors})
         for rank, manifest in enumerate(manifests):
             chunks = read_index(self._folder, rank).chunks
-            starts = [0]
-            for length in manifest.extents:
-                starts.append(starts[-1] + length)
+            starts = manifest.starts
             for spec in manifest.tensors:
                 if _is_partial(spec):
                     continue

@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchft.checkpointing.chunks import ByteRun
 from torchft.checkpointing.live import LiveTensor, LiveTensors
-from torchft.checkpointing.manifest import Manifest, TensorSpec, are_apart
+from torchft.checkpointing.manifest import Manifest, TensorSpec, are_apart, span
 from torchft.checkpointing.memory import huge_empty
 from torchft.checkpointing.mesh import MeshSpec
 from torchft.checkpointing.transport import CheckpointError
@@ -202,8 +202,7 @@ def _reach(tensor: torch.Tensor) -> int:
     """Bytes from the first to the last of its elements, both included."""
     if not tensor.numel():
         return 0
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.itemsize
+    return span(tensor.shape, tensor.stride()) * tensor.itemsize
 
 
 def _left_over(before: Destination | None, extent: int, length: int) -> torch.Tensor | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Collection, Iterator
 
@@ -51,7 +50,7 @@ def differing_values(mine: bytes, theirs: bytes) -> list[str]:
 
 def _places(manifest: Manifest) -> Iterator[tuple[str, int, int]]:
     """Path, first byte and end in the data of each tensor that has elements."""
-    starts = list(itertools.accumulate(manifest.extents, initial=0))
+    starts = manifest.starts
     for spec in manifest.tensors:
         if spec.extent >= 0:
             first = starts[spec.extent] + spec.offset

@@ -22,6 +22,7 @@ Invariants, checked on reading before anything is allocated
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import reprlib
@@ -106,6 +107,11 @@ class Manifest:
         reader = SpecReader(self.extents, self.meshes)
         Decoder(reader.read, allow_pickle=True, load=False).decode(self.tree)
         return tuple(reader.specs)
+
+    @property
+    def starts(self) -> list[int]:
+        """Where each extent begins in the data, and where the last one ends."""
+        return list(itertools.accumulate(self.extents, initial=0))
 
     @property
     def total(self) -> int:
