@@ -123,3 +123,16 @@ def test_nobody_waits_for_a_silent_rank_0(pair: Pair, ends: queue.SimpleQueue[st
         with pytest.raises(RuntimeError, match="not reachable"):
             ask.result(timeout=30)
     assert SILENT in ends.get(timeout=30)
+
+
+def test_a_store_that_torchrun_names_by_loopback_is_told_to_others_as_they_reach_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with running() as groups:
+        monkeypatch.setenv("TORCHFT_HOST", "192.0.2.9")
+        replica = groups.replica("g", store_addr="127.0.0.1", store_port=store.port)
+        replica.step()
+        last = replica.manager._begin._last
+        assert last is not None
+        assert last.store_address == f"192.0.2.9:{store.port}"

@@ -225,6 +225,14 @@ RANK = Setting("RANK", "rank", 0, "This process's rank inside its replica group.
 WORLD_SIZE = Setting("WORLD_SIZE", "count", 1, "Ranks in this replica group. Set by torchrun.", _count)
 MASTER_ADDR = Setting("MASTER_ADDR", "host", _none_str, "Host of the group's TCPStore. Set by torchrun.", str)
 MASTER_PORT = Setting("MASTER_PORT", "port", _none_int, "Port of the group's TCPStore. Set by torchrun.", _port)
+GLOO_SOCKET_IFNAME = Setting(
+    "GLOO_SOCKET_IFNAME",
+    "interface",
+    _none_str,
+    "The network interface of gloo's connections; commas between several. Unset: that of the address to which the host "
+    "name resolves, or, where this is a loopback address, the one that routes to the store in which the groups meet.",
+    str,
+)
 RESTART_COUNT = Setting(
     "TORCHELASTIC_RESTART_COUNT", "count", 0, "Which life of the group this is. Set by torchrun.", _count
 )

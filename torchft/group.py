@@ -10,6 +10,8 @@ Rules
     - The other ranks hold a session to rank 0 (unless sessions are off), so that any rank's death is seen. It and
       the calls share a connection that is pinged from both ends: nobody waits for a rank 0 that is stopped or cut off.
     - A group of one rank that no launcher gave a store hosts its own, so that ``python train.py`` works.
+    - torchrun names a store of this machine by a loopback address or by this machine's name. Other groups, which meet
+      in it, are told the address under which they are told everything else of this machine.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from torchft.runtime.deadline import seconds
 from torchft.runtime.fork import Registration, close_in_children
 from torchft.runtime.life import life_address
 from torchft.runtime.logs import RankLogger
-from torchft.runtime.net import advertised_host, parse_address, parse_addresses
+from torchft.runtime.net import advertised_host, format_address, host_as_told, parse_address, parse_addresses
 
 __all__ = ["Group", "GroupClient", "join_group"]
 
@@ -191,7 +193,13 @@ def join_group(
             "no lighthouse: set TORCHFT_LIGHTHOUSE=http://host:29510 or pass lighthouse_addr. One is started by "
             "`torchft_lighthouse --min_replicas 1`."
         )
-    store, address, hosted = _open_store(store_addr, store_port, rank, world_size, lighthouse_addr, connect_timeout)
+    try:
+        toward = parse_address(parse_addresses(lighthouse_addr)[0]) if lighthouse_addr else None
+    except ValueError as e:
+        raise ValueError(f"the lighthouse's address (TORCHFT_LIGHTHOUSE, lighthouse_addr): {e}") from None
+    # The default is only this machine's name, which others need not resolve: the route decides then.
+    hostname = "" if hostname == socket.gethostname() else hostname
+    store, address, hosted = _open_store(store_addr, store_port, rank, world_size, toward, hostname, connect_timeout)
     prefix = f"torchft/group/{config.RESTART_COUNT.read()}"
 
     with ExitStack() as undo:
@@ -203,8 +211,7 @@ def join_group(
             server = ManagerServer(
                 replica_id=unique,
                 lighthouse_addr=lighthouse_addr,
-                # The default is only this machine's name, which others need not resolve: the route decides then.
-                hostname="" if hostname == socket.gethostname() else hostname,
+                hostname=hostname,
                 bind=f"[::]:{port if port is not None else config.MANAGER_PORT.read() or 0}",
                 store_addr=address,
                 world_size=world_size,
@@ -265,7 +272,8 @@ def _open_store(
     port: int | None,
     rank: int,
     world_size: int,
-    lighthouse_addr: str | None,
+    toward: str | None,
+    hostname: str,
     timeout: timedelta,
 ) -> tuple[TCPStore, str, Registration | None]:
     """The group's store, its address as other groups are told it, and what keeps it out of children if it is ours."""
@@ -277,7 +285,7 @@ def _open_store(
                 "a group of several ranks needs its store: start it with torchrun, or pass store_addr and "
                 "store_port (MASTER_ADDR, MASTER_PORT) of a TCPStore that you host"
             )
-        host = advertised_host(parse_address(parse_addresses(lighthouse_addr)[0]) if lighthouse_addr else None)
+        host = advertised_host(toward)
         try:
             store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
         except Exception as e:
@@ -294,4 +302,5 @@ def _open_store(
             f"{timeout.total_seconds():g} s. torchrun hosts it; without torchrun host a TCPStore there, or leave "
             f"MASTER_ADDR and MASTER_PORT unset in a group of one rank. ({e})"
         ) from e
-    return store, f"{addr}:{port}", None
+    host = host_as_told(addr, toward, hostname)
+    return store, parse_address(format_address(host, port)), None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from torchft.process_group import ProcessGroup, ProcessGroupError, ProcessGroupGloo
+from torchft.process_group import ProcessGroup, ProcessGroupError, ProcessGroupGloo, gloo
 from torchft.testing.process_group_suite import ProcessGroupSuite, each
 
 _STORE = """
@@ -112,3 +113,39 @@ class TestProcessGroupGloo(ProcessGroupSuite):
         finally:
             child.kill()
             child.communicate(timeout=30)
+
+
+@pytest.mark.parametrize("name", ["localhost", "nowhere.invalid"])
+def test_a_host_name_that_is_no_use_to_others_is_not_where_gloo_listens(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: name)
+    monkeypatch.setattr(gloo, "local_address_toward", lambda address: f"toward {address}")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert gloo._routed_address("192.0.2.1:29500/x") == "toward http://192.0.2.1:29500"
+    assert gloo._routed_address("127.0.0.1:29500/x") is None, "all are on this machine"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert gloo._routed_address("192.0.2.1:29500/x") is None
+
+
+def test_a_host_name_that_others_reach_is_left_to_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "192.0.2.7")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert gloo._routed_address("192.0.2.1:29500/x") is None
+
+
+def test_gloo_listens_on_the_address_that_routes_to_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gloo, "_routed_address", lambda store_addr: "127.0.0.2")
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pgs = [ProcessGroupGloo(timeout=timedelta(seconds=30)) for _ in range(2)]
+    try:
+        each(pgs, lambda rank, pg: pg.configure(f"127.0.0.1:{store.port}/x", f"r{rank}", rank, 2))
+        tensors = [torch.ones(3), torch.ones(3)]
+        each(pgs, lambda rank, pg: pg.allreduce([tensors[rank]]).wait())
+        assert [t.tolist() for t in tensors] == [[2.0] * 3] * 2
+        for pg in pgs:
+            assert pg._session is not None
+            assert [host for host, _ in pg._session.cut.__self__.own] == ["127.0.0.2"]  # type: ignore[attr-defined]
+    finally:
+        for pg in pgs:
+            pg.shutdown()

@@ -8,7 +8,14 @@ import socket
 import pytest
 
 from torchft.runtime import net
-from torchft.runtime.net import advertised_host, format_address, parse_address, split_bind
+from torchft.runtime.net import (
+    advertised_host,
+    format_address,
+    host_as_told,
+    is_loopback,
+    parse_address,
+    split_bind,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +88,7 @@ def test_given_host_is_used_if_it_resolves() -> None:
 
 
 def test_route_to_the_peer_is_used_if_the_given_host_does_not_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(net, "_resolves", lambda host: False)
+    monkeypatch.setattr(net, "resolves", lambda host: False)
     assert advertised_host(toward="http://127.0.0.1:29510", given="nowhere.invalid") == "127.0.0.1"
 
 
@@ -93,14 +100,14 @@ def test_route_needs_no_listener_and_sends_nothing() -> None:
 
 
 def test_address_comes_before_the_host_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(net, "_local_address_toward", lambda address: "192.0.2.9")
+    monkeypatch.setattr(net, "local_address_toward", lambda address: "192.0.2.9")
     monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
     assert advertised_host() == "192.0.2.9"
 
 
 def test_host_name_is_used_when_there_is_no_route(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(net, "_local_address_toward", lambda address: None)
-    monkeypatch.setattr(net, "_resolves", lambda host: host == "trainer-3")
+    monkeypatch.setattr(net, "local_address_toward", lambda address: None)
+    monkeypatch.setattr(net, "resolves", lambda host: host == "trainer-3")
     monkeypatch.setattr(socket, "gethostname", lambda: "trainer-3")
     assert advertised_host() == "trainer-3"
 
@@ -108,10 +115,34 @@ def test_host_name_is_used_when_there_is_no_route(monkeypatch: pytest.MonkeyPatc
 def test_loopback_is_the_last_resort_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(net, "_local_address_toward", lambda address: None)
-    monkeypatch.setattr(net, "_resolves", lambda host: False)
+    monkeypatch.setattr(net, "local_address_toward", lambda address: None)
+    monkeypatch.setattr(net, "resolves", lambda host: False)
     monkeypatch.setattr(socket, "gethostname", lambda: "lost")
     with caplog.at_level(logging.WARNING, logger="torchft.runtime.net"):
         assert advertised_host() == "127.0.0.1"
     assert "'lost'" in caplog.text
     assert "TORCHFT_HOST" in caplog.text
+
+
+def test_an_address_or_name_of_this_machine_alone_is_told_as_others_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(net, "local_address_toward", lambda address: "192.0.2.9")
+    for host in ("127.0.0.1", "127.0.1.1", "::1", "[::1]", "localhost"):
+        assert host_as_told(host, toward="192.0.2.1:29510") == "192.0.2.9"
+
+
+def test_an_address_that_somebody_chose_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(net, "local_address_toward", lambda address: "192.0.2.9")
+    for host in ("192.0.2.7", "2001:db8::7", "nowhere.invalid"):
+        assert host_as_told(host) == host
+
+
+def test_on_one_machine_the_address_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(net, "local_address_toward", lambda address: "::1")
+    assert host_as_told("127.0.0.1") == "127.0.0.1"
+
+
+def test_a_name_is_loopback_if_all_it_leads_to_is() -> None:
+    assert is_loopback("localhost")
+    assert is_loopback("[::1]")
+    assert not is_loopback("192.0.2.1")
+    assert not is_loopback("nowhere.invalid")

@@ -142,15 +142,15 @@ class RendezvousStore(Store):
 
     Args:
         store: does the work.
-        name: for messages.
+        address: of the store, ``host:port/prefix``.
         deadline: of all waits together.
         aborted: ends the waits when set.
     """
 
-    def __init__(self, store: Store, name: str, deadline: Deadline, aborted: threading.Event) -> None:
+    def __init__(self, store: Store, address: str, deadline: Deadline, aborted: threading.Event) -> None:
         super().__init__()
         self._store = store
-        self._name = name
+        self.address = address
         self._timeout = deadline.timeout
         self._deadline: Deadline | None = deadline
         self._aborted = aborted
@@ -212,7 +212,7 @@ class RendezvousStore(Store):
             if deadline.expired:
                 missing = [key for key in keys if not self.check([key])]
                 raise ProcessGroupError(
-                    f"members of the process group did not come to {self._name} within "
+                    f"members of the process group did not come to {self.address} within "
                     f"{self._timeout:g} s: the store has no {', '.join(missing)}"
                 )
             interval = min(_LAST_INTERVAL, max(_FIRST_INTERVAL, waited / 4), max(0.0, deadline.remaining()))
@@ -221,7 +221,7 @@ class RendezvousStore(Store):
         raise self._was_aborted()
 
     def _was_aborted(self) -> ProcessGroupError:
-        return ProcessGroupError(f"aborted while it waited for other members at {self._name}")
+        return ProcessGroupError(f"aborted while it waited for other members at {self.address}")
 
 
 def _ignore(key: str, value: bytes) -> None:

@@ -8,7 +8,17 @@ import socket
 
 from torchft import config
 
-__all__ = ["advertised_host", "format_address", "parse_address", "parse_addresses", "split_bind"]
+__all__ = [
+    "advertised_host",
+    "format_address",
+    "host_as_told",
+    "is_loopback",
+    "local_address_toward",
+    "parse_address",
+    "parse_addresses",
+    "resolves",
+    "split_bind",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -77,13 +87,13 @@ def advertised_host(toward: str | None = None, given: str | None = None) -> str:
     configured = config.HOST.read()
     if configured:
         return configured
-    if given and _resolves(given):
+    if given and resolves(given):
         return given
-    routed = _local_address_toward(toward or _ANYWHERE)
+    routed = local_address_toward(toward or _ANYWHERE)
     if routed:
         return routed
     name = socket.gethostname()
-    if _resolves(name):
+    if resolves(name):
         return name
     logger.warning(
         "this machine's host name %r does not resolve and no route is known: telling others 127.0.0.1, which "
@@ -93,19 +103,36 @@ def advertised_host(toward: str | None = None, given: str | None = None) -> str:
     return "127.0.0.1"
 
 
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit()
+def host_as_told(host: str, toward: str | None = None, given: str | None = None) -> str:
+    """The host under which others find what this process finds at ``host``.
+
+    Launchers tell a process ``127.0.0.1`` or the name of its own machine (torchrun does), which on another machine is
+    that one, or nobody. So where ``host`` is a loopback address, or a name of this machine, others are told
+    :func:`advertised_host`, unless that is a loopback address, too. Any other address is kept: somebody chose it.
+
+    Args:
+        host: a name or an address, without a port.
+        toward, given: as of :func:`advertised_host`.
+    """
+    if not _is_here(host):
+        return host
+    told = advertised_host(toward, given)
+    return host if is_loopback(told) else told
 
 
-def _resolves(host: str) -> bool:
-    try:
-        socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError:
-        return False
-    return True
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address leads to whichever machine asks. One that leads nowhere does not."""
+    found = _addresses_of(host)
+    return bool(found) and all(ipaddress.ip_address(address).is_loopback for address in found)
 
 
-def _local_address_toward(address: str) -> str | None:
+def resolves(host: str) -> bool:
+    """Whether a name or an address leads anywhere."""
+    return bool(_addresses_of(host))
+
+
+def local_address_toward(address: str) -> str | None:
+    """The address of this machine from which packets to ``host:port`` go; None: there is no way. Nothing is sent."""
     host, _, port = parse_address(address).rpartition(":")
     try:
         candidates = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)
@@ -121,3 +148,33 @@ def _local_address_toward(address: str) -> str | None:
         if not ipaddress.ip_address(local.partition("%")[0]).is_unspecified:
             return local
     return None
+
+
+def _is_here(host: str) -> bool:
+    """Whether it is a loopback address, or a name that leads to this machine."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return any(_is_ours(address) for address in _addresses_of(host))
+
+
+def _addresses_of(host: str) -> list[str]:
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
+    except OSError:
+        return []
+    return [str(sockaddr[0]).partition("%")[0] for *_, sockaddr in found]
+
+
+def _is_ours(address: str) -> bool:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as s:
+            s.bind((address, 0))
+    except OSError:
+        return False
+    return True
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
