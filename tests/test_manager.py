@@ -342,6 +342,31 @@ def test_a_step_left_without_a_vote_is_said_and_costs_no_further_one(
     assert caplog.text.count("left without a vote") == 1
 
 
+def test_a_committed_step_in_which_nothing_was_averaged_is_said_once(
+    pair: Groups, caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b = pair.replica("a"), pair.replica("b")
+
+    def unwrapped(replica: Replica) -> None:
+        replica.optimizer.zero_grad()
+        replica.optimizer.step()
+
+    pair.together(a.step, b.step)
+    assert "nothing was averaged" not in caplog.text
+    for _ in range(2):
+        pair.together(lambda: unwrapped(a), lambda: unwrapped(b))
+    assert a.manager.current_step() == 3
+    assert caplog.text.count("nothing was averaged") == 2, "once in each group"
+
+
+def test_a_group_alone_need_not_average(groups: Groups, caplog: pytest.LogCaptureFixture) -> None:
+    a = groups.replica("a")
+    a.optimizer.zero_grad()
+    a.optimizer.step()
+    assert a.manager.current_step() == 1
+    assert "nothing was averaged" not in caplog.text
+
+
 def test_a_state_dict_function_that_raises_is_named_with_its_line(pair: Groups) -> None:
     a, b = pair.replica("a"), pair.replica("b")
     for r in (a, b):

@@ -81,7 +81,8 @@ class CommitPhase:
         self._max_retries = max_retries
         self._timeout = timeout
         self._voted = voted
-        self._ending = self._said = False
+        self._ending = False
+        self._said: set[str] = set()
         self.over = True
         """No step is under way."""
 
@@ -90,9 +91,8 @@ class CommitPhase:
         if not self.over:
             self._progress.failures += 1
             self._progress.breaks += 1
-            if not self._ending and self.errored() is None and not self._said:
-                self._said = True
-                self._log.warning(
+            if not self._ending and self.errored() is None:
+                self._say_once(
                     "the step before was left without a vote, and counts as failed: should_commit() was not called "
                     "(the optimizer's step() does). This is said once"
                 )
@@ -116,6 +116,7 @@ class CommitPhase:
             StateLost, RuntimeError: as of :meth:`torchft.manager.Manager.should_commit`.
         """
         self._ending = True
+        reduced = self._works.begun
         self._works.wait(self._timeout, self._pg.abort)
         if self._begin.loads:
             self._begin.apply_healed_state()
@@ -135,7 +136,7 @@ class CommitPhase:
         self._transport.disallow_checkpoint()
         self.over = True
         if commit:
-            self._committed(participants)
+            self._committed(participants, reduced)
         elif self._begin.waits and self._error.current is None:
             self._log.debug("the step is not committed: %s", self._begin.unhealed)  # as was announced: no failure
             self._persistence.settle_loss()
@@ -143,13 +144,25 @@ class CommitPhase:
             self._failed(participants, few)
         return commit
 
-    def _committed(self, participants: int) -> None:
+    def _committed(self, participants: int, reduced: bool) -> None:
+        if participants > 1 and not reduced:
+            self._say_once(
+                "this step was committed, but nothing was averaged over the groups in it: each trains by itself, and "
+                "their weights come apart. The forward and backward pass belong between zero_grad() and step(), "
+                "through torchft's DistributedDataParallel, torchft.parallel.replicate or manager.allreduce. This is "
+                "said once"
+            )
         self._progress.step += 1
         self._progress.lineage = self._begin.quorum_id
         self._progress.batches_committed += participants
         self._progress.failures = self._progress.breaks = 0
         self._log.debug("committed with %d participants", participants)
         self._telemetry.commit(participants, self._progress.batches_committed)
+
+    def _say_once(self, warning: str) -> None:
+        if warning not in self._said:
+            self._said.add(warning)
+            self._log.warning(warning)
 
     def _failed(self, participants: int, few: bool) -> None:
         self._progress.failures += 1
