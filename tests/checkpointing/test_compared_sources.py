@@ -16,13 +16,16 @@ import torch
 
 from tests.checkpointing.hostile_server import HostileServer
 from tests.checkpointing.loopback import TIMEOUT, address_of, offered, transport
-from torchft.checkpointing import chunks, http_agreement, http_comparison, http_differences
+from torchft.checkpointing import chunks, http_agreement, http_comparison, http_differences, http_download
 from torchft.checkpointing.chunks import Sample
 from torchft.checkpointing.fetch_progress import FetchProgress
 from torchft.checkpointing.http_comparison import Comparing, Comparison
+from torchft.checkpointing.http_download import Download
+from torchft.checkpointing.http_source import HTTPSource
 from torchft.checkpointing.offer import Offer
 from torchft.runtime.deadline import Deadline
 from torchft.testing.faults import Link
+from torchft.testing.wait import wait_until
 
 STEP = 4
 CHUNK = 1 << 20
@@ -274,10 +277,32 @@ def test_states_that_differ_on_purpose_are_not_compared(caplog: pytest.LogCaptur
         assert not [r for r in caplog.records if r.levelname == "ERROR"]
 
 
+def _all_asked_at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """As if the assigned source were slow, and yet the first to answer. The list tells who has answered."""
+    monkeypatch.setattr(http_download, "_PATIENCE", -1.0)
+    ask, first, answered = Download._ask_once_for_manifest, threading.Event(), list[int]()
+
+    def in_turn(self: Download, source: HTTPSource) -> float | None:
+        if source.index:
+            first.wait(60)
+        else:
+            wait_until(lambda: all(s.state != "idle" for s in self._sources))
+        try:
+            return ask(self, source)
+        finally:
+            answered.append(source.index)
+            first.set()
+
+    monkeypatch.setattr(Download, "_ask_once_for_manifest", in_turn)
+    return answered
+
+
 @pytest.mark.parametrize("another_tree", [True, False])
+@pytest.mark.parametrize("others_known", [False, True])
 def test_of_states_that_differ_on_purpose_one_is_taken_whole_when_its_source_dies(
-    another_tree: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    another_tree: bool, others_known: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    answered = _all_asked_at_once(monkeypatch) if others_known else None
     first, second = state(2), corrupt(state(2)) | {"lr": 0.2 if another_tree else 0.1}
     third = corrupt(corrupt(second)) | {"lr": second["lr"]}
     third["w"][0] = 5
@@ -285,6 +310,8 @@ def test_of_states_that_differ_on_purpose_one_is_taken_whole_when_its_source_die
         prepare = f.receiver._continue
 
         def lose(*what: Any) -> Any:  # when the first one's manifest is there, and nothing else of it
+            if answered is not None:
+                wait_until(lambda: len(answered) >= 3)
             f.sources[0].shutdown()
             return prepare(*what)
 

@@ -233,7 +233,9 @@ class Comparison:
         if self.alike:
             believed = max(held, key=lambda layout: (votes[layout], -nearest[layout]))
         else:
-            believed = self._ours if self._ours in held else min(held, key=lambda layout: nearest[layout])
+            if self._ours in held:
+                return  # those with another one are needed if all who have this one are lost
+            believed = min(held, key=lambda layout: nearest[layout])
         wrong = [
             s for s, la in self._layouts.items() if (la != believed if believed == self._ours else la == self._ours)
         ]
