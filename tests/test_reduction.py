@@ -1,14 +1,19 @@
-"""What a group that does not take part contributes to a reduction."""
+"""What a group that does not take part contributes to a reduction, and when a step's collectives have ended."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, cast
 
 import pytest
 import torch
-from torch.distributed import ReduceOp
+from torch.distributed import ReduceOp, Work
 
-from torchft.reduction import contribute_nothing
+from torchft.reduction import StepFutures, contribute_nothing
+from torchft.step_error import StepError
+from torchft.work import CompletedWork
 
 BINARY: list[tuple[ReduceOp.RedOpType, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]] = [
     (ReduceOp.SUM, torch.add),
@@ -41,3 +46,73 @@ def test_it_changes_nothing_in_the_result(
     nothing = values.clone()
     contribute_nothing(nothing, ReduceOp(op) if wrapped else op)
     torch.testing.assert_close(combine(values, nothing), values, rtol=0, atol=0)
+
+
+class Device:
+    """An accelerator that has carried out what it was given when a test says so."""
+
+    def __init__(self) -> None:
+        self.looked = threading.Event()
+        self.done = False
+
+    def record_event(self) -> Device:
+        return self
+
+    def query(self) -> bool:
+        self.looked.set()
+        return self.done
+
+
+class Step:
+    """One whose only collective is issued on the device: its future is done."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.device = Device()
+        self.broken: Exception | None = None
+        self.error = StepError(lambda _: None)
+        self._works = StepFutures(self.error)
+        monkeypatch.setattr(torch.accelerator, "current_stream", lambda _: self.device)
+        self._works.reduce(cast(Any, self), torch.ones(3, device="meta"), ReduceOp.SUM, 2, 60.0)
+
+    def allreduce(self, tensors: list[torch.Tensor], _: object) -> Work:
+        return CompletedWork(tensors)
+
+    def end(self, timeout: float = 60.0) -> threading.Thread:
+        """What waits for it, when it has begun to."""
+        arguments = timedelta(seconds=timeout), lambda: None, lambda: self.broken
+        waiting = threading.Thread(target=self._works.wait, args=arguments)
+        waiting.start()
+        assert self.device.looked.wait(60)
+        return waiting
+
+
+def test_a_step_does_not_end_before_the_device_has_carried_out_its_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Step(monkeypatch)
+    waiting = step.end()
+    waiting.join(0.05)
+    assert waiting.is_alive()
+    step.device.done = True
+    waiting.join(60)
+    assert not waiting.is_alive()
+    assert step.error.current is None
+
+
+def test_what_fails_on_the_device_is_the_error_of_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Step(monkeypatch)
+    waiting = step.end()
+    step.broken = RuntimeError("a member died")
+    waiting.join(60)
+    assert step.error.current is step.broken
+
+
+def test_a_device_that_does_not_end_is_not_waited_for_beyond_the_timeout_or_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step = Step(monkeypatch)
+    step.end(0.05).join(60)
+    assert isinstance(step.error.current, TimeoutError)
+    step = Step(monkeypatch)
+    waiting = step.end()
+    step.error.report(RuntimeError("a member is lost"))
+    waiting.join(60)
+    assert not waiting.is_alive()

@@ -96,7 +96,12 @@ class CommitPhase:
                     "the step before was left without a vote, and counts as failed: should_commit() was not called "
                     "(the optimizer's step() does). This is said once"
                 )
+            self._works.give_up(self._abort)
         self.over = self._ending = False
+
+    def _abort(self) -> None:
+        self._begin.invalidate()
+        self._pg.abort()
 
     def goes_on(self) -> bool:
         """Whether a step is under way of which nothing was used: another one instead would break the quorum for all."""
@@ -117,7 +122,7 @@ class CommitPhase:
         """
         self._ending = True
         reduced = self._works.begun
-        self._works.wait(self._timeout, self._pg.abort)
+        self._works.wait(self._timeout, self._pg.abort, self._pg.errored)
         if self._begin.loads:
             self._begin.apply_healed_state()
         if (broken := self._pg.errored()) is not None:

@@ -4,6 +4,9 @@ The sum comes from the process group, the division is done here when it arrives,
 handed to the step instead of to whoever waits: torch DDP's reducer never sees a failed bucket, so it comes out of a
 failed step as good as new.
 
+On an accelerator a collective is issued, not done, when its future is: how it ends is known when the device has come so
+far. So the end of a step waits for the device, once.
+
 What a step issues goes through a lane (:mod:`torchft.lane`), in which a quantized collective, which has two
 steps, keeps its place among the others. A step has a lane of its own, closed at its end: nothing of it is issued in
 the next one.
@@ -13,7 +16,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -34,6 +38,8 @@ __all__ = ["StepFutures", "contribute_nothing", "reduce"]
 
 T = TypeVar("T")
 _ABORT_GRACE = timedelta(seconds=30)
+_FIRST_LOOK, _LONGEST_LOOK = 0.0001, 0.001
+"""Seconds between two looks at a device."""
 
 
 class StepFutures:
@@ -47,6 +53,7 @@ class StepFutures:
         self._error = error
         self._futures: list[Future[Any]] = []
         self._collectives: list[Future[Any]] = []  # those whose end means that nothing writes to the tensor
+        self._devices: set[torch.device] = set()  # other than the CPU, where they are carried out
         self._lane = Lane()
 
     @property
@@ -60,6 +67,7 @@ class StepFutures:
         self._lane = Lane()
         self._futures.clear()
         self._collectives.clear()
+        self._devices.clear()
 
     def reduce(
         self,
@@ -83,6 +91,8 @@ class StepFutures:
         )
         self._futures.append(out)
         self._collectives.append(collective)
+        if tensor.device.type != "cpu":
+            self._devices.add(tensor.device)
         return out
 
     def wrap(self, fut: Future[T], default: T, timeout: timedelta) -> Future[T]:
@@ -102,21 +112,51 @@ class StepFutures:
         self._futures.append(out)
         return out
 
-    def wait(self, timeout: timedelta, abort: Callable[[], None]) -> None:
-        """Until all of them have ended, well or not: after it none of them writes to a tensor.
+    def wait(
+        self,
+        timeout: timedelta,
+        abort: Callable[[], None],
+        errored: Callable[[], Exception | None],
+    ) -> None:
+        """Until all of them have ended, well or not: after it none of them writes to a tensor but in the order of its
+        device's stream.
 
         What fails or is late becomes the step's error.
 
         Args:
             timeout: after it ``abort`` must end what is still pending.
             abort: of the process group.
+            errored: what the process group failed with; asked while a device is waited for.
 
         Raises:
             RuntimeError: something is pending even then. Its buffers must not be used again.
         """
+        deadline = Deadline(timeout)
         collectives = list(self._collectives)
         self._wait_for([*self._futures, *collectives], timeout)
+        if self._devices:
+            self._put_in_order()
+            self._wait_for_devices(self._devices, deadline, errored)
         self.clear()
+        self._end(collectives, abort)
+
+    def give_up(self, abort: Callable[[], None]) -> None:
+        """The step is left as it is: what is pending ends, and writes to no tensor that the next step uses.
+
+        Args:
+            abort: of the process group.
+
+        Raises:
+            RuntimeError: as of :meth:`wait`.
+        """
+        collectives = list(self._collectives)
+        if self._devices:
+            self._put_in_order()
+            abort()  # how far the device is nobody knows
+        self.clear()
+        self._end(collectives, abort)
+
+    def _end(self, collectives: list[Future[Any]], abort: Callable[[], None]) -> None:
         if all(future.done() for future in collectives):
             return
         abort()
@@ -126,6 +166,30 @@ class StepFutures:
                 f"a collective still runs {_ABORT_GRACE.total_seconds():g} s after the process group was aborted, "
                 f"and may write to gradients at any time: this process cannot go on safely and must be restarted"
             )
+
+    def _put_in_order(self) -> None:
+        """What this thread's streams are given from now on comes after the collectives."""
+        for future in self._futures:
+            if future.done():
+                future.wait()
+
+    def _wait_for_devices(
+        self, devices: Collection[torch.device], deadline: Deadline, errored: Callable[[], Exception | None]
+    ) -> None:
+        """Until they have done what this thread's streams have to do. An error ends it: the step is lost, and its
+        collectives are torn down without us.
+        """
+        events = [torch.accelerator.current_stream(device).record_event() for device in devices]
+        pause = _FIRST_LOOK
+        while self._error.current is None and not all(event.query() for event in events):
+            if (broken := errored()) is not None:
+                self._error.report(broken)
+            elif deadline.expired:
+                late = f"the device has not carried out the step's collectives within {deadline.timeout:g} s"
+                self._error.report(TimeoutError(late))
+            else:
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_LOOK)
 
     def _wait_for(self, futures: list[Future[Any]], timeout: timedelta) -> None:
         deadline = Deadline(timeout)

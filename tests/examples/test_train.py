@@ -158,7 +158,7 @@ def should_commit(self, timeout=None):
     last = int(Path(os.environ["TOTAL_STEPS"][1:]).read_text()) - 1
     if self.current_step() == last and not missed:
         missed.append(last)
-        self._works.wait(self._timeout, self._pg.abort)
+        self._works.wait(self._timeout, self._pg.abort, self._pg.errored)
         self.report_error(RuntimeError("injected into the last step"))
     return vote(self, timeout)
 
