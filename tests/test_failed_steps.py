@@ -88,6 +88,42 @@ def test_quorums_may_fail_for_hours() -> None:
         lighthouse.shutdown()
 
 
+def test_a_step_fails_as_such_also_where_the_other_ranks_cannot_be_told(
+    groups: Groups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pg = FakeProcessGroupWrapper(ProcessGroupGloo(timeout=TIMEOUT))
+    a = groups.replica("a", pg=pg)
+
+    def gone(*_: object) -> None:
+        raise RuntimeError("the group's store is gone")
+
+    monkeypatch.setattr(a.manager._begin._together, "refuse", gone)
+    pg.report_configure_error(RuntimeError("injected"))
+    a.step()
+    assert "injected" in str(a.manager.errored())
+    a.step()
+    assert a.manager.current_step() == 1
+
+
+def test_a_group_that_is_behind_and_may_not_heal_commits_nothing(pair: Groups) -> None:
+    a, b = pair.replica("a", seed=1), pair.replica("b", seed=2)
+    a.manager.load_state_dict({"step": 3, "batches_committed": 5})
+
+    def step(r: Replica, allow_heal: bool) -> bool:
+        r.manager.start_quorum(allow_heal=allow_heal)
+        r.compute(7.0)
+        return r.manager.should_commit()
+
+    before = b.weights()
+    for _ in range(2):
+        assert pair.together(lambda: step(a, False), lambda: step(b, False)) == [True, False]
+        assert (a.manager.num_participants(), b.manager.participating_rank()) == (1, None)
+    assert (b.manager.current_step(), b.weights()) == (0, before)
+    pair.together(lambda: step(a, True), lambda: step(b, True))
+    assert a.manager.current_step() == b.manager.current_step() == 6
+    assert b.weights() == a.weights()
+
+
 def test_a_failed_collective_costs_the_step_and_later_ones_in_it_do_nothing(groups: Groups) -> None:
     pg = FakeProcessGroupWrapper(ProcessGroupGloo(timeout=TIMEOUT))
     a = groups.replica("a", pg=pg)
@@ -156,3 +192,17 @@ def test_an_error_that_comes_after_its_step_does_not_touch_the_next_one(groups: 
     late.set_exception(RuntimeError("late"))  # type: ignore[arg-type]
     assert a.manager.should_commit()
     assert a.manager.errored() is None
+
+
+def test_what_is_pending_when_a_step_is_left_writes_to_nothing_in_the_next_one(pair: Groups) -> None:
+    a, b = (pair.replica(name, proactive_recovery=False) for name in "ab")
+    pair.together(a.step, b.step)
+    mine, theirs = torch.ones(3), torch.full((3,), 5.0)
+    pair.together(a.manager.start_quorum, b.manager.start_quorum)
+    work = a.manager.allreduce(mine)
+    a.manager.start_quorum()  # the loop of a has skipped the rest of the batch
+    wait_until(work.is_completed)
+    mine.fill_(100.0)  # a gradient of the next step
+    b.manager.allreduce(theirs).wait()
+    assert b.manager.errored() is not None
+    assert mine.tolist() == [100.0] * 3

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.groups import Groups
 from torchft.coordination.types import ANY_QUORUM, Notice
 from torchft.group_loss import EXIT_CODE, GroupLoss
 from torchft.runtime.logs import RankLogger
@@ -128,3 +129,12 @@ end_process("rank 1 is gone")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == EXIT_CODE
     assert "waits_in_a_collective" in done.stderr
+
+
+def test_a_loss_while_the_model_was_made_counts(groups: Groups) -> None:
+    manager = groups.replica("g").manager
+    manager._hear(Notice(manager.replica_id(), LOST.cause, ANY_QUORUM))
+    manager.end_with_group()
+    assert manager._loss is not None
+    assert manager._loss._notice is not None
+    assert manager._loss._notice.cause == LOST.cause

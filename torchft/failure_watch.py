@@ -70,6 +70,11 @@ class FailureWatch:
             notice = self._notices.get(replica_id)
         return None if notice is None or notice.lives else notice.cause
 
+    def last(self, replica_id: str) -> Notice | None:
+        """What was heard of a replica and holds, as far as is known."""
+        with self._lock:
+            return self._notices.get(replica_id)
+
     def hear(self, notice: Notice) -> None:
         """A replica is no longer there."""
         with self._lock:

@@ -399,7 +399,8 @@ class Manager:
         and nothing failed: a loop may call this twice, or skip a batch. If something was reduced, it is lost.
 
         Args:
-            allow_heal: let a group that is behind take a peer's state. With False it sits the step out.
+            allow_heal: let a group that is behind take a peer's state. With False it sits the step out, which it does
+                not commit, and at step 0 each group begins with its own weights. The same in all groups.
             shrink_only: take no new group in.
             timeout: for the quorum; the manager's ``quorum_timeout`` by default.
 
@@ -628,6 +629,9 @@ class Manager:
                 rank has not come back.
         """
         self._loss = GroupLoss(self._group.replica_id, seconds(grace), lambda: not self._commit.over, self._log)
+        lost = self._begin.watch.last(self._group.replica_id)
+        if lost is not None:  # while the model was made, say
+            self._loss.hear(lost)
 
     def shutdown(self, wait: bool = True) -> None:
         """Leaves, and ends servers, transfers and threads. Idempotent.

@@ -205,7 +205,7 @@ class QuorumPhase:
 
     @property
     def waits(self) -> bool:
-        """This group needs a state, and has said that it takes none in this step."""
+        """This group needs a state, and takes none in this step, as it has said or was told."""
         return isinstance(self.unhealed, Pausing)
 
     @property
@@ -267,12 +267,15 @@ class QuorumPhase:
             self._holders.remember(quorum)
             self._prepare(quorum, allow_heal)
         except Exception as e:
-            self._together.refuse(quorum, str(e))
             if isinstance(e, StateLost):
                 self.lost = e
             if e is not self._error.current:
                 self._progress.timed_out = waited_in_vain(e)
             self._error.report(e)
+            try:
+                self._together.refuse(quorum, str(e))
+            except Exception as gone:  # the group's store is: nobody agrees on anything any more
+                self._log.debug("the other ranks of this group are not told: %s", gone)
 
     def _ask(self, shrink_only: bool, deadline: Deadline) -> QuorumResult:
         usable = self._state.usable and not self._state.pending
@@ -316,9 +319,11 @@ class QuorumPhase:
                 else:
                     self._heal_or_fail(quorum)
             elif quorum.waits:
-                self._sit_out(quorum)
+                self._sit_out(quorum, self._pause.why)
             elif self.loads and own is not None:
                 self._state.keep_own(own)
+        elif quorum.max_replica_rank is None:
+            self._sit_out(quorum, "it is behind, and may not heal in this step: allow_heal is False")
         self.participation = part
 
     @property
@@ -385,11 +390,11 @@ class QuorumPhase:
             if isinstance(e, (StepNotServed, Unauthorized)):
                 self._stop.wait(self._pause.refused(e, time.monotonic() - began))
 
-    def _sit_out(self, quorum: QuorumResult) -> None:
-        """This group said that it takes no state in this step: it contributes zeros, and nobody serves it."""
+    def _sit_out(self, quorum: QuorumResult, why: str) -> None:
+        """This group needs a state, and takes none in this step: it contributes zeros, and commits nothing."""
         self._recovery.know(quorum)
         self.healing, self.loads = True, False
-        self.unhealed = Pausing(self._pause.why)
+        self.unhealed = Pausing(why)
         self._together.refuse(quorum, str(self.unhealed))
 
     def _enter(self, quorum: QuorumResult, step: int, again: Callable[[], bool]) -> None:
