@@ -286,6 +286,43 @@ def test_a_vote_that_misses_a_rank_ends_at_its_deadline(start: Start) -> None:
         ManagerClient(start("b", world_size=2).address(), WAIT).should_commit(1, 5, True, SOON)
 
 
+def test_a_rank_that_asks_while_another_waits_for_its_vote_ends_that_vote_at_once(
+    start: Start, pool: ThreadPoolExecutor
+) -> None:
+    server = start("a", world_size=2)
+    client = ManagerClient(server.address(), WAIT)
+    voted = pool.submit(lambda: server.should_commit(0, 5, True, WAIT))
+    wait_until(lambda: 0 in server._group_vote._ballots)
+    asked = [ask(pool, client, 1, commit_failures=1)]  # it left its step without a vote
+    assert voted.result(20) is False
+    asked.append(ask(pool, server, 0, commit_failures=1))
+    assert {f.result(20).quorum_id for f in asked} == {1}
+
+
+def test_a_rank_that_votes_while_another_waits_for_its_question_learns_that_it_is_left(
+    start: Start, pool: ThreadPoolExecutor
+) -> None:
+    server = start("a", world_size=2)
+    client = ManagerClient(server.address(), WAIT)
+    asked = [ask(pool, client, 1, commit_failures=1)]
+    wait_until(lambda: server._quorum_round._gather.waiting)
+    assert server.should_commit(0, 5, True, WAIT) is False
+    asked.append(ask(pool, server, 0, commit_failures=1))
+    assert {f.result(20).quorum_id for f in asked} == {1}
+    votes = [pool.submit(lambda: server.should_commit(0, 5, True, WAIT))]
+    votes.append(pool.submit(lambda: client.should_commit(1, 5, True, WAIT)))
+    assert [v.result(20) for v in votes] == [True, True]
+
+
+def test_a_rank_that_gives_up_in_the_same_moment_keeps_no_answer_from_the_others(start: Start) -> None:
+    server = start("a", world_size=3)
+    given_up, *others = (server.cast(rank, 5, True) for rank in (1, 0))
+    given_up.done = lambda: False  # type: ignore[method-assign]  # as it looked before it was
+    given_up.cancel()
+    others.append(server.cast(2, 5, True))
+    assert [ballot.result(20).commit for ballot in others] == [True, True]
+
+
 def test_metadata_of_a_rank_that_never_asked_is_a_clear_error(start: Start) -> None:
     client = ManagerClient(start("a").address(), WAIT)
     with pytest.raises(RuntimeError, match="rank 3 of a serves no checkpoint"):

@@ -17,7 +17,7 @@ from torchft.core.commit import CommitVote, Decision
 from torchft.core.standing_member import MayCommit
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.logs import RankLogger
-from torchft.runtime.worker import Worker
+from torchft.runtime.worker import Worker, end_with
 
 __all__ = ["Ballot", "GroupVote", "Voted"]
 
@@ -77,8 +77,8 @@ class GroupVote:
             decision = self._vote.vote(rank, step, commit)
             self._ballots[rank] = ballot
             answered = self._take(decision)
-        if decision.superseded is not None and earlier is not None and not earlier.done():
-            earlier.set_exception(RuntimeError(f"rank {rank} voted again"))
+        if decision.superseded is not None and earlier is not None:
+            end_with(earlier, RuntimeError(f"rank {rank} voted again"))
         self._conclude(step, answered, decision)
         return ballot
 
@@ -90,6 +90,17 @@ class GroupVote:
             del self._ballots[rank]
             decision = self._vote.leave(rank, cause)
             answered = self._take(decision)
+        self._conclude(-1, answered, decision)
+
+    def gone_on(self, rank: int) -> None:
+        """A rank asks for the next quorum: it does not vote on the step that others vote on. Without it they would wait
+        for each other."""
+        with self._lock:
+            own = self._ballots.pop(rank, None)
+            decision = self._vote.gone_on(rank)
+            answered = self._take(decision)
+        if own is not None:
+            end_with(own, RuntimeError(f"rank {rank} asks for the next quorum"))
         self._conclude(-1, answered, decision)
 
     def reset(self) -> None:
@@ -104,8 +115,7 @@ class GroupVote:
             for rank in ballots:
                 self._vote.leave(rank, cause)
         for ballot in ballots.values():
-            if not ballot.done():
-                ballot.set_exception(RuntimeError(f"no commit in this group: {cause}"))
+            end_with(ballot, RuntimeError(f"no commit in this group: {cause}"))
         self._standing.ended(-1, False)
 
     def _take(self, decision: Decision) -> list[Ballot]:
@@ -134,5 +144,4 @@ class GroupVote:
         elif decision.decided:
             self._said.clear()
         for ballot in ballots:
-            if not ballot.done():
-                ballot.set_result(Voted(bool(decision.decided), next_stands))
+            end_with(ballot, Voted(bool(decision.decided), next_stands))

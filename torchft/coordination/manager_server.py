@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -102,6 +103,7 @@ class ManagerServer:
             lighthouse=self._lighthouse,
             lighthouse_addr=lighthouse_addr,
             worker=self._caller,
+            on_come=self._group_vote.gone_on,
             on_complete=self._group_vote.reset,
             log=self._log,
         )
@@ -214,7 +216,9 @@ class ManagerServer:
 
     def rank_left(self, rank: int, reason: str, step: int) -> None:
         """A rank goes on purpose, and with it the group. On the loop."""
-        self._caller.submit(lambda: self._lighthouse.leave(f"rank {rank}: {reason}", step, 1.0))
+        # On a thread of its own: the worker may be waiting for the lighthouse, which waits for this group or another.
+        said = f"rank {rank}: {reason}", step, 1.0
+        threading.Thread(target=self._lighthouse.leave, args=said, name="torchft-leave", daemon=True).start()
         self._rank_ended(rank, f"rank {rank} of this group left: {reason}")
 
     def rank_died(self, rank: int, cause: str) -> None:
@@ -274,6 +278,8 @@ class ManagerServer:
         ballot = self._group_vote.cast(rank, step, commit)
         if (dead := self._quorum_round.dead) is not None:  # it died in between: nobody else ends this vote
             self._group_vote.end(dead)
+        if (ahead := self._quorum_round.waiting_beside(rank)) is not None:
+            self._group_vote.gone_on(ahead)
         return ballot
 
     def uncast(self, rank: int, ballot: Ballot, cause: str) -> None:

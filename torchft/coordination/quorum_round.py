@@ -27,7 +27,7 @@ from torchft.core.assignment import of_group
 from torchft.core.commit import Gather, Gathered
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.logs import RankLogger
-from torchft.runtime.worker import Worker
+from torchft.runtime.worker import Worker, end_with
 
 __all__ = ["Ask", "QuorumRound"]
 
@@ -53,10 +53,9 @@ class Ask:
         """Seconds in which an answer is still of use."""
         return max(0.0, self.deadline.remaining() - self._margin)
 
-    def fail(self, error: Exception) -> None:
-        """Ends it with an error, if it has not ended."""
-        if not self.answer.done():
-            self.answer.set_exception(error)
+    def end(self, outcome: GroupQuorum | Exception) -> None:
+        """Answers it, if it has not ended."""
+        end_with(self.answer, outcome)
 
 
 class QuorumRound:
@@ -68,6 +67,7 @@ class QuorumRound:
         lighthouse: asked once for all ranks.
         lighthouse_addr: for what a rank is told that waited in vain.
         worker: asks, where the thread that comes last cannot.
+        on_come: told each rank that comes.
         on_complete: all ranks have come: the group has moved on to its next quorum. Called under the lock.
         log: of the group.
     """
@@ -82,6 +82,7 @@ class QuorumRound:
         lighthouse: LighthouseLink,
         lighthouse_addr: str,
         worker: Worker,
+        on_come: Callable[[int], None],
         on_complete: Callable[[], None],
         log: RankLogger,
     ) -> None:
@@ -92,10 +93,12 @@ class QuorumRound:
         self._lighthouse = lighthouse
         self._lighthouse_addr = lighthouse_addr
         self._worker = worker
+        self._on_come = on_come
         self._on_complete = on_complete
         self._log = log
         self._lock = threading.Lock()
         self._gather: Gather[Ask] = Gather(world_size, "quorum")
+        self._asked: list[Ask] = []  # of the round that the lighthouse is asked for
         self._checkpoint_metadata: dict[int, str] = {}
         self._dead_ranks: dict[int, str] = {}
         self._seen_step = 0
@@ -138,13 +141,14 @@ class QuorumRound:
             raise
 
     def end(self, cause: str) -> None:
-        """Ends what ranks of this group wait for, with an error."""
+        """Ends what ranks of this group wait for, the lighthouse's answer too, with an error."""
         with self._lock:
             waiting = self._gather.values()
             if waiting:
                 self._gather.fail(cause)
+            waiting += self._asked
         for ask in waiting:
-            ask.fail(RuntimeError(f"no quorum for this group: {cause}"))
+            ask.end(RuntimeError(f"no quorum for this group: {cause}"))
 
     def rank_is_there(self, rank: int) -> None:
         """If it was dead, it is no longer."""
@@ -161,6 +165,11 @@ class QuorumRound:
         """Why this group is not whole, as long as it is not."""
         with self._lock:
             return next(iter(self._dead_ranks.values()), None)
+
+    def waiting_beside(self, rank: int) -> int | None:
+        """Another rank that waits for all to come; None: there is none."""
+        with self._lock:
+            return next((other for other in self._gather.waiting if other != rank), None)
 
     def checkpoint_metadata(self, rank: int) -> str:
         """What rank ``rank`` said, when it asked, of where its state is to be had.
@@ -195,18 +204,20 @@ class QuorumRound:
         with self._lock:
             self._dead_ranks.pop(ask.rank, None)
             if self._dead_ranks:
-                ask.fail(RuntimeError(f"no quorum for this group: {next(iter(self._dead_ranks.values()))}"))
+                ask.end(RuntimeError(f"no quorum for this group: {next(iter(self._dead_ranks.values()))}"))
                 return None
             earlier = next((a for a in self._gather.values() if a.rank == ask.rank), None)
             got = self._gather.come(ask.rank, ask)
             self._checkpoint_metadata[ask.rank] = ask.request.checkpoint_metadata
             if got.complete is not None:
+                self._asked = list(got.complete.values())
                 self._on_complete()
+        self._on_come(ask.rank)
         self._log.log(self._level(), "Start quorum for group_rank %d", ask.rank)
         if got.superseded is not None and earlier is not None:
-            earlier.fail(RuntimeError(f"rank {ask.rank} asked for a quorum again"))
+            earlier.end(RuntimeError(f"rank {ask.rank} asked for a quorum again"))
         if got.failed is not None:
-            ask.fail(RuntimeError(f"no quorum for this group: {got.failed}"))
+            ask.end(RuntimeError(f"no quorum for this group: {got.failed}"))
         return got.complete
 
     def _leave(self, ask: Ask, cause: str) -> tuple[int, ...]:
@@ -218,7 +229,7 @@ class QuorumRound:
             missing = self._gather.missing
             got: Gathered[Ask] = self._gather.leave(ask.rank, cause)
         for rank in got.answer:
-            waiting[rank].fail(RuntimeError(f"no quorum for this group: {got.failed}"))
+            waiting[rank].end(RuntimeError(f"no quorum for this group: {got.failed}"))
         return missing
 
     def _ask_lighthouse(self, asks: dict[int, Ask]) -> None:
@@ -229,13 +240,12 @@ class QuorumRound:
         except Exception as e:
             self._loud = True
             for ask in asks.values():
-                ask.fail(e)
+                ask.end(e)
             return
         level, self._loud = self._level(), False
         for ask in asks.values():
             self._log.log(level, "Finished quorum for group_rank %d", ask.rank)
-            if not ask.answer.done():
-                ask.answer.set_result(quorum)
+            ask.end(quorum)
 
     def _call_lighthouse(self, asks: list[Ask]) -> GroupQuorum:
         step, lineage = of_group((a.request.step, a.request.lineage) for a in asks)

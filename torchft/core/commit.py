@@ -12,6 +12,7 @@ Rules
     - A rank that comes twice to an open round replaces its first call: the caller gave that one up.
     - A commit round is about one step. A vote for another step than the one that other ranks wait on fails it,
       naming both: the ranks of the group have come apart.
+    - A rank that asks for the next quorum votes no more on this step: who waits for its vote is answered at once.
     - A new quorum round (``reset``) clears an older vote: the group has moved on.
 
 Invariants
@@ -179,6 +180,12 @@ class CommitVote:
     def leave(self, rank: int, cause: str) -> Decision:
         """A rank that voted no longer waits: the decision is no for the others, at once."""
         return self._decision(self._round.leave(rank, cause))
+
+    def gone_on(self, rank: int) -> Decision:
+        """A rank asks for the next quorum while others wait for its vote: the decision is no for them, at once."""
+        if not self._round.waiting:
+            return Decision()
+        return self._decision(self._round.fail(f"rank {rank} asks for the next quorum, and has not voted", gone=rank))
 
     def reset(self) -> None:
         """The group has moved on to its next quorum: a vote that failed before it is over for everybody."""

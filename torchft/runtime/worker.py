@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["Worker", "carry_out"]
+__all__ = ["Worker", "carry_out", "end_with"]
 
 T = TypeVar("T")
 _Job = tuple["concurrent.futures.Future[Any]", Callable[[], Any]]
@@ -29,6 +29,17 @@ def carry_out(future: concurrent.futures.Future[T], call: Callable[[], T]) -> No
         del future, call  # which the exception's traceback would keep, and with them itself
     else:
         future.set_result(result)
+
+
+def end_with(future: concurrent.futures.Future[T], outcome: T | Exception) -> None:
+    """Completes a future, unless it has ended: by another thread, or because whoever waited has cancelled it."""
+    try:
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+    except concurrent.futures.InvalidStateError:
+        pass
 
 
 class Worker:
