@@ -22,6 +22,7 @@ import pytest
 from torchft.coordination import LighthouseClient, LighthouseServer, ManagerClient, ManagerServer
 from torchft.coordination.channel import open_channel
 from torchft.coordination.proto import session_pb2 as pb
+from torchft.coordination.proto.torchft_pb2 import QuorumMember
 from torchft.coordination.session_client import OneServer, SessionClient, SessionEvents
 from torchft.coordination.types import ANY_QUORUM, Notice
 from torchft.runtime.deadline import Deadline
@@ -256,6 +257,7 @@ class Session:
     def __init__(
         self, server: str, replica_id: str, rank: int = 0, pings: tuple[float, float] | None = None, **hello: Any
     ) -> None:
+        self.name = replica_id
         self.notices: list[Notice] = []
         self.welcomes: list[pb.Welcome] = []
         self.gone: list[str] = []
@@ -366,6 +368,44 @@ def test_a_rank_that_dies_ends_what_the_others_wait_for_and_names_itself() -> No
     lighthouse.shutdown()
 
 
+def test_a_rank_that_leaves_ends_also_the_question_that_waits_at_the_lighthouse() -> None:
+    lighthouse = LighthouseServer("127.0.0.1:0", 2)
+    watcher = Session(lighthouse.address(), "watcher")
+    server = _group(lighthouse.address(), 2)
+    rank1 = Session(server.address(), "g", 1)
+    with ThreadPoolExecutor(2) as pool:
+        asked = pool.submit(lambda: server._quorum(0, 1, "", False, MINUTE, 0))
+        pool.submit(lambda: rank1.client._quorum(1, 1, "", False, MINUTE, 0))
+        wait_until(lambda: "g" in lighthouse._service._answers, timeout=60)
+        assert rank1.session.leave("its loss is not a number", 1, 60.0)
+        with pytest.raises(RuntimeError, match="rank 1 of this group left: its loss is not a number"):
+            asked.result(20)
+        wait_until(lambda: bool(watcher.notices), timeout=20)
+    assert "rank 1: its loss is not a number" in watcher.notices[0].cause
+    for closing in (rank1, watcher):
+        closing.close()
+    server.shutdown()
+    lighthouse.shutdown()
+
+
+def test_a_listener_that_raises_ends_no_session() -> None:
+    lighthouse = LighthouseServer("127.0.0.1:0", 1)
+    member, other = (Session(lighthouse.address(), name, active=True) for name in "mo")
+    heard: list[Notice] = []
+
+    def fail(notice: Notice) -> None:
+        heard.append(notice)
+        raise RuntimeError("the process group could not be aborted")
+
+    member.session._events = SessionEvents(fail)
+    for leaves in (other, Session(lighthouse.address(), "p", active=True)):
+        assert leaves.session.leave("it is done", 5, 60.0)
+        leaves.close()
+    wait_until(lambda: [n.replica_id for n in heard] == ["o", "p"], timeout=60)
+    member.close()
+    lighthouse.shutdown()
+
+
 def test_a_rank_learns_that_its_rank_0_has_died(make: Callable[..., Job]) -> None:
     job = make()
     (a,) = _alone(job)
@@ -381,6 +421,42 @@ def _alone(job: Job) -> list[Member]:
     job.members.append(member)
     member.wait("ready")
     return [member]
+
+
+def test_a_quorum_that_cannot_be_is_not_taken_on() -> None:
+    lighthouse = LighthouseServer("127.0.0.1:0", 1, heartbeat_timeout_ms=1000)
+    announced = pb.Announcement(quorum_id=2**63 - 1, replica_rank=0, size=1, step=3, stands=True)
+    garbled = Session(lighthouse.address(), "garbled", standing=True, announced=announced)
+    client = LighthouseClient(lighthouse.address(), MINUTE)
+    assert client.quorum("good", timedelta(seconds=20)).quorum_id == 1
+    for closing in (garbled, client):
+        closing.close()
+    lighthouse.shutdown()
+
+
+def test_a_step_beyond_all_numbers_keeps_nobody_from_the_change_of_the_members() -> None:
+    lighthouse = LighthouseServer("127.0.0.1:0", 1)
+    first = Session(lighthouse.address(), "a", standing=True)
+    deadline = Deadline(40)
+
+    def ask(session: Session, step: int) -> pb.Answer:
+        ready = pb.Ready(member=QuorumMember(replica_id=session.name, step=step, world_size=1))
+        return session.session.ask(ready, deadline)
+
+    with pytest.raises(RuntimeError, match="step is"):
+        ask(first, 2**63 - 1)
+    assert ask(first, 3).grant.stands
+    with ThreadPoolExecutor(1) as pool:
+        second = Session(lighthouse.address(), "b", standing=True)
+        joining = pool.submit(lambda: ask(second, 0))
+        wait_until(lambda: lighthouse._service._core._change is not None)
+        first.session._outbox.put(pb.SessionUp(ack=pb.Ack(change=1, step=2**63 - 1)))
+        first.session._outbox.put(pb.SessionUp(ack=pb.Ack(change=1, step=3)))
+        wait_until(lambda: lighthouse._service._core._change.step == 4)
+        assert ask(first, 4).grant.views[0].quorum_id == joining.result(20).grant.views[0].quorum_id == 2
+    for closing in (first, second):
+        closing.close()
+    lighthouse.shutdown()
 
 
 def test_garbage_instead_of_a_hello_is_refused() -> None:

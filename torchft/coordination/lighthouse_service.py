@@ -27,7 +27,7 @@ from torchft.coordination.proto import session_pb2, session_pb2_grpc
 from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
 from torchft.coordination.session_server import Link, SessionService, refuse_elsewhere
-from torchft.coordination.standing_wire import announcement_from_wire, member_of, message_to_wire
+from torchft.coordination.standing_wire import ack_from_wire, announcement_from_wire, member_of, message_to_wire
 from torchft.core.election import LastQuorum, first_id, plausible
 from torchft.core.membership import Death, Member, Options, Outcome
 from torchft.core.membership import Quorum as FormedQuorum
@@ -270,8 +270,9 @@ class LighthouseService(pb_grpc.LighthouseServiceServicer):
             link.send(session_pb2.SessionDown(heard=session_pb2.Heard(number=number, quorum_id=quorum_id)))
 
     def acked(self, link: Link, message: session_pb2.Ack) -> None:
-        if self.sessions.link(link.replica_id) is link:
-            self._carry_out(self._core.ack(link.replica_id, message.change, message.step, self._now()))
+        ack = ack_from_wire(message)
+        if ack is not None and self.sessions.link(link.replica_id) is link:
+            self._carry_out(self._core.ack(link.replica_id, ack.change, ack.step, self._now()))
 
     def drains(self, link: Link) -> None:
         self._carry_out(self._core.drain(link.replica_id, self._now()))

@@ -13,6 +13,7 @@ Rules
       was seen is left, and so is one that says it does not lead. After a session was lost the same server is tried
       once more before another one.
     - ``leave`` is answered by the server after everybody was told, so whoever left may end at once.
+    - What a listener raises is logged and no matter of the session: without it nothing would be heard any more.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import grpc
 
@@ -39,6 +40,8 @@ from torchft.runtime.logs import RankLogger
 from torchft.runtime.retry import Backoff
 
 __all__ = ["OneServer", "Servers", "SessionClient", "SessionEvents", "SessionLost"]
+
+T = TypeVar("T")
 
 _BEATS = 5
 """Signs of life per heartbeat timeout."""
@@ -304,7 +307,8 @@ class SessionClient:
         self._closed.wait(delay if remaining is None else min(delay, remaining))
         silence = self._silence.begins(time.monotonic())
         if silence is not None and not self._closed.is_set():
-            self._events.silent(f"no sign of life for {silence:.1f} s: stopped, cut off, or no longer serving")
+            cause = f"no sign of life for {silence:.1f} s: stopped, cut off, or no longer serving"
+            self._tell(self._events.silent, cause)
 
     def _refuse(self, epoch: int) -> None:
         why = self._servers.why_refused(epoch)
@@ -330,13 +334,12 @@ class SessionClient:
         if kind == "answer":
             self._answered(message.answer)
         elif kind == "notice":
-            self._events.notice(Notice.from_wire(message.notice))
+            self._tell(self._events.notice, Notice.from_wire(message.notice))
         elif kind == "left":
             self._left.set()
         elif kind == "waiting":
             why = self._not_yet = message.waiting.why[:_MAX_WHY]
-            level = logging.DEBUG if why == self._not_yet_told else logging.INFO
-            self._not_yet_told = why
+            level, self._not_yet_told = logging.DEBUG if why == self._not_yet_told else logging.INFO, why
             self._log.log(level, "the %s has no quorum yet: %s", self._server, why)
         elif kind == "welcome":
             welcome = message.welcome
@@ -345,13 +348,13 @@ class SessionClient:
                 seen = examine_now(welcome.life_address) is Sign.ALIVE
                 self._life_address = welcome.life_address if seen else ""
             if self._silence.stands(time.monotonic(), welcome.heartbeat_timeout_ms / 1000):
-                self._events.back()
-            self._events.welcome(welcome)
+                self._tell(self._events.back)
+            self._tell(self._events.welcome, welcome)
             self._stands.set()
             self._settled.set()
             return True
         else:
-            reply = self._events.told(message)
+            reply = self._tell(self._events.told, message)
             if reply is not None:
                 self._outbox.put(reply)
         return False
@@ -384,7 +387,14 @@ class SessionClient:
         self._silence.failed(time.monotonic())
         if self._stands.is_set():
             self._log.warning("the session with the %s was lost (%s); connecting again", self._server, cause)
-            self._events.lost()
+            self._tell(self._events.lost)
         self._fail_answers(cause)
         if self._life_address and examine_now(self._life_address) is Sign.GONE:
-            self._events.gone(f"the process of the {self._server} has ended")
+            self._tell(self._events.gone, f"the process of the {self._server} has ended")
+
+    def _tell(self, listener: Callable[..., T], *what: object) -> T | None:
+        try:
+            return listener(*what)
+        except Exception:
+            self._log.exception("what the session with the %s said could not be dealt with", self._server)
+            return None

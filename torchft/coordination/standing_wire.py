@@ -11,6 +11,7 @@ from torchft.coordination import types
 from torchft.coordination.proto import session_pb2
 from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.core.assignment import AssignmentError, Seating, Source, View
+from torchft.core.election import first_id
 from torchft.core.membership import Member, Quorum
 from torchft.core.standing import Ack, Announcement, Decide, Message, Over, Prepare
 from torchft.core.standing_member import Grant
@@ -107,9 +108,11 @@ def announcement_to_wire(announced: Announcement) -> session_pb2.Announcement:
 
 
 def announcement_from_wire(hello: session_pb2.Hello) -> Announcement | None:
-    """None: it uses no quorum."""
+    """None: it uses no quorum, or none that can be: of an epoch that it has not seen itself."""
     a = hello.announced
     if not hello.standing or not hello.HasField("announced") or a.size < 1:
+        return None
+    if not 0 < a.quorum_id <= first_id(hello.epoch + 1) or abs(a.step) >= types.MAX_STEP:
         return None
     return Announcement(a.quorum_id, a.replica_rank, a.size, a.step, a.stands)
 
@@ -174,8 +177,9 @@ def ack_to_wire(ack: Ack) -> session_pb2.SessionUp:
     return session_pb2.SessionUp(ack=session_pb2.Ack(change=ack.change, step=ack.step))
 
 
-def ack_from_wire(message: session_pb2.Ack) -> Ack:
-    return Ack(message.change, message.step)
+def ack_from_wire(message: session_pb2.Ack) -> Ack | None:
+    """None: it makes no sense."""
+    return Ack(message.change, message.step) if abs(message.step) < types.MAX_STEP else None
 
 
 def message_to_wire(message: Message) -> session_pb2.SessionDown:

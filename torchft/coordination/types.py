@@ -18,6 +18,7 @@ from torchft.core.assignment import Source, View
 
 __all__ = [
     "ANY_QUORUM",
+    "MAX_STEP",
     "FailureNotification",
     "Notice",
     "Quorum",
@@ -37,6 +38,9 @@ __all__ = [
 ]
 
 _MAX_TEXT = 64 * 1024
+
+MAX_STEP = 2**62
+"""Steps are below it: what follows from one still fits into the messages."""
 
 ANY_QUORUM = 2**62
 """As the id in a notice: whichever quorum it is, it is broken."""
@@ -189,6 +193,8 @@ def check_member(member: pb.QuorumMember) -> None:
     for name in ("replica_id", "address", "store_address", "data"):
         if len(getattr(member, name)) > _MAX_TEXT:
             raise ValueError(f"{name} is longer than {_MAX_TEXT} characters")
+    if abs(member.step) >= MAX_STEP:
+        raise ValueError(f"step is {member.step}")
     if member.commit_failures < 0:
         raise ValueError(f"commit_failures is {member.commit_failures}")
     if member.lineage < 0:
