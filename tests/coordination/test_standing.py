@@ -5,8 +5,10 @@ What the machines decide is tested in ``tests/core``; here that the shells ask t
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +17,13 @@ import pytest
 from torch.distributed import TCPStore
 
 from tests.groups import Groups, Replica, running
+from torchft.coordination.proto import session_pb2
+from torchft.coordination.standing_link import StandingLink
+from torchft.coordination.standing_wire import grant_to_wire
+from torchft.core.assignment import Seating
+from torchft.core.membership import Member, Quorum
+from torchft.core.standing_member import MayCommit
+from torchft.runtime.logs import RankLogger
 from torchft.testing.ports import ReservedPort
 from torchft.testing.wait import wait_until
 
@@ -27,6 +36,22 @@ def pair() -> Iterator[Groups]:
 
 def requests(groups: Groups) -> int:
     return groups.lighthouse.counters.quorum_requests
+
+
+def test_a_lease_runs_out_while_the_machine_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    link = StandingLink("a", 1, RankLogger(logging.getLogger(__name__), "a", 0, lambda: 0))
+    member = Member("a", world_size=1, standing=True)
+    link.welcomed(session_pb2.Welcome(lease_ms=300_000, heartbeat_timeout_ms=5000))
+    link.asks(0, 0)
+    seating = Seating(Quorum(7, (member,), fenced=True, stands=True))
+    link.answered(session_pb2.Answer(grant=grant_to_wire(seating, member, True)))
+    link.ended(0, True)
+    assert link.stands(1)
+    link.ended(1, True)
+    asleep = time.clock_gettime(time.CLOCK_BOOTTIME) + 60
+    monkeypatch.setattr(time, "clock_gettime", lambda _: asleep)  # and the monotonic clock stood still
+    assert not link.stands(2)
+    assert link.may_commit() is MayCommit.WAIT
 
 
 @pytest.mark.parametrize("use_async_quorum", [True, False])

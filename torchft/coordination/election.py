@@ -21,13 +21,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
 import uuid
 from typing import Protocol
 
 from torchft.coordination.record import RecordError, StateFile
 from torchft.core.election import Began, Candidate, Ended, Holder, LastQuorum, LeaseOptions, Op, Order, Register
 from torchft.runtime import loop
+from torchft.runtime.clock import lease_clock
 from torchft.runtime.life import Sign, examine_now, life_address
 
 __all__ = ["Alone", "Owner", "RegisterClient", "RegisterError", "Seat", "Shared"]
@@ -232,14 +232,14 @@ class Shared:
         if not self._begun:
             return False
         with self._lock:
-            leads = self._candidate.leads(_clock()) and self._candidate.epoch == self._begun
+            leads = self._candidate.leads(lease_clock()) and self._candidate.epoch == self._begun
         if not leads:
             self._over()
         return leads
 
     async def told(self, epoch: int) -> None:
         with self._lock:
-            ended = self._candidate.told(epoch, _clock())
+            ended = self._candidate.told(epoch, lease_clock())
         self._heard(ended)
         self._wake.set()
         self.leads()
@@ -253,7 +253,7 @@ class Shared:
                 if await asyncio.to_thread(self._register.remember, epoch, last):
                     return
                 with self._lock:
-                    ended = self._candidate.told(epoch + 1, _clock())
+                    ended = self._candidate.told(epoch + 1, lease_clock())
                 self._heard(ended)
             except RegisterError as e:
                 if not failing:
@@ -277,7 +277,7 @@ class Shared:
     def close(self) -> None:
         with self._lock:
             self._closing = True
-            ended = self._candidate.resign(_clock())
+            ended = self._candidate.resign(lease_clock())
         self._heard(ended)
         self._wake.set()
         if self._thread.is_alive():
@@ -318,7 +318,7 @@ class Shared:
         while True:
             self._wake.clear()
             with self._lock:
-                now = _clock()
+                now = lease_clock()
                 closing = self._closing
                 ended = self._candidate.resign(now) if closing else self._candidate.tick(now)
                 order, wait = self._candidate.next(now)
@@ -334,32 +334,32 @@ class Shared:
 
     def _carry_out(self, order: Order, own_life: str) -> None:
         candidate = self._candidate
-        sent_at = _clock()
+        sent_at = lease_clock()
         change: Began | Ended | None = None
         last: LastQuorum | None = None
         try:
             if order.op is Op.LOOK:
                 seen = self._register.look()
                 with self._lock:
-                    candidate.looked(seen, _clock())
+                    candidate.looked(seen, lease_clock())
                 self._look_at(seen.holder)
             elif order.op is Op.CAMPAIGN:
                 me = Holder(candidate.name, self._address, own_life, order.epoch, 0)
                 won = self._register.campaign(me, order.expected)
                 with self._lock:
-                    change = candidate.campaigned(None if won is None else won[0], sent_at, _clock())
+                    change = candidate.campaigned(None if won is None else won[0], sent_at, lease_clock())
                 last = None if won is None else won[1]
             elif order.op is Op.RENEW:
                 granted = self._register.renew(order.lease)
                 with self._lock:
-                    change = candidate.renewed(granted, sent_at, _clock())
+                    change = candidate.renewed(granted, sent_at, lease_clock())
             else:
                 self._register.vacate(order.lease)
                 with self._lock:
-                    candidate.vacated(_clock())
+                    candidate.vacated(lease_clock())
         except RegisterError as e:
             with self._lock:
-                change = candidate.unreachable(_clock())
+                change = candidate.unreachable(lease_clock())
             if self._reachable:
                 self._reachable = False
                 logger.warning("%s. Who leads goes on until its lease ends, who does not cannot take over.", e)
@@ -382,7 +382,7 @@ class Shared:
         elif sign is Sign.GONE and self._provable == holder:
             logger.warning("the process of the lighthouse at %s, which led, has ended", holder.address)
             with self._lock:
-                self._candidate.proven_dead(holder, _clock())
+                self._candidate.proven_dead(holder, lease_clock())
 
     def _heard(self, change: Began | Ended | None, last: LastQuorum | None = None) -> None:
         """On any thread."""
@@ -394,8 +394,3 @@ class Shared:
                 "this lighthouse (%s) no longer leads (epoch %d): %s", self._address, change.epoch, change.cause
             )
             loop.get_loop().call_soon_threadsafe(self.leads)
-
-
-def _clock() -> float:
-    """Goes on while the machine sleeps."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()

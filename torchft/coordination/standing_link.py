@@ -7,7 +7,6 @@ guards the machine. Nothing is waited for under it, except for the lighthouse's 
 from __future__ import annotations
 
 import threading
-import time
 
 from torchft.coordination.proto import session_pb2
 from torchft.coordination.standing_wire import (
@@ -20,6 +19,7 @@ from torchft.coordination.standing_wire import (
 from torchft.coordination.types import Notice
 from torchft.core.standing import Decide, Over, Prepare
 from torchft.core.standing_member import MayCommit, StandingMember
+from torchft.runtime.clock import lease_clock
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.logs import RankLogger
 
@@ -59,7 +59,7 @@ class StandingLink:
             announced = self._machine.announcement()
             if announced is not None:
                 hello.announced.CopyFrom(announcement_to_wire(announced))
-            self._hello_sent = time.monotonic()
+            self._hello_sent = lease_clock()
 
     def welcomed(self, welcome: session_pb2.Welcome) -> None:
         """The session stands."""
@@ -79,7 +79,7 @@ class StandingLink:
     def beat(self) -> int:
         """The number of the sign of life that is sent now."""
         with self._changed:
-            return self._machine.beat(time.monotonic())
+            return self._machine.beat(lease_clock())
 
     def told(self, message: session_pb2.SessionDown) -> session_pb2.SessionUp | None:
         """Hears a message about standing quorums. Returns the answer, if one is due."""
@@ -140,13 +140,13 @@ class StandingLink:
     def asks(self, step: int, commit_failures: int) -> int:
         """A question for the quorum of ``step`` is sent now. Returns the quorum that the group could go on with."""
         with self._changed:
-            self._asked_at = time.monotonic()
+            self._asked_at = lease_clock()
             return 0 if commit_failures else self._machine.uses(step)
 
     def stands(self, step: int) -> bool:
         """Whether ``step`` begins now, with the quorum there is."""
         with self._changed:
-            return self._quorum is not None and self._machine.start(step, time.monotonic()).stands
+            return self._quorum is not None and self._machine.start(step, lease_clock()).stands
 
     def quorum(self, step: int) -> GroupQuorum:
         """The quorum in use, at a step that stands."""
@@ -167,12 +167,12 @@ class StandingLink:
     def urgent(self) -> bool:
         """Whether a sign of life should be sent now."""
         with self._changed:
-            return self._machine.urgent(time.monotonic())
+            return self._machine.urgent(lease_clock())
 
     def may_commit(self) -> MayCommit:
         """Whether the step under way may commit."""
         with self._changed:
-            return self._machine.commit(time.monotonic())
+            return self._machine.commit(lease_clock())
 
     def wait_to_commit(self, deadline: Deadline) -> str:
         """Whether the step under way may commit; waits for the lighthouse if the lease has run out.
@@ -181,7 +181,7 @@ class StandingLink:
             Why not; empty if it may.
         """
         with self._changed:
-            while (may := self._machine.commit(time.monotonic())) is MayCommit.WAIT:
+            while (may := self._machine.commit(lease_clock())) is MayCommit.WAIT:
                 if self._closed or not self._changed.wait(deadline.remaining()):
                     return (
                         "the lighthouse has not answered since the lease of this group's quorum ran out: others may "

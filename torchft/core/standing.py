@@ -11,7 +11,7 @@ Rules
        <= k+1, it has promised nothing else, no notice says that its quorum is over, and its lease holds.
     2. *Lease.* A member starts and commits steps of a fenced quorum only within ``lease`` of the sending of its last
        word that was answered "your quorum still is the newest"; alone in its quorum, within half of
-       ``heartbeat_timeout``. It counts on its own monotonic clock.
+       ``heartbeat_timeout``. It counts on its own clock, which goes on while its machine sleeps.
     3. *Takeover.* The lighthouse forms a quorum without any member of the last one only when each of them is known
        to be dead, or has been silent for ``lease + heartbeat_timeout`` (a last quorum of one: ``heartbeat_timeout``).
     4. *Planned change.* To take somebody in, the lighthouse sends *prepare* to all members. Each answers with the

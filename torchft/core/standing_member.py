@@ -2,7 +2,7 @@
 
 The machine belongs to a group's rank 0. It hears all that the session brings and what becomes of the group's steps,
 and answers two questions: :meth:`StandingMember.start` and :meth:`StandingMember.commit`. It keeps no time of its
-own: ``now`` is in seconds on the member's monotonic clock.
+own: ``now`` is in seconds on the member's clock, which goes on while its machine sleeps.
 
 Invariants
     - A step is started standing at most once, and only right after the one before it committed.
