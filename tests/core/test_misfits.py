@@ -23,6 +23,14 @@ def test_the_first_that_asks_says_how_many_ranks_a_group_has() -> None:
     assert [r for r in "abc" if r in machine.misfits] == ["c"]
 
 
+def test_many_dead_members_hide_no_living_one() -> None:
+    names = [f"a{i:02}" for i in range(40)]
+    machine = _membership(*(_group(name, 2) for name in names))
+    for name in names[:-1]:  # in order of their names
+        machine.failed(name, "its process ended", 0.1)
+    assert machine.misfits.refuse(_group("b", 3)) == _group(names[-1], 2)
+
+
 def test_who_asks_again_is_not_its_own_obstacle() -> None:
     assert _membership(_group("a", 2)).misfits.refuse(_group("a", 4)) is None
 

@@ -22,7 +22,7 @@ __all__ = ["Misfits"]
 
 _REMEMBERED = 4096
 _LOOKED_AT = 16
-"""Of those that are there. All that were let in have the same number, so the first that tells it is enough."""
+"""Of those that live. All that were let in have the same number, so the first that tells it is enough."""
 
 
 class Misfits:
@@ -45,9 +45,9 @@ class Misfits:
         None: it is not.
         """
         roster, me = self._roster, member.replica_id
-        there = islice(chain(roster.members.values(), (m for m, _ in roster.waiters.values())), _LOOKED_AT)
+        there = chain(roster.members.values(), (m for m, _ in roster.waiters.values()))
         living = (m for m in there if m.replica_id in roster.last_sign and m.replica_id != me)
-        other = next((m for m in living if m.standing and m.world_size), None)
+        other = next((m for m in islice(living, _LOOKED_AT) if m.standing and m.world_size), None)
         if other is None or not member.standing or member.world_size in (0, other.world_size):
             self._refused.pop(me, None)
             return None
