@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -19,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.forked import ForkedProgram
 from torchft.checkpointing import CheckpointTransport, HTTPTransport, PGTransport
 from torchft.checkpointing.http_download import Download
 from torchft.checkpointing.transport import TransferAborted
@@ -68,9 +68,9 @@ t.recv_checkpoint(0, sys.argv[2], 7, timedelta(seconds=60))
 
 
 @contextmanager
-def child(code: str, *args: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=os.getcwd()
+def child(code: str, *args: str) -> Iterator[ForkedProgram]:
+    process = ForkedProgram(
+        [sys.executable, "-c", code, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     try:
         yield process
@@ -129,8 +129,8 @@ def test_http_source_stopped_in_the_middle(pool: ThreadPoolExecutor) -> None:
             metadata = source.stdout.readline().strip()
             receiving = pool.submit(receiver.recv_checkpoint, 0, metadata, 7, LONG)
             wait_until(lambda: live[0])
-            os.kill(source.pid, signal.SIGSTOP)
-            os.waitpid(source.pid, os.WUNTRACED)
+            source.send_signal(signal.SIGSTOP)
+            source.wait_until_stopped()
             assert_aborted(receiving, lambda: receiver.abort("a member died"))
             assert not live[-1]  # it was in the middle
         assert_receives(receiver, pool)
@@ -172,8 +172,7 @@ def test_http_reader_stopped_in_the_middle_holds_up_nobody(pool: ThreadPoolExecu
         weights = torch.ones(SIZE, dtype=torch.uint8)
         source.send_checkpoint([1], 7, {"w": weights}, LONG)
         with child(STOPPING_READER, str(SIZE), source.metadata()) as reader:
-            _, status = os.waitpid(reader.pid, os.WUNTRACED)
-            assert os.WIFSTOPPED(status)
+            reader.wait_until_stopped()
             closing = pool.submit(source.disallow_checkpoint)
             with pytest.raises(TimeoutError):
                 closing.result(0.2)
@@ -211,11 +210,11 @@ def test_a_failed_step_does_not_end_a_transfer_that_has_begun(
     with child(HTTP_SOURCE, str(64 << 20)) as source:
         assert source.stdout is not None
         metadata = source.stdout.readline().strip()
-        os.kill(source.pid, signal.SIGSTOP)
-        os.waitpid(source.pid, os.WUNTRACED)
+        source.send_signal(signal.SIGSTOP)
+        source.wait_until_stopped()
         receiving = pool.submit(receiver.recv_checkpoint, 0, metadata, 7, LONG)
         wait_until(lambda: receiver._waiting)
-        os.kill(source.pid, signal.SIGCONT)
+        source.send_signal(signal.SIGCONT)
         wait_until(lambda: not receiver._waiting)
         receiver.expect_no_offer("the step failed: a member died")
         assert int(receiving.result(50)["w"][-1]) == 1
@@ -237,8 +236,8 @@ def test_pg_source_stopped_in_the_middle(
 
             def stop() -> None:
                 if not stopped.is_set():
-                    os.kill(source.pid, signal.SIGSTOP)
-                    os.waitpid(source.pid, os.WUNTRACED)
+                    source.send_signal(signal.SIGSTOP)
+                    source.wait_until_stopped()
                     stopped.set()
 
             def landed(download: Download, *args: Any) -> None:

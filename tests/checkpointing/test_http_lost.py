@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from tests.checkpointing.loopback import SHORT, TIMEOUT, address_of, over_tcp, port_of, transport
+from tests.forked import ForkedProgram
 from torchft.checkpointing import CheckpointTimeout, SourceLost
 from torchft.checkpointing.chunks import CHUNK_SIZE
 from torchft.checkpointing.fetch_progress import FetchProgress
@@ -58,13 +58,9 @@ sys.stdin.read()
 
 
 @contextmanager
-def source_process(size: int) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SOURCE, str(size)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=os.getcwd(),
+def source_process(size: int) -> Iterator[tuple[ForkedProgram, str]]:
+    process = ForkedProgram(
+        [sys.executable, "-c", SOURCE, str(size)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout is not None
@@ -84,7 +80,7 @@ def test_source_process_dies_or_hangs_mid_transfer(
         live = torch.zeros(64 << 20, dtype=torch.uint8)
 
         def state_dict() -> object:
-            os.kill(process.pid, sign)
+            process.send_signal(sign)
             return {"w": live}
 
         with transport(state_dict=state_dict) as receiver:

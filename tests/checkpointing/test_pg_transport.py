@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.forked import ForkedProgram
 from torchft.checkpointing import CheckpointError, ManifestError, PGTransport, StepNotServed, TransferAborted
 from torchft.checkpointing.pg_stream import BUCKET, PROLOGUE_BYTES, ChunkHasher, Prologue, buckets
 from torchft.process_group.gloo import ProcessGroupGloo
@@ -163,7 +163,7 @@ def test_receiver_that_ends_does_not_cost_the_other_its_state(signalled: signal.
         "small": [torch.full((1000,), float(i)) for i in range(99)],
     }
     command = [sys.executable, "-c", ENDING, address, str(size), str(int(signalled))]
-    process = subprocess.Popen(command, cwd=os.getcwd())
+    process = ForkedProgram(command)
     pgs = [ProcessGroupGloo(timedelta(seconds=120)) for _ in range(2)]
     try:
         with ThreadPoolExecutor(2) as pool:
@@ -178,8 +178,7 @@ def test_receiver_that_ends_does_not_cost_the_other_its_state(signalled: signal.
                 with pytest.raises(CheckpointError, match="replica rank 2, on this machine, closed its connection"):
                     sending.result(45)  # the timeout is 60
                 return
-            _, status = os.waitpid(process.pid, os.WUNTRACED)
-            assert os.WIFSTOPPED(status)
+            process.wait_until_stopped()
             assert not sending.done()
             source.abort("a member died")
             if local_from == GROUP:
@@ -210,13 +209,13 @@ transport.send_checkpoint([1], 7, {"w": torch.ones(256 << 20, dtype=torch.uint8)
 def test_source_process_dies_mid_transfer(local_from: int) -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     address = f"127.0.0.1:{store.port}/pg"
-    process = subprocess.Popen([sys.executable, "-c", MEMBER, address, str(local_from)], cwd=os.getcwd())
+    process = ForkedProgram([sys.executable, "-c", MEMBER, address, str(local_from)])
     pg = ProcessGroupGloo(timedelta(seconds=120))
     try:
         pg.configure(address, "receiver", 1, 2)
 
         def state_dict() -> object:
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             return {}
 
         receiver: PGTransport[Any] = PGTransport(pg, TIMEOUT, CPU, state_dict)

@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 import pytest
 
+from tests.forked import ForkedProgram
 from torchft.coordination import LighthouseClient, LighthouseServer, ManagerClient, ManagerServer
 from torchft.coordination.channel import open_channel
 from torchft.coordination.proto import session_pb2 as pb
@@ -37,11 +38,16 @@ MEMBER = Path(__file__).with_name("member.py")
 class Member:
     """A child process with a ManagerServer."""
 
-    def __init__(self, replica_id: str, lighthouse: str) -> None:
+    def __init__(
+        self,
+        replica_id: str,
+        lighthouse: str,
+        program: type[ForkedProgram] | type[subprocess.Popen[str]] = ForkedProgram,
+    ) -> None:
         self.replica_id = replica_id
         self.events: list[dict[str, Any]] = []
         self._changed = threading.Condition()
-        self.process = subprocess.Popen(
+        self.process = program(
             [sys.executable, str(MEMBER), replica_id, lighthouse],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -100,8 +106,8 @@ class Job:
         )
         self.members: list[Member] = []
 
-    def start(self, *names: str) -> list[Member]:
-        started = [Member(name, self.lighthouse.address()) for name in names]
+    def start(self, *names: str, **options: Any) -> list[Member]:
+        started = [Member(name, self.lighthouse.address(), **options) for name in names]
         self.members += started
         for member in started:
             member.wait("ready")
@@ -214,7 +220,7 @@ def test_who_leaves_says_why_and_after_which_step(make: Callable[..., Job]) -> N
 
 def test_an_exception_that_nobody_caught_is_a_leave_with_its_cause(make: Callable[..., Job]) -> None:
     job = make()
-    a, b = job.start("a", "b")
+    a, b = job.start("a", "b", program=subprocess.Popen)
     b.tell("raise")
     assert a.wait("notice")["cause"] == "it left: ZeroDivisionError: made on purpose"
     assert b.process.wait(timeout=60) == 1
@@ -222,7 +228,7 @@ def test_an_exception_that_nobody_caught_is_a_leave_with_its_cause(make: Callabl
 
 def test_a_program_that_just_ends_leaves(make: Callable[..., Job]) -> None:
     job = make()
-    a, b = job.start("a", "b")
+    a, b = job.start("a", "b", program=subprocess.Popen)
     assert b.process.stdin is not None
     b.process.stdin.close()
     assert "ended without manager.shutdown()" in a.wait("notice")["cause"]
@@ -323,7 +329,7 @@ def test_a_rank_that_dies_ends_what_the_others_wait_for_and_names_itself() -> No
     heard: list[Notice] = []
     server.listen(heard.append)
     rank1 = Session(server.address(), "g", 1)
-    rank2 = subprocess.Popen(
+    rank2 = ForkedProgram(
         [
             sys.executable,
             "-c",
@@ -335,7 +341,6 @@ def test_a_rank_that_dies_ends_what_the_others_wait_for_and_names_itself() -> No
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[2],
     )
     assert rank2.stdout is not None
     assert rank2.stdout.readline() == "stands\n"

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
+from tests.forked import ForkedProgram
 from tests.groups import Groups, Replica, running
 from torchft.coordination.proto import session_pb2
 from torchft.coordination.standing_link import StandingLink
@@ -213,7 +214,7 @@ class Lighthouse:
         self.min_replicas = 2
         self._reserved = ReservedPort()
         self.port = self._reserved.port
-        self._process: subprocess.Popen[str] | None = None
+        self._process: ForkedProgram | None = None
         self.start()
 
     def address(self) -> str:
@@ -221,7 +222,7 @@ class Lighthouse:
 
     def start(self) -> None:
         argv = [sys.executable, "-c", SERVE, str(self.port), str(self.min_replicas), str(self._state_file)]
-        self._process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+        self._process = ForkedProgram(argv, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         assert int(self._process.stdout.readline()) == self.port
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 
+from tests.forked import ForkedProgram
 from torchft.coordination.lighthouse_server import LighthouseServer
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "checkpoints" / "train_ddp_checkpoints.py"
 
 
-def run(lighthouse: str, folder: Path, steps: int) -> list[dict[str, Any]]:
+def run(
+    program: type[Popen[str]] | type[ForkedProgram], lighthouse: str, folder: Path, steps: int
+) -> list[dict[str, Any]]:
     """Trains until so many steps are committed; what happened."""
     metrics = folder / f"until-{steps}.jsonl"
-    done = subprocess.run(
+    with program(
         [sys.executable, str(EXAMPLE), "--directory", str(folder / "checkpoints"), "--every", "5"],
         env={
             **os.environ,
@@ -30,18 +33,20 @@ def run(lighthouse: str, folder: Path, steps: int) -> list[dict[str, Any]]:
             "METRICS_FILE": str(metrics),
             "OMP_NUM_THREADS": "1",
         },
-        capture_output=True,
+        stdout=PIPE,
+        stderr=PIPE,
         text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
+    ) as process:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
     return [json.loads(line) for line in metrics.read_text().splitlines()]
 
 
 def test_a_job_that_is_started_again_goes_on_from_the_newest_checkpoint(tmp_path: Path) -> None:
     server = LighthouseServer("127.0.0.1:0", min_replicas=1)
     try:
-        first, second = run(server.address(), tmp_path, 12), run(server.address(), tmp_path, 17)
+        first = run(Popen, server.address(), tmp_path, 12)
+        second = run(ForkedProgram, server.address(), tmp_path, 17)
     finally:
         server.shutdown()
     restored = [e["step"] for e in (*first, *second) if e["event"] == "restored"]

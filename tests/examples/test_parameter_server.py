@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.examples.forks import Forks
 from torchft.launch.processes import Child, Children
 from torchft.testing.ports import ReservedPort
 from torchft.testing.wait import wait_until
@@ -34,14 +35,14 @@ def _events(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def test_the_server_trains_on_while_workers_die_and_come(tmp_path: Path) -> None:
-    with ReservedPort() as kept, Children() as children:
+    with ReservedPort() as kept, Children() as children, Forks() as forks:
         port = kept.port
         server = _start(children, tmp_path, "server", "server", port, 0)
         first = _start(children, tmp_path, "first", "worker", port, 1)
-        doomed = _start(children, tmp_path, "doomed", "worker", port, 2)
+        doomed = _start(forks, tmp_path, "doomed", "worker", port, 2)
         wait_until(lambda: len(_events(tmp_path, "doomed")) >= 5, 200, "the doomed worker's fifth gradient")
         doomed.kill()
-        late = _start(children, tmp_path, "late", "worker", port, 2)
+        late = _start(forks, tmp_path, "late", "worker", port, 2)
         assert server.wait(200) == 0, "\n".join(server.last_lines(40))
         assert first.wait(60) == 0, "\n".join(first.last_lines(40))
         late.wait(60)

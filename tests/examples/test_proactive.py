@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.examples.forks import Forks
 from torchft.coordination.lighthouse_server import LighthouseServer
 from torchft.launch.processes import Child, Children
 from torchft.launch.watch import Watch
@@ -75,7 +76,7 @@ def start(children: Children, folder: Path, lighthouse: str, group: int, how: st
 def test_the_survivor_goes_on_at_once_and_without_proactive_recovery_after_the_timeout(
     tmp_path: Path, lighthouse: str, ports: list[int], how: str, proactive: bool
 ) -> None:
-    with Children() as children:
+    with Forks() as children:
         zero, one = [start(children, tmp_path, lighthouse, g, how, proactive, ports[g]) for g in (0, 1)]
         assert zero.wait(200) == 0, "\n".join(zero.last_lines(60))
         ended = one.wait(60)

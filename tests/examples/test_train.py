@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.examples.forks import Forks
 from torchft.coordination.lighthouse_server import LighthouseServer
 from torchft.launch.processes import Child, Children
 from torchft.launch.watch import Watch, transfers
@@ -112,7 +113,7 @@ def test_one_group_alone_ends_over_95_percent(tmp_path: Path, lighthouse: str) -
 def test_two_groups_without_faults_end_alike_and_over_95_percent(tmp_path: Path, lighthouse: str) -> None:
     argv = [sys.executable, str(ROOT / "train_ddp.py")]  # one rank needs no torchrun
     total = Total(tmp_path)
-    with Children() as children:
+    with Forks() as children:
         groups = [start(children, tmp_path, lighthouse, group, argv, TOTAL_STEPS=total.text) for group in (0, 1)]
         groups[0].until(lambda watch: any(commit.participants == 2 for commit in watch.commits))
         steps = total.set(groups[0].watch.step + 100)
@@ -170,7 +171,7 @@ runpy.run_path(sys.argv[1], run_name="__main__")
 def test_a_group_that_misses_the_last_commit_ends_with_the_same_state(tmp_path: Path, lighthouse: str) -> None:
     total = Total(tmp_path)
     script = str(ROOT / "train_ddp.py")
-    with Children() as children:
+    with Forks() as children:
         one = start(children, tmp_path, lighthouse, 1, [sys.executable, script], TOTAL_STEPS=total.text)
         sabotaged = [sys.executable, "-c", MISSES_THE_LAST_COMMIT, script]
         zero = start(children, tmp_path, lighthouse, 0, sabotaged, TOTAL_STEPS=total.text)

@@ -6,16 +6,17 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 
 from torch.distributed import TCPStore
 
+from tests.forked import ForkedProgram
 from torchft.coordination import LighthouseServer
 from torchft.runtime.deadline import Deadline
 
@@ -23,9 +24,20 @@ TRAINER = Path(__file__).with_name("trainer.py")
 
 
 class Trainer:
-    """One trainer process and the events it has printed."""
+    """One trainer process and the events it has printed.
 
-    def __init__(self, job: Job, name: str, *args: str, **environment: str) -> None:
+    Args:
+        program: how it is started.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        name: str,
+        *args: str,
+        program: type[ForkedProgram] | type[Popen[str]] = ForkedProgram,
+        **environment: str,
+    ) -> None:
         self.name = name
         self.events: list[dict[str, Any]] = []
         self.exits: set[int | None] = {None, 0, -signal.SIGKILL}
@@ -38,9 +50,9 @@ class Trainer:
             if not k.startswith("TORCHFT_") and k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         }
         own = {"TORCHFT_LIGHTHOUSE": job.addresses, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
+        self.process = program(
             [sys.executable, str(job.trainer), "--name", name, "--stop-file", str(job.stop_file), *args],
-            stdout=subprocess.PIPE,
+            stdout=PIPE,
             stderr=self._log,
             text=True,
             env=inherited | own | job.environment | environment,
@@ -147,8 +159,8 @@ class Job:
         self.trainers: list[Trainer] = []
         self._stores: list[TCPStore] = []
 
-    def start(self, name: str, *args: str, **environment: str) -> Trainer:
-        trainer = Trainer(self, name, *args, **environment)
+    def start(self, name: str, *args: str, **options: Any) -> Trainer:
+        trainer = Trainer(self, name, *args, **options)
         self.trainers.append(trainer)
         return trainer
 

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import Popen
 
 import pytest
 
@@ -194,7 +195,9 @@ def test_who_leaves_between_two_steps_costs_the_others_at_most_the_one_they_have
 
 def test_sigterm_with_drain_ends_a_group_between_two_steps_with_code_0(make: Make) -> None:
     job = make()
-    a, b = start(job, "a", "b", args=("--drain",))
+    (a,) = start(job, "a", args=("--drain",))
+    b = job.start("b", *MINUTE, "--drain", program=Popen)
+    job.until(lambda: together(a, b), "training together")
     told = b.signal(signal.SIGTERM)
     assert b.process.wait(timeout=SOON) == 0
     goes_on(job, [a], told)
@@ -206,7 +209,7 @@ def test_sigterm_with_drain_ends_a_group_between_two_steps_with_code_0(make: Mak
 def test_an_exception_in_the_loop_is_told_to_the_others(make: Make) -> None:
     job = make()
     (a,) = start(job, "a")
-    b = job.start("b", *MINUTE, "--faults", "raise@every=20steps")
+    b = job.start("b", *MINUTE, "--faults", "raise@every=20steps", program=Popen)
     b.exits.add(1)
     job.until(lambda: b.process.poll() == 1, "the exception")
     at = b.newest["time"]

@@ -39,7 +39,7 @@ def test_a_group_killed_at_any_phase_costs_the_other_a_step_and_heals_again(job:
     name = "B" if phase == "send" else "b"
     victim = job.start(name, "--timeout", "8", "--die", f"{phase}@{0 if phase in ('receive', 'configure') else 8}")
     if phase == "send":
-        job.until(lambda: together(a, victim), "training together")
+        job.until(lambda: together(a, victim) and victim.step >= 8, "training together")
         job.start("c")
     job.until(lambda: victim.of("dies"), f"the death in {phase}")
     died_at = a.step

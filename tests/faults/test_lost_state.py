@@ -15,7 +15,7 @@ from tests.faults.job import Job
 def test_a_survivor_of_the_last_holder_stops_and_says_what_is_lost(job: Job, transport: str, phase: str) -> None:
     options = ("--transport", transport, "--state-mb", "64" if phase == "half" else "0")
     holder = job.start("holder", *options, "--die", f"{phase}@20")
-    job.until(lambda: holder.step >= 5, "training alone")
+    job.until(lambda: holder.step >= 20, "training alone")
     joiner = job.start("joiner", *options)
     joiner.exits = {None, 1}
     job.until(lambda: joiner.process.poll() is not None, "the end of who cannot go on")

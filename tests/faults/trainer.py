@@ -99,7 +99,7 @@ def main() -> None:
     torch.set_num_threads(1)
     faulthandler.register(signal.SIGUSR1, sys.stderr)  # a test that waits in vain asks where the threads are
 
-    torch.manual_seed(hash(args.name) % 1000)  # groups start from different weights: they must not stay different
+    torch.manual_seed(os.getpid())  # groups start from different weights: they must not stay different
     net = nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(64, 64), nn.Tanh())), nn.Linear(64, 8))
     inner = torch.optim.AdamW(net.parameters(), lr=1e-3)
     ballast = {f"ballast{i}": torch.zeros(1 << 18) for i in range(args.state_mb)}

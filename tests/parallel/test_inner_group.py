@@ -7,6 +7,8 @@ import sys
 
 from torch.distributed import TCPStore
 
+from tests.forked import ForkedProgram
+
 CODE = """
 import os
 from datetime import timedelta
@@ -44,11 +46,10 @@ def test_a_second_life_does_not_find_the_addresses_of_the_first() -> None:
         "MASTER_PORT": str(store.port),
         "WORLD_SIZE": "2",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "PYTHONPATH": ":".join(sys.path),
         "OMP_NUM_THREADS": "1",
     }
     ranks = [
-        subprocess.Popen(
+        ForkedProgram(
             [sys.executable, "-c", CODE], env=environment | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
         )
         for rank in (0, 1)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
+from tests.forked import ForkedProgram
 from tests.parallel.numerics import SHARDED
 from torchft.coordination import LighthouseServer
 
@@ -45,7 +46,7 @@ def results() -> Iterator[Results]:
                 "OMP_NUM_THREADS": "1",
             }
             processes.append(
-                subprocess.Popen(
+                ForkedProgram(
                     [sys.executable, str(SCRIPT)],
                     env=inherited | environment,
                     stdout=subprocess.PIPE,

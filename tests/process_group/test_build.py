@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch.distributed import PrefixStore, TCPStore
 
+from tests.forked import ForkedProgram
 from torchft.process_group import ProcessGroupError, ProcessGroupGloo
 from torchft.process_group import build as building
 from torchft.process_group.build import Build
@@ -251,7 +252,7 @@ sys.stdin.read()
 @pytest.mark.parametrize("known", [False, True])
 def test_a_configure_that_asks_a_stopped_store_ends_with_an_abort(store: TCPStore, known: bool) -> None:
     pg = ProcessGroupGloo(timeout=timedelta(seconds=3))
-    child = subprocess.Popen([sys.executable, "-c", _STORE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child = ForkedProgram([sys.executable, "-c", _STORE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout is not None
         port = int(child.stdout.readline())
@@ -259,7 +260,7 @@ def test_a_configure_that_asks_a_stopped_store_ends_with_an_abort(store: TCPStor
             waiting = Configure(pg, f"127.0.0.1:{port}/first", 0, 2)
             assert waiting.lasts(0.2)
             waiting.abort()
-        os.kill(child.pid, signal.SIGSTOP)
+        child.send_signal(signal.SIGSTOP)
         attempt = Configure(pg, f"127.0.0.1:{port}/x", 0, 2)
         assert attempt.lasts(0.2)
         attempt.abort()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -16,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
+from tests.forked import ForkedProgram
 from torchft.process_group import ProcessGroup, ProcessGroupError, ProcessGroupGloo, gloo
 from torchft.testing.process_group_suite import ProcessGroupSuite, each
 
@@ -100,13 +100,11 @@ class TestProcessGroupGloo(ProcessGroupSuite):
                 pg.unregister()
 
     def test_a_stopped_store_is_an_error_after_the_timeout(self) -> None:
-        child = subprocess.Popen(
-            [sys.executable, "-c", _STORE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        child = ForkedProgram([sys.executable, "-c", _STORE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         try:
             assert child.stdout is not None
             port = int(child.stdout.readline())
-            os.kill(child.pid, signal.SIGSTOP)
+            child.send_signal(signal.SIGSTOP)
             pg = self.make(timeout=timedelta(seconds=0.5))
             with pytest.raises(ProcessGroupError, match=f"127.0.0.1:{port}"):
                 pg.configure(f"127.0.0.1:{port}/x", "r", 0, 2)
