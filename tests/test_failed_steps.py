@@ -23,6 +23,18 @@ def test_a_step_with_too_few_participants_is_not_committed(groups: Groups) -> No
     assert a.weights() == before
 
 
+def test_a_group_that_waits_for_others_does_not_spin(groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = groups.replica("a", min_replica_size=2)
+    pauses: list[float] = []
+    monkeypatch.setattr(a.manager._begin._stop, "wait", lambda seconds: pauses.append(seconds))
+    for _ in range(10):
+        a.step()
+    assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0, 2.0], "none after the first, as a heal takes one step"
+    b = groups.replica("b", min_replica_size=2)
+    groups.train_together((a.manager, a.step), (b.manager, b.step))
+    assert a.manager._begin.short == 0
+
+
 def test_more_failures_in_a_row_than_max_retries_end_the_loop(groups: Groups) -> None:
     a = groups.replica("a", min_replica_size=2, max_retries=2)
     a.step()

@@ -342,10 +342,11 @@ def test_a_step_left_without_a_vote_is_said_and_costs_no_further_one(
     assert caplog.text.count("left without a vote") == 1
 
 
+@pytest.mark.parametrize("mode", WorldSizeMode)
 def test_a_committed_step_in_which_nothing_was_averaged_is_said_once(
-    pair: Groups, caplog: pytest.LogCaptureFixture
+    pair: Groups, caplog: pytest.LogCaptureFixture, mode: WorldSizeMode
 ) -> None:
-    a, b = pair.replica("a"), pair.replica("b")
+    a, b = pair.replica("a", world_size_mode=mode), pair.replica("b", world_size_mode=mode)
 
     def unwrapped(replica: Replica) -> None:
         replica.optimizer.zero_grad()
@@ -357,6 +358,14 @@ def test_a_committed_step_in_which_nothing_was_averaged_is_said_once(
         pair.together(lambda: unwrapped(a), lambda: unwrapped(b))
     assert a.manager.current_step() == 3
     assert caplog.text.count("nothing was averaged") == 2, "once in each group"
+
+
+def test_a_backward_pass_before_the_first_step_is_an_error_that_says_what_to_call(groups: Groups) -> None:
+    a = groups.replica("a")
+    a.compute(1.0)
+    assert "zero_grad() of torchft's Optimizer" in str(a.manager.errored())
+    a.step()
+    assert a.manager.current_step() == 1
 
 
 def test_a_group_alone_need_not_average(groups: Groups, caplog: pytest.LogCaptureFixture) -> None:

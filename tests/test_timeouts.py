@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.groups import Groups, running
+from torchft.cli.lighthouse import lighthouse
 from torchft.testing.wait import wait_until
 from torchft.timeouts import Timeouts, effective, suggest
 
@@ -22,7 +23,7 @@ def s(value: float) -> timedelta:
     [
         ({"collective": s(10), "commit": s(5)}, r"commit \(5 s\) is shorter than collective \(10 s\)"),
         ({"quorum": s(5)}, r"quorum \(5 s\) is not longer than the lighthouse's heartbeat_timeout \(5 s\)"),
-        ({"join_timeout": s(60)}, r"quorum \(60 s\) is not longer than the lighthouse's join_timeout \(60 s\)"),
+        ({"join_timeout": s(61)}, r"quorum \(60 s\) is shorter than the lighthouse's join_timeout \(61 s\)"),
         ({"heartbeat_interval": s(3)}, "one late heartbeat would count as a death"),
         ({"connect": s(0)}, "connect is 0 s: a timeout must be positive"),
         ({"join_timeout": s(-1)}, "must not be negative"),
@@ -31,6 +32,12 @@ def s(value: float) -> timedelta:
 def test_contradictory_timeouts_are_refused_with_the_reason(given_: dict[str, timedelta], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Timeouts(**given_)
+
+
+def test_the_defaults_of_the_manager_and_of_the_lighthouse_command_fit_together() -> None:
+    flags = {option.name: option.default for option in lighthouse.params}
+    heartbeat, join = s(flags["heartbeat_timeout_ms"] / 1000), s(flags["join_timeout_ms"] / 1000)
+    assert Timeouts().contradictions(heartbeat, join) == []
 
 
 def test_what_is_no_timedelta_is_refused_by_name() -> None:

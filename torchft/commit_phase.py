@@ -150,13 +150,14 @@ class CommitPhase:
         return commit
 
     def _committed(self, participants: int, reduced: bool) -> None:
-        if participants > 1 and not reduced:
+        if self._begin.groups > 1 and not reduced:
             self._say_once(
                 "this step was committed, but nothing was averaged over the groups in it: each trains by itself, and "
                 "their weights come apart. The forward and backward pass belong between zero_grad() and step(), "
                 "through torchft's DistributedDataParallel, torchft.parallel.replicate or manager.allreduce. This is "
                 "said once"
             )
+        self._begin.short = 0
         self._progress.step += 1
         self._progress.lineage = self._begin.quorum_id
         self._progress.batches_committed += participants
@@ -177,7 +178,8 @@ class CommitPhase:
             self._progress.timed_out = waited_in_vain(self._error.current)
         cause: object = self.errored() or "another rank of this group failed"
         if few and self.errored() is None:
-            cause = f"{participants} participants, min_replica_size is {self._min_replica_size}"
+            cause = f"{participants} participants, min_replica_size is {self._min_replica_size}: more are waited for"
+            self._begin.short += 1
         self._log.warning("the step is not committed (%d in a row): %s", self._progress.failures, cause)
         self._telemetry.step_failed(self._progress.failures, cause)
         self._persistence.settle_loss()

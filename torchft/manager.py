@@ -506,6 +506,14 @@ class Manager:
             raise ValueError(f"AVG needs a floating point tensor, not {tensor.dtype}; use ReduceOp.SUM")
         if should_quantize:
             check_quantizable([tensor], reduce_op)
+        if not self._start.called:
+            self.report_error(
+                RuntimeError(
+                    "nothing is averaged before the first start_quorum(): call zero_grad() of torchft's Optimizer "
+                    "before the forward pass"
+                )
+            )
+            return CompletedWork(tensor)
         self._start.wait(collective=True)
         if self._error.current is not None:
             return CompletedWork(tensor)

@@ -161,6 +161,8 @@ class QuorumPhase:
         bound = None if heal_pause is None else seconds(heal_pause)
         self._pause = HealPause(recovery.measure, recovery.timeout, log, bound, min_replica_size)
         self._cannot_serve = ""  # why, as it was said
+        self.short = 0
+        """Steps in a row that had a quorum, but too few participants."""
         self.lost: StateLost | None = None
         """Nobody holds the state of the job any more."""
 
@@ -168,6 +170,11 @@ class QuorumPhase:
     def failed(self) -> bool:
         """There is no quorum to work with."""
         return self.participation is NOBODY
+
+    @property
+    def groups(self) -> int:
+        """How many there are in the step under way, those that do not count among them."""
+        return 0 if self.failed or self._last is None else self._last.replica_world_size
 
     def clear(self) -> None:
         """The next step begins."""
@@ -251,8 +258,8 @@ class QuorumPhase:
 
     def run(self, allow_heal: bool, shrink_only: bool, deadline: Deadline) -> None:
         """Begins a step. Whatever fails becomes its error."""
-        if self._failures:  # a quorum that fails at once must not make the loop spin
-            self._stop.wait(min(doubled(0.05, self._failures, _MAX_PAUSE), deadline.remaining() / 2))
+        if vain := self._failures or max(0, self.short - 1):  # what fails at once must not make the loop spin
+            self._stop.wait(min(doubled(0.05, vain, _MAX_PAUSE), deadline.remaining() / 2))
         try:
             quorum = self._ask(shrink_only, deadline)
         except Exception as e:

@@ -97,9 +97,10 @@ class Timeouts:
                 f"({_seconds(heartbeat_timeout)}): when a group falls silent no quorum forms until that is over, "
                 f"so each attempt would fail meanwhile. Make quorum longer, or --heartbeat_timeout_ms shorter"
             )
-        if join_timeout is not None and self.quorum <= join_timeout:
+        # Equal are the defaults of the Manager and of the lighthouse's command.
+        if join_timeout is not None and self.quorum < join_timeout:
             found.append(
-                f"quorum ({_seconds(self.quorum)}) is not longer than the lighthouse's join_timeout "
+                f"quorum ({_seconds(self.quorum)}) is shorter than the lighthouse's join_timeout "
                 f"({_seconds(join_timeout)}): a quorum that waits for a slow group would fail before it forms. "
                 f"Make quorum longer, or --join_timeout_ms shorter"
             )

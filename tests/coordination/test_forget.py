@@ -113,8 +113,9 @@ def test_lighthouse_and_group_say_who_is_waited_for_how_long_and_what_to_do(
         wait_until(lambda: re.search(rf"INFO .*no quorum yet: {why}", caplog.text), 60, "what the lighthouse says")
         told = rf"the lighthouse {lighthouse.address()} has no quorum yet: {why}"
         wait_until(lambda: re.search(told, caplog.text), 60, "what the group says")
-        with pytest.raises(TimeoutError, match=rf"no answer within .* s: {why}"):
+        with pytest.raises(TimeoutError, match=rf"no answer within .* s: {why}") as caught:
             answer.result(timeout=60)
+        assert "Is it running" not in str(caught.value), "it has answered"
 
 
 def test_without_a_record_there_is_nothing_to_forget() -> None:

@@ -28,7 +28,7 @@ from torchft.coordination.channel import reason, translate
 from torchft.coordination.lighthouses import LIGHTHOUSE_HINT, Lighthouses
 from torchft.coordination.proto import session_pb2
 from torchft.coordination.proto import torchft_pb2 as pb
-from torchft.coordination.session_client import SessionClient, SessionEvents, SessionLost
+from torchft.coordination.session_client import NotYet, SessionClient, SessionEvents, SessionLost
 from torchft.coordination.standing_link import StandingLink
 from torchft.coordination.standing_wire import GroupQuorum
 from torchft.runtime.deadline import Deadline, seconds
@@ -215,6 +215,8 @@ class LighthouseLink:
                 timeout=deadline.timeout,
                 hint=LIGHTHOUSE_HINT,
             ) from e
+        except NotYet as e:
+            raise TimeoutError(f"quorum at the lighthouse {self._lighthouses} did not end in time: {e}") from None
         except TimeoutError as e:
             raise TimeoutError(
                 f"quorum at the lighthouse {self._lighthouses} did not end within {deadline.timeout:g} s ({e}). "

@@ -17,7 +17,7 @@ import grpc.aio
 from torchft.coordination.channel import server_options
 from torchft.runtime import loop
 from torchft.runtime.fork import close_in_children
-from torchft.runtime.net import split_bind
+from torchft.runtime.net import format_address, split_bind
 
 __all__ = ["GrpcServer"]
 
@@ -66,9 +66,10 @@ class GrpcServer:
             if bound:
                 await server.start()
                 return server, bound
+        where = format_address(self._host, port).removeprefix("http://")
         raise RuntimeError(
-            f"the {what} cannot listen on {self._host}:{port}: the port is in use or the address is not one of "
-            f"this machine. Choose another port (0 takes any free one), or stop what listens there."
+            f"the {what} cannot listen on {where}: the port is in use or the address is not one of this machine. "
+            f"Choose another port (0 takes any free one), or stop what listens there."
         ) from cause
 
     @property

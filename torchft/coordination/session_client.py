@@ -39,7 +39,7 @@ from torchft.runtime.life import Sign, examine_now
 from torchft.runtime.logs import RankLogger
 from torchft.runtime.retry import Backoff
 
-__all__ = ["OneServer", "Servers", "SessionClient", "SessionEvents", "SessionLost"]
+__all__ = ["NotYet", "OneServer", "Servers", "SessionClient", "SessionEvents", "SessionLost"]
 
 T = TypeVar("T")
 
@@ -51,6 +51,10 @@ _MAX_WHY = 4096
 
 class SessionLost(RuntimeError):
     """The stream ended while an answer was waited for."""
+
+
+class NotYet(TimeoutError):
+    """The server has no answer so far. The message says what it waits for."""
 
 
 class Servers(Protocol):
@@ -180,6 +184,7 @@ class SessionClient:
         """Asks for the next quorum and waits for the answer.
 
         Raises:
+            NotYet: the deadline passed, and the server has said what it waits for.
             TimeoutError: the deadline passed.
             SessionLost: the session ended meanwhile.
             RuntimeError: the server refused.
@@ -201,8 +206,9 @@ class SessionClient:
             if answer.done():
                 raise
             outbox.put(pb.SessionUp(withdraw=pb.Withdraw(request_id=request_id)))
-            why = f": {self._not_yet}" if self._not_yet else ""
-            raise TimeoutError(f"no answer within {deadline.timeout:g} s{why}") from None
+            if self._not_yet:
+                raise NotYet(f"no answer within {deadline.timeout:.3g} s: {self._not_yet}") from None
+            raise TimeoutError(f"no answer within {deadline.timeout:.3g} s") from None
         finally:
             with self._lock:
                 self._answers.pop(request_id, None)
