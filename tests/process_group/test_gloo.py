@@ -147,3 +147,13 @@ def test_gloo_listens_on_the_address_that_routes_to_the_store(monkeypatch: pytes
     finally:
         for pg in pgs:
             pg.shutdown()
+
+
+def test_members_that_do_not_meet_at_a_loopback_address_are_told_of_it() -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pg = ProcessGroupGloo(timeout=timedelta(seconds=0.2))
+    try:
+        with pytest.raises(ProcessGroupError, match=r"127\.0\.0\.1 is another one on each.*TORCHFT_LIGHTHOUSE"):
+            pg.configure(f"127.0.0.1:{store.port}/x", "r", 0, 2)
+    finally:
+        pg.shutdown()

@@ -22,6 +22,7 @@ from torchft.process_group.base import ProcessGroupError
 from torchft.process_group.sockets import DeviceAddress
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.fork import Registration, close_in_children
+from torchft.runtime.net import is_loopback
 
 __all__ = ["Questions", "RendezvousStore", "StoreClient", "split_store_address", "store_addresses"]
 
@@ -103,6 +104,7 @@ class StoreClient:
             self.close()
             raise ProcessGroupError(
                 f"cannot reach the store at {host}:{port} (of {store_addr!r}) within {deadline.timeout:.3g} s: {e}"
+                f"{_why_not_from_here(host)}"
             ) from e
         return RendezvousStore(PrefixStore(prefix, client), store_addr, deadline, aborted)
 
@@ -214,6 +216,7 @@ class RendezvousStore(Store):
                 raise ProcessGroupError(
                     f"members of the process group did not come to {self.address} within "
                     f"{self._timeout:g} s: the store has no {', '.join(missing)}"
+                    f"{_why_not_from_here(split_store_address(self.address)[0])}"
                 )
             interval = min(_LAST_INTERVAL, max(_FIRST_INTERVAL, waited / 4), max(0.0, deadline.remaining()))
             self._aborted.wait(interval)
@@ -222,6 +225,16 @@ class RendezvousStore(Store):
 
     def _was_aborted(self) -> ProcessGroupError:
         return ProcessGroupError(f"aborted while it waited for other members at {self.address}")
+
+
+def _why_not_from_here(host: str) -> str:
+    """What to look at, if this was the reason, when members do not meet in the store at ``host``."""
+    if not is_loopback(host):
+        return ""
+    return (
+        f". If the groups are on several machines: {host} is another one on each. On the machine of the group that "
+        f"hosts this store TORCHFT_LIGHTHOUSE has to name the lighthouse as elsewhere, or TORCHFT_HOST that machine"
+    )
 
 
 def _ignore(key: str, value: bytes) -> None:
