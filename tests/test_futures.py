@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
 from torch.futures import Future
 
-from torchft.futures import context_timeout, future_timeout, future_wait
+from torchft.futures import context_timeout, future_timeout, future_wait, outcome
 from torchft.runtime.loop import Timer, call_later
 
 LONG = timedelta(seconds=30)
@@ -64,3 +66,20 @@ def test_a_block_that_takes_too_long_is_told_and_one_that_does_not_is_left_alone
     with context_timeout(told.clear, LONG):
         assert timers[0].callback is not None
     assert timers[0].callback is None, "it is called off"
+
+
+class _Failure(RuntimeError):
+    """One that can be watched."""
+
+
+def test_a_future_that_failed_keeps_nothing_for_ever() -> None:
+    def make() -> weakref.ref[_Failure]:
+        error = _Failure("injected")
+        bad: Future[int] = Future()
+        bad.set_exception(error)  # type: ignore[arg-type]
+        assert outcome(future_timeout(bad, LONG))[1] is error
+        return weakref.ref(error)
+
+    kept = make()
+    gc.collect()
+    assert kept() is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, cast
@@ -10,10 +12,11 @@ from typing import Any, cast
 import pytest
 import torch
 from torch.distributed import ReduceOp, Work
+from torch.futures import Future
 
 from torchft.reduction import StepFutures, contribute_nothing
 from torchft.step_error import StepError
-from torchft.work import CompletedWork
+from torchft.work import CompletedWork, FutureWork
 
 BINARY: list[tuple[ReduceOp.RedOpType, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]] = [
     (ReduceOp.SUM, torch.add),
@@ -103,6 +106,35 @@ def test_what_fails_on_the_device_is_the_error_of_its_step(monkeypatch: pytest.M
     step.broken = RuntimeError("a member died")
     waiting.join(60)
     assert step.error.current is step.broken
+
+
+class Failing:
+    """A group whose collectives fail."""
+
+    def allreduce(self, tensors: list[torch.Tensor], _: object) -> Work:
+        future: Future[Any] = Future()
+        future.set_exception(RuntimeError("a member died"))
+        return FutureWork(future)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_collective_that_failed_does_not_keep_its_gradients(quantized: bool) -> None:
+    error = StepError(lambda _: None)
+    works = StepFutures(error)
+
+    def reduce() -> weakref.ref[torch.Tensor]:
+        gradients = torch.ones(3)
+        pg = cast(Any, Failing())
+        pg.size, pg.errored = lambda: 1, lambda: None
+        works.reduce(pg, gradients, ReduceOp.SUM, 2, 60.0, quantized)
+        works.wait(timedelta(seconds=60), lambda: None, lambda: None)
+        assert "a member died" in str(error.current)
+        error.begin()
+        return weakref.ref(gradients)
+
+    kept = reduce()
+    gc.collect()
+    assert kept() is None
 
 
 def test_a_device_that_does_not_end_is_not_waited_for_beyond_the_timeout_or_an_error(

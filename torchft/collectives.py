@@ -37,6 +37,7 @@ from torch._C._distributed_c10d import AllreduceOptions, ReduceOp, ReduceScatter
 from torch.distributed import Work
 from torch.futures import Future
 
+from torchft.futures import fail, outcome
 from torchft.lane import Lane, after_this, future_on, lane_of
 from torchft.process_group.base import ProcessGroup, Reduction, reduce_op_of
 from torchft.quantization import ROW_LENGTH, SCALE_BYTES, Format, quantize, reduce, row_count, sum_into
@@ -230,7 +231,7 @@ class _Steps:
             future = self._lane.issue(call).get_future()
         except Exception as e:
             self._lane.leave()
-            self.out.set_exception(e)
+            fail(self.out, e)
             return
         if leave:
             self._lane.leave()
@@ -243,17 +244,18 @@ class _Steps:
 
     def ended(self, done: Future[Any], then: Callable[[], None], last: bool) -> None:
         """A step has: what comes then."""
-        try:
-            done.value()
-            if (error := self._process_group.errored()) is not None:
-                raise error  # a group that keeps its errors to itself: what arrived is not to be used
-            then()
-        except Exception as e:
+        # A group that keeps its errors to itself: what arrived is not to be used.
+        error = outcome(done)[1] or self._process_group.errored()
+        if error is None:
+            try:
+                then()
+            except Exception as e:
+                error = e
+        if error is not None:
             if not last:
                 self._lane.leave()
-            self.out.set_exception(e)
-            return
-        if last:
+            fail(self.out, error)
+        elif last:
             self.out.set_result(self._result)
 
 

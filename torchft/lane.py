@@ -25,7 +25,7 @@ import torch
 from torch.distributed import Work
 from torch.futures import Future
 
-from torchft.futures import hand_on
+from torchft.futures import fail, hand_on
 from torchft.process_group.base import ProcessGroup, ProcessGroupError
 
 __all__ = ["Lane", "after_this", "future_on", "lane_of"]
@@ -90,7 +90,7 @@ class Lane:
                 in_order()
                 future = self.issue(call).get_future()
             except Exception as e:
-                out.set_exception(e)
+                fail(out, e)
                 return
             finally:
                 self.leave()

@@ -26,7 +26,7 @@ from torch.distributed import AllreduceOptions, ReduceOp
 from torch.futures import Future
 
 from torchft.collectives import allreduce_quantized
-from torchft.futures import future_timeout, future_wait
+from torchft.futures import ends, future_timeout, outcome
 from torchft.lane import Lane
 from torchft.process_group import ProcessGroup, Reduction
 from torchft.runtime.deadline import Deadline
@@ -101,10 +101,9 @@ class StepFutures:
         on_error = self._error.reporter()
 
         def done(completed: Future[T]) -> None:
-            try:
-                value = completed.value()
-            except Exception as e:
-                on_error(e)
+            value, error = outcome(completed)
+            if error is not None:
+                on_error(error)
                 value = default
             out.set_result(value)
 
@@ -194,11 +193,12 @@ class StepFutures:
     def _wait_for(self, futures: list[Future[Any]], timeout: timedelta) -> None:
         deadline = Deadline(timeout)
         for future in futures:
-            if not future.done():
-                try:
-                    future_wait(future, timedelta(seconds=deadline.remaining()))
-                except Exception as e:
-                    self._error.report(e)
+            if future.done():
+                continue
+            if not ends(future, timedelta(seconds=deadline.remaining())):
+                self._error.report(TimeoutError(f"the future did not complete within {deadline.timeout:g} s"))
+            elif (error := outcome(future)[1]) is not None:
+                self._error.report(error)
 
 
 def contribute_nothing(tensor: torch.Tensor, op: Reduction) -> None:
@@ -300,9 +300,11 @@ def _on_stream(
 
 def _divide(completed: Future[Any], tensor: torch.Tensor, divisor: int, on_error: Callable[[Exception], None]) -> None:
     """What follows a collective. If it failed, that is the step's error."""
+    _, error = outcome(completed)
     try:
-        completed.value()
-        if divisor != 1:
+        if error is None and divisor != 1:
             tensor.div_(divisor)
     except Exception as e:
-        on_error(e)
+        error = e
+    if error is not None:
+        on_error(error)

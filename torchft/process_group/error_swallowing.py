@@ -11,6 +11,7 @@ from typing import Any
 from torch.distributed import Work
 from torch.futures import Future
 
+from torchft.futures import outcome
 from torchft.process_group.base import ProcessGroup
 from torchft.process_group.wrapper import ProcessGroupWrapper
 from torchft.work import CompletedWork
@@ -101,10 +102,10 @@ class _SwallowingWork(Work):
 
     def get_future(self) -> Future[Any]:
         def value(done: Future[Any]) -> Any:
-            try:
-                return done.value()
-            except Exception as e:
-                self._report(e)
-                return self._result
+            told, error = outcome(done)
+            if error is None:
+                return told
+            self._report(error)
+            return self._result
 
         return self._work.get_future().then(value)

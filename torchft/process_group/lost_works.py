@@ -26,7 +26,7 @@ import torch
 from torch.distributed import Work
 from torch.futures import Future
 
-from torchft.futures import hand_on
+from torchft.futures import fail, hand_on
 from torchft.process_group.base import ProcessGroupError
 from torchft.runtime.deadline import Deadline
 
@@ -148,7 +148,7 @@ class LosableCollective(Work):
     def _lose(self, error: Exception) -> None:
         if self._claim():
             assert self._future is not None
-            self._future.set_exception(error)
+            fail(self._future, error)
 
 
 class _Waiter(threading.Thread):
@@ -273,7 +273,7 @@ class LosablePointToPoint(Work):
 
     def _complete(self, future: Future[Any]) -> None:
         if self._error is not None:
-            future.set_exception(self._error)
+            fail(future, self._error)
         else:
             future.set_result(self._tensors)
 

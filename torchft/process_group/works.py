@@ -11,6 +11,8 @@ import torch
 from torch.distributed import Work
 from torch.futures import Future
 
+from torchft.futures import fail
+
 __all__ = ["PointToPointWork"]
 
 _NO_TIMEOUT = timedelta(milliseconds=0)
@@ -71,7 +73,7 @@ class PointToPointWork(Work):
         try:
             self.wait()
         except Exception as e:
-            future.set_exception(e)
+            fail(future, e)
         else:
             future.set_result(self._tensors)
 

@@ -10,6 +10,7 @@ import torch
 from torch.distributed import Work
 from torch.futures import Future
 
+from torchft.futures import fail
 from torchft.process_group.base import ProcessGroupError
 
 __all__ = ["BabyWork"]
@@ -89,7 +90,7 @@ class BabyWork(Work):
 
     def _complete(self, future: Future[Any]) -> None:
         if self._error is not None:
-            future.set_exception(self._error)
+            fail(future, self._error)
         elif self._event is None:
             future.set_result(self._result)
         else:
