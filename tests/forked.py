@@ -34,6 +34,7 @@ from torchft.testing.wait import wait_until
 __all__ = ["ForkedProgram"]
 
 _PRELOAD = [
+    "sklearn.datasets",
     "torch._dynamo",
     "torch.distributed.fsdp",
     "torchft.checkpointing.pg_transport",

@@ -22,7 +22,9 @@ def alone(tmp_path: Path) -> Iterator[Callable[[str], LighthouseServer]]:
     servers = []
 
     def start(name: str, bind: str = "127.0.0.1:0") -> LighthouseServer:
-        servers.append(LighthouseServer(bind, 1, join_timeout_ms=100, state_file=tmp_path / name))
+        servers.append(
+            LighthouseServer(bind, 1, join_timeout_ms=100, heartbeat_timeout_ms=1000, state_file=tmp_path / name)
+        )
         return servers[-1]
 
     yield start
@@ -71,7 +73,7 @@ def test_a_deposed_lighthouse_is_refused(alone: Callable[[str], LighthouseServer
     with member(old.address()) as m:
         m._lighthouse._lighthouses.admit(4)
         with pytest.raises((RuntimeError, TimeoutError), match="epoch 4 has begun"):
-            m._quorum(0, 3, "", False, timedelta(seconds=5), 0)
+            m._quorum(0, 3, "", False, timedelta(seconds=2), 0)
 
 
 def test_an_epoch_that_cannot_be_is_refused(alone: Callable[[str], LighthouseServer]) -> None:

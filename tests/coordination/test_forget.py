@@ -105,7 +105,7 @@ def test_lighthouse_and_group_say_who_is_waited_for_how_long_and_what_to_do(
     why = f"all of the last quorum are silent, and a, b not known to be dead.*again with --forget {LAST}"
     with (
         started_again(path, {"a": "", "b": ""}, forget=LAST - 1) as lighthouse,
-        newcomer(lighthouse, timedelta(seconds=10)) as answer,
+        newcomer(lighthouse, timedelta(seconds=6)) as answer,
     ):
         assert f"the last quorum before this start was {LAST}: a, b" in caplog.text
         assert "nobody takes their place until" in caplog.text

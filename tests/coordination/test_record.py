@@ -223,14 +223,14 @@ def test_the_last_epoch_has_no_successor(path: Path) -> None:
 def test_ids_grow_across_restarts(path: Path) -> None:
     ids = []
     for _ in range(3):
-        server = LighthouseServer("127.0.0.1:0", 1, state_file=path)
+        server = LighthouseServer("127.0.0.1:0", 1, heartbeat_timeout_ms=2000, state_file=path)
         try:
             client = LighthouseClient(server.address(), MINUTE)
             with ThreadPoolExecutor(1) as asking:
                 asked = asking.submit(client.quorum, "a", MINUTE)
                 while not asked.done():  # it shows that it lives, as every group does that waits
                     client.heartbeat("a", MINUTE)
-                    wait([asked], timeout=0.5)
+                    wait([asked], timeout=0.2)
                 ids.append(asked.result().quorum_id)
             client.close()
         finally:

@@ -14,6 +14,7 @@ import torch
 
 from examples.characters import CONTEXT, VOCABULARY, CharacterModel, bits_per_character, load_text, windows
 from examples.diloco import compare
+from tests.examples.forks import Forks
 from torchft.launch.processes import Children
 from torchft.testing.ports import ReservedPort
 
@@ -87,7 +88,10 @@ def test_torchx_run_in_the_folder_of_local_sgd_trains_two_groups_to_one_state(tm
     assert "no group has been there for" in said  # the lighthouse ended with them
 
 
-def test_streaming_diloco_survives_a_kill_and_sends_a_fraction_of_data_parallelism(tmp_path: Path) -> None:
+def test_streaming_diloco_survives_a_kill_and_sends_a_fraction_of_data_parallelism(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "Children", Forks)
     options = argparse.Namespace(steps=160, step_sec=0.05, sync_every=20, patience=250.0)
     faulty = compare.run(compare.ALGORITHMS["streaming"], options, True, tmp_path / "streaming")
     assert faulty.identical
@@ -96,7 +100,7 @@ def test_streaming_diloco_survives_a_kill_and_sends_a_fraction_of_data_paralleli
     assert any(json.loads(line).get("participants") == 2 for line in lines)  # it came back
     assert faulty.bits < 4
 
-    options.steps = 60
+    options.steps = 20
     parallel = compare.run(compare.ALGORITHMS["data-parallel"], options, False, tmp_path / "parallel")
     assert parallel.identical
     assert (

@@ -48,7 +48,7 @@ def ports() -> Iterator[list[int]]:
 
 def start(children: Children, folder: Path, lighthouse: str, group: int, how: str, proactive: bool, port: int) -> Child:
     script = [str(EXAMPLE / "train_ddp_proactive.py"), "--leave", how]
-    if how == "leave" and proactive:  # as in the README, on a port that is free
+    if how == "leave" and proactive and group == 1:  # as in the README, on a port that is free
         argv = [TORCHRUN, f"--master_port={port}", "--nnodes=1", "--nproc_per_node=1", "--", *script]
     else:  # one rank needs no torchrun
         argv = [sys.executable, *script]

@@ -124,8 +124,10 @@ def test_two_groups_without_faults_end_alike_and_over_95_percent(tmp_path: Path,
 
 def test_the_late_joiner_takes_the_state_of_the_running_group(tmp_path: Path, lighthouse: str) -> None:
     total = Total(tmp_path)
-    with Children() as children:
-        one = start(children, tmp_path, lighthouse, 1, torchrun(LCR), TOTAL_STEPS=total.text, STATE_MB="20")
+    with Forks() as children:
+        one = start(
+            children, tmp_path, lighthouse, 1, [sys.executable, str(LCR)], TOTAL_STEPS=total.text, STATE_MB="20"
+        )
         one.until(lambda watch: bool(watch.commits))
         zero = start(children, tmp_path, lighthouse, 0, torchrun(LCR), TOTAL_STEPS=total.text, STATE_MB="20")
         zero.until(lambda watch: bool(watch.heals))
