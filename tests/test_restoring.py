@@ -11,7 +11,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from tests.groups import Groups, Replica
-from torchft.checkpointing import Checkpoints, DamagedCheckpoint, UnsafeStateError
+from torchft.checkpointing import CheckpointError, Checkpoints, DamagedCheckpoint, UnsafeStateError
 
 
 def group_of_two(groups: Groups, name: str, folder: Path, seed: int) -> list[Replica]:
@@ -152,6 +152,12 @@ def test_a_program_that_loaded_a_state_of_its_own_is_left_alone(groups: Groups, 
     a.manager.load_state_dict({"step": 5, "batches_committed": 9})
     a.step()
     assert a.manager.current_step() == 6
+
+
+def test_a_directory_that_can_not_be_made_is_refused_at_the_first_step(groups: Groups) -> None:
+    a = groups.replica("a", checkpoints=Checkpoints("/proc/mistyped", every=100))
+    with pytest.raises(CheckpointError, match="no checkpoint could be saved to /proc/mistyped: No such file"):
+        a.step()
 
 
 def test_a_state_that_can_not_be_saved_is_refused_at_the_first_step_and_later_no_reason_to_die(

@@ -77,7 +77,8 @@ class Manager:
             Registered under the key ``"default"``; both may be None when others are registered.
         min_replica_size: a step with fewer participants is not committed.
         use_async_quorum: run quorum and healing beside the forward pass. A group that heals contributes zeros in
-            that step; with False it heals before its forward pass and contributes.
+            that step; with False it heals before its forward pass and contributes. The same in all groups, as is
+            ``world_size_mode``: else they divide by different numbers.
         timeout: longest wait for a collective, a vote or a transfer.
         quorum_timeout: longest wait for a quorum.
         connect_timeout: how long an address that does not answer yet is tried.
@@ -372,6 +373,7 @@ class Manager:
         Raises:
             DamagedCheckpoint: there are some, and none can be used.
             UnsafeStateError: the state that is registered could not be saved.
+            CheckpointError: nor could anything, to this directory.
             RuntimeError: this Manager has no ``checkpoints``.
         """
         return self._persistence.restore()

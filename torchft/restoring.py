@@ -148,7 +148,7 @@ class Restoring:
         return int(self._wait(key, 0))
 
     def check(self) -> None:
-        """Raises :class:`torchft.checkpointing.UnsafeStateError` now if the state is one that cannot be saved."""
+        """Raises now what saving would fail with: as of :meth:`torchft.checkpointing.Checkpoints.check`."""
         self.checkpoints.check(self._state.read({}, self._timeout, directly))
 
     def _choose(self) -> str | None:

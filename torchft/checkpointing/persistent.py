@@ -124,8 +124,22 @@ class Checkpoints:
         return self._job is not None and not self._job.done()
 
     def check(self, state: object) -> None:
-        """Raises :class:`torchft.checkpointing.UnsafeStateError` if the state holds something that cannot be saved."""
+        """Whether checkpoints of this state could be saved, before the first of them is due.
+
+        Raises:
+            UnsafeStateError: the state holds something that cannot be saved.
+            CheckpointError: the directory cannot be made, or not written to.
+        """
         describe(state, self._allow_pickle)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.directory, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as e:
+            raise CheckpointError(
+                f"no checkpoint could be saved to {self.directory}: {e.strerror or e}. Is it the right one, and "
+                f"may this user write there?"
+            ) from e
 
     def save(
         self, step: int, state: object, *, rank: int = 0, world_size: int = 1, writer: str = ""
