@@ -88,6 +88,13 @@ def test_wait_quorum_raises_what_the_quorum_failed_with() -> None:
         lighthouse.shutdown()
 
 
+def test_a_step_may_be_waited_for_as_long_as_it_takes(groups: Groups) -> None:
+    a = groups.replica("a")
+    a.manager.start_quorum(timeout=timedelta.max)
+    a.compute(1.0)
+    assert a.manager.should_commit(timeout=timedelta.max)
+
+
 def test_quorums_may_fail_for_hours() -> None:
     lighthouse = LighthouseServer("127.0.0.1:0", 2)
     a = Replica(lighthouse.address(), "a", quorum_timeout=timedelta(seconds=0.2))

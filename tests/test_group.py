@@ -136,3 +136,9 @@ def test_a_store_that_torchrun_names_by_loopback_is_told_to_others_as_they_reach
         last = replica.manager._begin._last
         assert last is not None
         assert last.store_address == f"192.0.2.9:{store.port}"
+
+
+@pytest.mark.parametrize(("name", "message"), [("bad\udcff", "which is no text"), ("x" * 1001, "has 1001 characters")])
+def test_a_name_that_cannot_be_told_is_refused_at_once(groups: Groups, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        groups.replica(name)

@@ -34,6 +34,12 @@ def test_contradictory_timeouts_are_refused_with_the_reason(given_: dict[str, ti
         Timeouts(**given_)
 
 
+@pytest.mark.parametrize("longer", [timedelta(days=3654), timedelta.max])
+def test_what_no_clock_can_wait_for_is_refused(longer: timedelta) -> None:
+    with pytest.raises(ValueError, match=r"collective is .*: ten years"):
+        Timeouts(collective=longer)
+
+
 def test_the_defaults_of_the_manager_and_of_the_lighthouse_command_fit_together() -> None:
     flags = {option.name: option.default for option in lighthouse.params}
     heartbeat, join = s(flags["heartbeat_timeout_ms"] / 1000), s(flags["join_timeout_ms"] / 1000)

@@ -45,6 +45,8 @@ __all__ = ["Group", "GroupClient", "join_group"]
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_ID = 1000
+
 
 class GroupClient(Protocol):
     """What a rank asks of its group's server, whether it sits in this process or not."""
@@ -207,7 +209,7 @@ def join_group(
             undo.callback(hosted.forget)
         if rank == 0:
             assert lighthouse_addr
-            unique = f"{replica_id}:{uuid.uuid4()}" if replica_id else str(uuid.uuid4())
+            unique = f"{_checked(replica_id)}:{uuid.uuid4()}" if replica_id else str(uuid.uuid4())
             server = ManagerServer(
                 replica_id=unique,
                 lighthouse_addr=lighthouse_addr,
@@ -244,6 +246,17 @@ def join_group(
             group.session = _session_to_rank0(group, client, manager_address)
         undo.pop_all()
         return group
+
+
+def _checked(replica_id: str) -> str:
+    """A name that travels, whatever is in it."""
+    try:
+        replica_id.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"replica_id is {replica_id!a}, which is no text: {e.reason}") from None
+    if len(replica_id) > _LONGEST_ID:
+        raise ValueError(f"replica_id has {len(replica_id)} characters, {_LONGEST_ID} at most are told to others")
+    return replica_id
 
 
 def _session_to_rank0(group: Group, client: ManagerClient, address: str) -> SessionClient:

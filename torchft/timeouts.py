@@ -21,6 +21,7 @@ from dataclasses import dataclass, fields
 from datetime import timedelta
 
 from torchft import config
+from torchft.runtime.deadline import LONGEST
 
 __all__ = ["Timeouts", "effective", "suggest"]
 
@@ -39,7 +40,8 @@ class Timeouts:
 
     Raises:
         TypeError: one is no timedelta.
-        ValueError: two of them contradict each other, or one is not positive. The message says which and why.
+        ValueError: two of them contradict each other, or one is not positive, or longer than ten years, which the
+            system's clocks cannot wait for. The message says which and why.
     """
 
     collective: timedelta = timedelta(seconds=60)
@@ -68,6 +70,8 @@ class Timeouts:
                 raise TypeError(
                     f"{field.name} is {value!r}: a timeout is a datetime.timedelta, timedelta(seconds={value!r})"
                 )
+            if value is not None and value > LONGEST:
+                raise ValueError(f"{field.name} is {value}: ten years ({LONGEST.days} days) are as good as for ever")
         if self.commit is None:
             more = max(self.collective / 10, timedelta(seconds=5))
             object.__setattr__(self, "commit", self.collective + more)

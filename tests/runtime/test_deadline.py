@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import pytest
 
-from torchft.runtime.deadline import Deadline, seconds
+from torchft.runtime.deadline import LONGEST, Deadline, seconds
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,9 @@ def test_expires_when_its_time_has_passed() -> None:
 
 def test_repr_says_what_was_asked_and_what_is_left() -> None:
     assert repr(Deadline(-2)) == "Deadline(-2s, 0.000s left)"
+
+
+def test_what_is_longer_than_ten_years_can_be_waited_for() -> None:
+    deadline = Deadline(timedelta.max)
+    assert threading.Lock().acquire(timeout=deadline.remaining())
+    assert timedelta(seconds=deadline.remaining()) <= LONGEST

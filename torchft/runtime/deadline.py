@@ -9,12 +9,16 @@ from __future__ import annotations
 import time
 from datetime import timedelta
 
-__all__ = ["Deadline", "seconds"]
+__all__ = ["LONGEST", "Deadline", "seconds"]
+
+LONGEST = timedelta(days=3653)
+"""Ten years. What the system waits by, and adds up, overflows at a few hundred."""
 
 
 def seconds(timeout: timedelta | float) -> float:
-    """A timeout in seconds, whichever way the caller wrote it."""
-    return timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+    """A timeout in seconds, whichever way the caller wrote it; what is longer than ten years is cut to them."""
+    asked = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+    return min(asked, LONGEST.total_seconds())
 
 
 class Deadline:
