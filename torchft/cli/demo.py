@@ -193,7 +193,9 @@ def demo(
     if importlib.util.find_spec("sklearn") is None:
         raise click.ClickException("the demo's data come with scikit-learn: pip install 'torchft[examples]'")
     if not script.is_file():
-        raise click.ClickException(f"the demo runs an example of the source checkout, {script}, which is not there")
+        raise click.ClickException(
+            f"the demo runs an example of the source checkout, {script}, which is not there: run `make demo` in one"
+        )
     if json_file is not None and not os.access(json_file.absolute().parent, os.W_OK):
         raise click.BadParameter(f"{json_file} cannot be written: is its folder there?", param_hint="--json")
     console = Console(soft_wrap=True)
