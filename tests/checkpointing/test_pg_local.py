@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from tests.checkpointing.test_pg_transport import CPU, LOCAL, TIMEOUT, groups
-from torchft.checkpointing import CheckpointError, ManifestError, PGTransport
+from torchft.checkpointing import CheckpointError, ManifestError, PGTransport, pg_transport
 from torchft.checkpointing.description import describe
+from torchft.checkpointing.destination import Destination
 from torchft.checkpointing.pg_local import LocalOffer, LocalWay
 from torchft.checkpointing.pg_stream import Prologue
 from torchft.checkpointing.snapshot import host_run
@@ -141,16 +142,18 @@ def test_a_way_is_short() -> None:
 class Half:
     """A transfer by the local way whose receiver stands where it has the manifest and no data."""
 
-    def __init__(self, pgs: list[ProcessGroupGloo], pool: ThreadPoolExecutor) -> None:
+    def __init__(self, pgs: list[ProcessGroupGloo], pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
         self.there, self.go_on = threading.Event(), threading.Event()
 
-        def into() -> dict[str, torch.Tensor]:
-            self.there.set()
-            assert self.go_on.wait(PLENTY)
-            return {}
+        class Slow(Destination):
+            def __init__(prepared, *args: Any) -> None:
+                self.there.set()
+                assert self.go_on.wait(PLENTY)
+                super().__init__(*args)
 
+        monkeypatch.setattr(pg_transport, "Destination", Slow)
         self.source: PGTransport[Any] = PGTransport(pgs[0], TIMEOUT, CPU, local_from=LOCAL)
-        self.receiver: PGTransport[Any] = PGTransport(pgs[1], TIMEOUT, CPU, into, local_from=LOCAL)
+        self.receiver: PGTransport[Any] = PGTransport(pgs[1], TIMEOUT, CPU, local_from=LOCAL)
         self.sending: Future[None] = pool.submit(self.source.send_checkpoint, [1], 5, state(), TIMEOUT)
         self.receiving = pool.submit(self.receiver.recv_checkpoint, 0, "<n/a>", 5, TIMEOUT)
         assert self.there.wait(PLENTY)
@@ -166,9 +169,9 @@ def given_up(what: str, transport: PGTransport[Any], group: ProcessGroupGloo) ->
 
 
 @pytest.mark.parametrize("what", ["transport", "group"])
-def test_an_abort_at_the_source_ends_both(what: str) -> None:
+def test_an_abort_at_the_source_ends_both(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with groups(2) as pgs, ThreadPoolExecutor(2) as pool:
-        half = Half(pgs, pool)
+        half = Half(pgs, pool, monkeypatch)
         try:
             reason = given_up(what, half.source, pgs[0])
             with pytest.raises(CheckpointError, match=f"the transfer was aborted: {reason}"):
@@ -180,9 +183,9 @@ def test_an_abort_at_the_source_ends_both(what: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["transport", "group"])
-def test_an_abort_at_the_receiver_ends_both(what: str) -> None:
+def test_an_abort_at_the_receiver_ends_both(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with groups(2) as pgs, ThreadPoolExecutor(2) as pool:
-        half = Half(pgs, pool)
+        half = Half(pgs, pool, monkeypatch)
         try:
             reason = given_up(what, half.receiver, pgs[1])
             with pytest.raises(CheckpointError, match="replica rank 1, on this machine, closed its connection"):
@@ -195,7 +198,8 @@ def test_an_abort_at_the_receiver_ends_both(what: str) -> None:
 
 def test_nobody_is_served_when_the_source_has_returned() -> None:
     manifest, sources = describe(state(), False)
-    offer = LocalOffer(5, manifest, host_run(sources), Deadline(PLENTY))
+    offer = LocalOffer(5, manifest, Deadline(PLENTY))
+    offer.supply(host_run(sources))
     address = offer.way()[0].decode().split()[0]
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(PLENTY)

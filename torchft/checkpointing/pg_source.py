@@ -5,9 +5,12 @@ The idea
     state. Whoever comes to a part of the data first hashes it, just before it goes out: it is in the cache then, for
     the copy into the socket too. The first receiver's thread is the caller's.
 
+    The state may be announced before its bytes are known where they lie: receivers that come by the local way have the
+    manifest then, and prepare their memory meanwhile.
+
 Invariants
     - No memory but a few buffers for each receiver is held: large extents are sent from where they are.
-    - :meth:`Outgoing.to_all` returns when every receiver has everything or has failed.
+    - :meth:`Outgoing.send` returns when every receiver has everything or has failed.
 """
 
 from __future__ import annotations
@@ -31,63 +34,88 @@ __all__ = ["Outgoing"]
 
 
 class Outgoing:
-    """One state on its way.
+    """One state on its way: ``announce`` and ``supply``, in either order, then ``send``.
 
     Args:
+        links: to the receivers, by replica rank.
         prologue: that announces it.
         manifest: of the state.
-        sources: the bytes of each extent, where they are sent from.
-        run: the same, readable by the host.
         log: where to say what took how long.
         local: the state as it is served to receivers on this machine; None: it is not.
     """
 
     def __init__(
         self,
+        links: dict[int, Link],
         prologue: Prologue,
         manifest: Manifest,
-        sources: Sequence[torch.Tensor],
-        run: ByteRun,
         log: logging.LoggerAdapter[logging.Logger],
         local: LocalOffer | None = None,
     ) -> None:
+        self._links = links
         self._prologue = prologue
         self._manifest = manifest
-        self._sources = sources
-        self._run = run
+        self._sources: Sequence[torch.Tensor] = ()
+        self._run = ByteRun([])
         self._log = log
         self._local = local
+        self._named: dict[int, str] = {}
+        """The receivers' names on the local way."""
+        self._failed: dict[int, Exception] = {}
         self._hashing = threading.Lock()
         self._hasher = ChunkHasher()
         self._hashed = 0
         self._trailer: bytes | None = None
 
-    def to_all(self, links: dict[int, Link]) -> dict[int, Exception]:
-        """Sends to each member, by replica rank; the ranks that failed, and why."""
-        failed: dict[int, Exception] = {}
+    def announce(self) -> None:
+        """Tells each receiver what comes, and of the local way if there is one. Returns at once."""
+        for rank in self._links:
+            self._attempt(self._announce_to, rank)
 
-        def send(rank: int) -> None:
-            try:
-                self._to(rank, links[rank])
-            except Exception as e:
-                failed[rank] = e
+    def supply(self, sources: Sequence[torch.Tensor], run: ByteRun) -> None:
+        """The state's bytes.
 
-        first, *others = links
+        Args:
+            sources: those of each extent, where they are sent from.
+            run: the same, readable by the host.
+        """
+        self._sources, self._run = sources, run
+        if self._local is not None:
+            self._local.supply(run)
+
+    def send(self) -> dict[int, Exception]:
+        """Sends to each receiver; the ranks that failed, and why."""
         threads: list[threading.Thread] = []
+        first, *others = self._links
         for rank in others:
             context = contextvars.copy_context()  # whoever speaks here speaks there
-            name = f"torchft-send-{rank}"
-            threads.append(threading.Thread(target=context.run, args=(send, rank), name=name, daemon=True))
+            args = (self._attempt, self._to, rank)
+            threads.append(threading.Thread(target=context.run, args=args, name=f"torchft-send-{rank}", daemon=True))
             threads[-1].start()
-        send(first)
+        self._attempt(self._to, first)
         for thread in threads:
             thread.join()  # bounded by its link's deadline
-        return {rank: failed[rank] for rank in links if rank in failed}
+        return {rank: self._failed[rank] for rank in self._links if rank in self._failed}
+
+    def _attempt(self, act: Callable[[int, Link], None], rank: int) -> None:
+        if rank not in self._failed:
+            try:
+                act(rank, self._links[rank])
+            except Exception as e:
+                self._failed[rank] = e
+
+    def _announce_to(self, rank: int, link: Link) -> None:
+        if self._local is None:
+            link.send(message_of(self._prologue.pack()))
+            return
+        way, self._named[rank] = self._local.way()
+        link.send(message_of(replace(self._prologue, way=len(way)).pack()))
+        link.send(message_of(way))
 
     def _to(self, rank: int, link: Link) -> None:
         began = time.perf_counter()
-        taken = self._takes_local_way(link)
-        if taken is None:
+        comes = self._comes_locally(rank, link)
+        if not comes:
             link.send(message_of(self._manifest.body))
             link.drain()
             if self._prologue.waits:
@@ -96,28 +124,24 @@ class Outgoing:
         self._log.info(
             "send manifest took %.3fs (%d bytes to replica rank %d)", ready - began, len(self._manifest.body), rank
         )
-        if taken is None:
-            link.apart(lambda: self._data_to(link))
-        else:
+        if comes:
             assert self._local is not None
             with link.ends_transfer():
-                self._local.await_receiver(taken, rank, link.transfer)
+                self._local.await_receiver(self._named[rank], rank, link.transfer)
+        else:
+            link.apart(lambda: self._data_to(link))
         took = max(time.perf_counter() - ready, 1e-9)
         total = self._manifest.total
         self._log.info(
             "send tensors took %.3fs (%d bytes to replica rank %d, %.2f GB/s)", took, total, rank, total / took / 1e9
         )
 
-    def _takes_local_way(self, link: Link) -> str | None:
-        """Announces the state; the receiver's name on the local way, if it takes that."""
-        if self._local is None:
-            link.send(message_of(self._prologue.pack()))
-            return None
-        way, receiver = self._local.way()
-        link.send(message_of(replace(self._prologue, way=len(way)).pack()))
-        link.send(message_of(way))
+    def _comes_locally(self, rank: int, link: Link) -> bool:
+        """Whether the receiver takes the local way."""
+        if rank not in self._named:
+            return False
         link.drain()
-        return receiver if link.await_answer(LOCALLY, BY_GROUP) == LOCALLY else None
+        return link.await_answer(LOCALLY, BY_GROUP) == LOCALLY
 
     def _data_to(self, link: Link) -> None:
         for bucket in buckets(self._manifest.extents, self._prologue.bucket):

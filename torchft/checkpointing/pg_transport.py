@@ -32,11 +32,12 @@ import torch
 
 from torchft.checkpointing import metrics
 from torchft.checkpointing.chunks import Seal, host_view
-from torchft.checkpointing.description import describe
+from torchft.checkpointing.description import Description
 from torchft.checkpointing.destination import Destination
+from torchft.checkpointing.live import LiveTensors, look_at
 from torchft.checkpointing.manifest import Manifest
 from torchft.checkpointing.pg_link import GROUP, Buffers, Link, SendRecv, message_of
-from torchft.checkpointing.pg_local import LocalWay, local_offer
+from torchft.checkpointing.pg_local import LocalOffer, LocalWay, local_offer
 from torchft.checkpointing.pg_source import Outgoing
 from torchft.checkpointing.pg_stream import (
     ANNOUNCED,
@@ -162,19 +163,26 @@ class PGTransport(CheckpointTransport[T]):
 
     def _send(self, dst_ranks: list[int], step: int, state_dict: T, deadline: Deadline, transfer: Transfer) -> None:
         clock = _Clock()
-        manifest, sources = describe(state_dict, self._allow_pickle)
-        run = host_run(sources, self._copy_below)
-        logger.info("preparing state_dict took %.3fs (step %d, %d bytes)", clock.lap(), step, manifest.total)
+        description = Description(state_dict, self._allow_pickle)
+        manifest = description.manifest
         on_host = self._device.type == "cpu"
         bucket_size = BUCKET if on_host else DEVICE_BUCKET
         prologue = Prologue(step, len(manifest.body), manifest.total, bucket_size, waits=on_host)
         links = {rank: self._link(rank, deadline, transfer) for rank in dst_ranks}
         local = None
         if on_host and manifest.total >= self._local_from:
-            local = local_offer(step, manifest, run, deadline)
-        self._begun = frozenset(links)
+            local = local_offer(step, manifest, deadline)
+        outgoing = Outgoing(links, prologue, manifest, logger, local)
         try:
-            failed = Outgoing(prologue, manifest, sources, run, logger, local).to_all(links)
+            if local is not None:
+                self._begun = frozenset(links)
+                outgoing.announce()
+            self._supply(outgoing, description, local)
+            logger.info("preparing state_dict took %.3fs (step %d, %d bytes)", clock.lap(), step, manifest.total)
+            if local is None:
+                self._begun = frozenset(links)
+                outgoing.announce()
+            failed = outgoing.send()
         finally:
             if local is not None:
                 local.close()
@@ -186,11 +194,21 @@ class PGTransport(CheckpointTransport[T]):
             raise kind(f"step {step} could not be sent to {text}") from next(iter(failed.values()))
         self._begun = frozenset()
 
+    def _supply(self, outgoing: Outgoing, description: Description, local: LocalOffer | None) -> None:
+        try:
+            sources = description.extents()
+            outgoing.supply(sources, host_run(sources, self._copy_below))
+        except BaseException as e:
+            if local is not None:
+                local.decline(str(e) or type(e).__name__)
+            raise
+
     def _link(self, rank: int, deadline: Deadline, transfer: Transfer) -> Link:
         return Link(self._pg, self._device, rank, deadline, self._buffers, transfer)
 
     def _recv(self, src_rank: int, step: int, deadline: Deadline, transfer: Transfer) -> T:
         clock = _Clock()
+        live = look_at(self._state_dict)
         link = self._link(src_rank, deadline, transfer)
         prologue = Prologue.unpack(link.recv_bytes(PROLOGUE_BYTES))
         if prologue.step != step:
@@ -201,8 +219,8 @@ class PGTransport(CheckpointTransport[T]):
         if not prologue.body:
             reason = link.recv_bytes(prologue.total).decode("utf-8", "replace")
             raise StepNotServed(f"step {step} was asked for, but replica rank {src_rank} could not offer it: {reason}")
-        come = self._recv_locally(link, prologue, src_rank, deadline) if prologue.way else None
-        destination, root = come or self._recv_by_group(link, prologue, src_rank)
+        come = self._recv_locally(link, prologue, src_rank, deadline, live) if prologue.way else None
+        destination, root = come or self._recv_by_group(link, prologue, src_rank, live)
         state = destination.finish(self._allow_pickle)
         took = clock.lap()
         metrics.RECEIVED_SECONDS.inc(took)
@@ -221,7 +239,7 @@ class PGTransport(CheckpointTransport[T]):
         return cast(T, state)
 
     def _recv_locally(
-        self, link: Link, prologue: Prologue, src_rank: int, deadline: Deadline
+        self, link: Link, prologue: Prologue, src_rank: int, deadline: Deadline, live: Callable[[], LiveTensors]
     ) -> tuple[Destination, str] | None:
         """The state's bytes and root by the local way, if there is one from here."""
         way = LocalWay.parse(link.recv_bytes(prologue.way))
@@ -235,7 +253,7 @@ class PGTransport(CheckpointTransport[T]):
                 logger.log(level, "the state comes over the process group: %s", e)
             else:
                 link.answer(LOCALLY)
-                destination = self._destination(manifest, prologue, src_rank)
+                destination = self._destination(manifest, prologue, src_rank, live())
                 try:
                     return destination, download.run(destination.run, {}).root
                 finally:
@@ -243,10 +261,12 @@ class PGTransport(CheckpointTransport[T]):
         link.answer(BY_GROUP)
         return None
 
-    def _recv_by_group(self, link: Link, prologue: Prologue, src_rank: int) -> tuple[Destination, str]:
+    def _recv_by_group(
+        self, link: Link, prologue: Prologue, src_rank: int, live: Callable[[], LiveTensors]
+    ) -> tuple[Destination, str]:
         """The state's bytes and root from the process group."""
         manifest = Manifest.parse(link.recv_bytes(prologue.body), self._allow_pickle)
-        destination = self._destination(manifest, prologue, src_rank)
+        destination = self._destination(manifest, prologue, src_rank, live())
         hasher = ChunkHasher()
         coming = buckets(manifest.extents, prologue.bucket)
         link.receive_apart(lambda: self._receive(link, prologue, coming, destination, hasher))
@@ -255,13 +275,12 @@ class PGTransport(CheckpointTransport[T]):
         self._verify(seal, trailer, prologue.step, src_rank)
         return destination, seal.root
 
-    def _destination(self, manifest: Manifest, prologue: Prologue, src_rank: int) -> Destination:
+    def _destination(self, manifest: Manifest, prologue: Prologue, src_rank: int, live: LiveTensors) -> Destination:
         if manifest.total != prologue.total:
             raise ManifestError(
                 f"replica rank {src_rank} describes {manifest.total} bytes but announces {prologue.total}"
             )
-        into = None if self._state_dict is None else self._state_dict()
-        destination = Destination(manifest, into, self._device, self._copy_below)
+        destination = Destination(manifest, live, self._device, self._copy_below)
         for misfit in destination.misfits():
             logger.warning("%s", misfit)
         return destination
