@@ -34,6 +34,7 @@ def move(end: End) -> None:
             value = float(-n - 1 if way == "bare" else n + 1)
             if end.sends:
                 mark(state, value)
+                end.store.set(f"marked {way}{n}", "")
                 end.store.wait([f"{way}{n}"], TIMEOUT)
                 if way != "bare":
                     transport.send_checkpoint([1], n, state, TIMEOUT)
@@ -41,6 +42,7 @@ def move(end: End) -> None:
                     for work in [bare.send([t], 1, 0) for t in state.values()]:
                         work.wait()
                 continue
+            end.store.wait([f"marked {way}{n}"], TIMEOUT)
             began = time.perf_counter()
             end.store.set(f"{way}{n}", "go")
             if way != "bare":
