@@ -191,7 +191,7 @@ def stream(draw: random.Random) -> bytes:
     index = draw.randrange(len(DESCRIBED))
     described, sources = DESCRIBED[index]
     body = described.body if draw.random() < 0.3 else manifest(draw)
-    data = b"".join(bytes(memoryview(s.numpy())) for s in sources)
+    data = b"".join(bytes(s.view()) for s in sources)
     hasher = ChunkHasher()
     hasher.update([memoryview(data)])
     seal = Seal.of(described, hasher.finish())

@@ -52,7 +52,7 @@ def hostile_answer(request: bytes, draw: random.Random) -> list[bytes] | None:
     if draw.random() < 0.03:
         return None
     described, sources = describe(draw.choice(STATES))
-    data = b"".join(bytes(memoryview(s.numpy())) for s in sources)
+    data = b"".join(bytes(s.view()) for s in sources)
     chunks = digest([memoryview(data)]) if data else b""
     seal = Seal(Cut(len(data)), chunks, digest([memoryview(described.body)]))
     if b"/manifest" in request:

@@ -44,7 +44,7 @@ def carry(state: object) -> object:
     """The state after a trip through its wire form."""
     manifest, sources = describe(state)
     destination = Destination(Manifest.parse(manifest.body))
-    data = b"".join(s.numpy().tobytes() for s in sources)
+    data = b"".join(bytes(s.view()) for s in sources)
     for view in destination.run.views(0, manifest.total):
         view[:], data = data[: len(view)], data[len(view) :]
     return destination.finish()
@@ -78,7 +78,7 @@ def test_a_small_state_has_a_part_for_each_of_many_sources(total: int, size: int
 def test_same_state_gives_the_same_root_and_another_byte_another_root() -> None:
     def root(value: float) -> str:
         manifest, sources = describe({"w": torch.full((10,), value), "lr": 0.1})
-        return seal(manifest, ByteRun(sources)).root
+        return seal(manifest, host_run(sources)).root
 
     assert root(1.0) == root(1.0)
     assert root(1.0) != root(2.0)
@@ -87,7 +87,7 @@ def test_same_state_gives_the_same_root_and_another_byte_another_root() -> None:
 def fill(destination: Destination, state: object) -> None:
     """Writes a state's bytes into what was made for it."""
     for view, extent in zip(destination.run.views(0, destination.run.total), describe(state)[1], strict=True):
-        view[:] = host_run([extent]).views(0, extent.numel())[0]
+        view[:] = host_run([extent]).views(0, extent.length)[0]
 
 
 def test_views_whose_elements_share_memory_arrive_with_gaps_and_conjugated_too() -> None:
@@ -304,7 +304,7 @@ def test_the_memory_that_paths_take_is_bounded_on_both_sides(monkeypatch: pytest
 
 def test_damaged_documents_are_refused() -> None:
     manifest, sources = describe({"w": torch.arange(CHUNK_SIZE // 4 + 5), "lr": 0.25})
-    sealed = seal(manifest, ByteRun(sources))
+    sealed = seal(manifest, host_run(sources))
     document, hashes = write_manifest(3, manifest), write_hashes(3, sealed)
     assert read_manifest(document) == (3, manifest, sealed.cut)
     assert read_hashes(hashes) == (3, sealed)
@@ -396,7 +396,7 @@ def test_small_storages_are_copied_and_large_ones_are_read_and_written_where_the
     manifest, sources = describe({"small": torch.ones(100), "large": torch.ones(1000)})
     run = host_run(sources, copy_below=1000)
     for source in sources:
-        source.fill_(0xFF)  # the small one has been copied, the large one is what it is now
+        source.tensor().fill_(0xFF)  # the small one has been copied, the large one is what it is now
     destination = Destination(manifest, live, in_place_from=1000)
     assert destination.bytes_in_place == 4000
     for to, of in zip(destination.run.views(0, run.total), run.views(0, run.total), strict=True):

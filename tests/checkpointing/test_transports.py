@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from tests.checkpointing.loopback import over_tcp
 from torchft.checkpointing import HTTPTransport, PGTransport, pg_local
+from torchft.checkpointing.chunks import ByteRun
 from torchft.checkpointing.offer import Offer
 from torchft.checkpointing.pg_local import LocalOffer
 from torchft.process_group.gloo import ProcessGroupGloo
@@ -128,13 +129,16 @@ class _PGSuite(TransportSuite):
                 super().__init__(*args)
                 offers.append(self)
 
+            def supply(self, run: ByteRun) -> None:
+                super().supply(run)
+                if receiving.damage:
+                    _damage(self._offer)
+
         noting = mock.patch.object(pg_local, "LocalOffer", _Noted)
         noting.start()
 
         def corrupt() -> None:
-            receiving.damage = True
-            for offer in offers:
-                _damage(offer._offer)
+            receiving.damage = True  # before the source has described its state
 
         def lose_source() -> None:
             for offer in offers:

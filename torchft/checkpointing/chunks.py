@@ -79,13 +79,11 @@ class ByteRun:
     """Memory in several pieces, addressed as one run of bytes.
 
     Args:
-        pieces: one-dimensional contiguous ``uint8`` CPU tensors. They are kept alive.
-        views: of each, where :func:`host_view` was called already.
+        pieces: views of bytes, or one-dimensional contiguous ``uint8`` CPU tensors. They are kept alive.
     """
 
-    def __init__(self, pieces: Sequence[torch.Tensor], views: Sequence[memoryview | None] = ()) -> None:
-        made = itertools.chain(views, itertools.repeat(None))
-        self._pieces = [view or host_view(piece) for piece, view in zip(pieces, made, strict=False)]
+    def __init__(self, pieces: Sequence[torch.Tensor | memoryview]) -> None:
+        self._pieces = [p if isinstance(p, memoryview) else host_view(p) for p in pieces]
         self._starts = list(itertools.accumulate((len(p) for p in self._pieces), initial=0))
 
     @property

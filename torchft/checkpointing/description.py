@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 
 from torchft.checkpointing.manifest import MAX_MANIFEST_BYTES, Manifest, SpecReader, are_apart, contiguous_stride, span
-from torchft.checkpointing.memory import byte_view
+from torchft.checkpointing.memory import StorageBytes
 from torchft.checkpointing.mesh import MeshSpec, placements_json
 from torchft.checkpointing.transport import UnsafeStateError
 from torchft.checkpointing.tree import JSON, MAX_PATHS, Encoder, dtype_name
@@ -30,8 +30,8 @@ __all__ = ["Description", "describe"]
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
-def describe(state: object, allow_pickle: bool = False) -> tuple[Manifest, list[torch.Tensor]]:
-    """The manifest of a state, and the bytes of each extent as a one-dimensional ``uint8`` view of its memory.
+def describe(state: object, allow_pickle: bool = False) -> tuple[Manifest, list[StorageBytes]]:
+    """The manifest of a state, and the bytes of each extent.
 
     Nothing is copied, except tensors that are packed or lazily conjugated.
 
@@ -88,8 +88,8 @@ class Description:
         """What a receiver is told."""
 
     @collection_put_off()
-    def extents(self) -> list[torch.Tensor]:
-        """The bytes of each extent, one-dimensional ``uint8``: a view of the state's memory, or a copy if packed."""
+    def extents(self) -> list[StorageBytes]:
+        """The bytes of each extent: the state's memory, or a copy if packed."""
         return [_bytes_of(place) for place in self._places]
 
 
@@ -225,9 +225,9 @@ def _together(group: list[_Found], extent: int) -> _Place:
     return _Place(group[0], start, max(f.stop for f in group) - start, False)
 
 
-def _bytes_of(place: _Place) -> torch.Tensor:
+def _bytes_of(place: _Place) -> StorageBytes:
     tensor, storage, start = place.of.tensor, place.of.storage, place.start
     if place.packed:
         tensor = tensor.detach().contiguous()
         storage, start = tensor.untyped_storage(), 0
-    return byte_view(tensor, storage, start, place.length)
+    return StorageBytes(tensor, storage, start, place.length)

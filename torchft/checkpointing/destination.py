@@ -79,27 +79,24 @@ class Destination:
         self.bytes_in_place = 0
         self._in_place: set[int] = set()
         written = _Intervals()
-        pieces: list[torch.Tensor] = []
-        views: list[memoryview | None] = []
+        pieces: list[torch.Tensor | memoryview] = []
         for extent, length in enumerate(lengths):
             filler = _filler(members[extent], length)
             if filler is not None and written.add(filler.address, length):
-                assert filler.memory is not None
+                assert filler.view is not None
                 self._in_place.add(extent)
                 self.bytes_in_place += length
-                pieces.append(filler.memory)
-                views.append(filler.view)
+                pieces.append(filler.view)
             else:
                 left = _left_over(before, extent, length)
                 pieces.append(_fresh(length) if left is None else left)
-                views.append(None)
         self._pieces = pieces
         self._by_copy: dict[str, LiveTensor] = {}
         rest = (found for extent, found in enumerate(members) if extent not in self._in_place)
         for spec, fit in itertools.chain(empty, *rest):
             if fit is not None and are_apart(fit.shape, fit.stride) and written.add(fit.address, _reach(fit.local)):
                 self._by_copy[spec.path] = fit
-        self.run = ByteRun(pieces, views)
+        self.run = ByteRun(pieces)
         """Where to write the data."""
 
     def misfits(self) -> list[str]:
@@ -122,7 +119,8 @@ class Destination:
 
     def piece(self, extent: int) -> torch.Tensor:
         """The memory of one extent, ``uint8``, on the host."""
-        return self._pieces[extent]
+        piece = self._pieces[extent]
+        return torch.frombuffer(piece, dtype=torch.uint8) if isinstance(piece, memoryview) else piece
 
     def finish(self, allow_pickle: bool = False) -> object:
         """The state, once every byte of ``run`` is written and verified."""
@@ -137,7 +135,7 @@ class Destination:
             arrived = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype)
         else:
             arrived = torch.empty(0, dtype=spec.dtype)
-            piece = self._pieces[spec.extent]
+            piece = self.piece(spec.extent)
             if spec.extent in self._in_place:
                 piece = piece.clone()  # to begin where a storage does
             storage = piece.untyped_storage()
@@ -207,10 +205,8 @@ def _reach(tensor: torch.Tensor) -> int:
 
 def _left_over(before: Destination | None, extent: int, length: int) -> torch.Tensor | None:
     """Fresh memory of an earlier attempt for this extent."""
-    if before is None or extent >= len(before._pieces) or extent in before._in_place:
-        return None
-    piece = before._pieces[extent]
-    return piece if piece.numel() == length else None
+    piece = None if before is None or extent >= len(before._pieces) else before._pieces[extent]
+    return piece if isinstance(piece, torch.Tensor) and piece.numel() == length else None
 
 
 def _fresh(length: int) -> torch.Tensor:

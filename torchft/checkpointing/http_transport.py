@@ -52,6 +52,7 @@ from torchft.checkpointing.http_probe import sum_of_rates
 from torchft.checkpointing.http_server import SnapshotServer
 from torchft.checkpointing.live import LiveTensors, look_at
 from torchft.checkpointing.manifest import Manifest
+from torchft.checkpointing.memory import StorageBytes
 from torchft.checkpointing.offer import Offer
 from torchft.checkpointing.snapshot import Arena, SideStreams, host_run
 from torchft.checkpointing.transfers import Transfer, Transfers
@@ -186,14 +187,15 @@ class HTTPTransport(CheckpointTransport[T]):
             manifest.total,
         )
 
-    def _supply(self, offer: Offer, sources: list[torch.Tensor], deadline: Deadline) -> None:
+    def _supply(self, offer: Offer, extents: list[StorageBytes], deadline: Deadline) -> None:
         """The bytes of what is offered."""
         if self._snapshot == "lock":
             self._outlived = None
-            self._live = any(s.is_cpu and s.numel() >= self._copy_below for s in sources)
-            offer.supply(host_run(sources, self._copy_below))
+            self._live = any(e.on_host and e.length >= self._copy_below for e in extents)
+            offer.supply(host_run(extents, self._copy_below))
             offer.advance(offer.cut.total)
         else:
+            sources = [e.tensor() for e in extents]
             offer.supply(self._arena.reserve(sources))
             self._fill = self._filler().submit(partial(self._copy, offer, sources, SideStreams(sources), deadline))
 

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch.nn.parameter import is_lazy
 
-from torchft.checkpointing.chunks import host_view
 from torchft.checkpointing.manifest import span
-from torchft.checkpointing.memory import byte_view
+from torchft.checkpointing.memory import memory_view
 from torchft.checkpointing.tree import tensors_by_path
 from torchft.dtensor import dtensor_class
 from torchft.runtime.collection import collection_put_off
@@ -41,10 +40,8 @@ class LiveTensor(NamedTuple):
     """Values may be copied into it."""
     address: int
     """Of its first byte."""
-    memory: torch.Tensor | None
-    """All of its bytes as ``uint8``, in CPU memory, if each from the first to the last is of exactly one element."""
     view: memoryview | None
-    """Of ``memory``."""
+    """All of its bytes in CPU memory, if each from the first to the last is of exactly one element."""
 
     @property
     def in_its_place(self) -> bool:
@@ -101,7 +98,7 @@ def _look_at(given: torch.Tensor, kind: type[DTensor] | None) -> LiveTensor:
     usable = type(local) is torch.Tensor and local.layout == torch.strided and not local.is_meta
     usable = usable and not local.is_conj() and not local.is_neg()
     shape, stride = tuple(local.shape), tuple(local.stride()) if usable else ()
-    memory = view = None
+    view = None
     address = 0
     if usable:
         storage, start, dense = local.untyped_storage(), int(local.storage_offset()) * local.itemsize, _is_dense(local)
@@ -110,9 +107,8 @@ def _look_at(given: torch.Tensor, kind: type[DTensor] | None) -> LiveTensor:
         if usable:
             address = local.data_ptr()
             if local.is_cpu and dense:
-                memory = byte_view(local, storage, start, reach)
-                view = host_view(memory)
-    return LiveTensor(given, dtensor, local, local.dtype, shape, stride, usable, address, memory, view)
+                view = memory_view(storage, address, reach)
+    return LiveTensor(given, dtensor, local, local.dtype, shape, stride, usable, address, view)
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

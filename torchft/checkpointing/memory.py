@@ -1,4 +1,4 @@
-"""Fresh memory for large runs of bytes.
+"""Memory as bytes: large fresh runs of it, and that of tensors.
 
 Touching fresh memory page by page costs more than copying into it: each 4 KiB page is a fault. Where the kernel gives
 2 MiB pages to those who ask (``/sys/kernel/mm/transparent_hugepage/enabled`` is ``madvise`` or ``always``), asking
@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-__all__ = ["byte_view", "huge_empty"]
+__all__ = ["StorageBytes", "byte_view", "huge_empty", "memory_view"]
 
 _HUGE = 2 << 20
 _LEAST = 32 << 20
@@ -33,6 +33,51 @@ def huge_empty(length: int) -> torch.Tensor:
         # Advice: a kernel without large pages answers EINVAL, and the memory is as good as before.
         _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_HUGEPAGE)
     return tensor
+
+
+def memory_view(owner: object, address: int, length: int) -> memoryview:
+    """CPU memory as writable bytes. There may be many thousands of pieces: it takes a third of what numpy would.
+
+    Args:
+        owner: keeps the memory; kept alive by the view.
+        address: of the first byte.
+        length: how many.
+    """
+    array = (ctypes.c_ubyte * length).from_address(address)
+    array.owner = owner  # type: ignore[attr-defined]
+    return memoryview(array).cast("B")
+
+
+class StorageBytes:
+    """Bytes of a storage, wherever it is, which they keep alive.
+
+    Args:
+        tensor: on whose device they are.
+        storage: whose bytes.
+        start: the first one.
+        length: how many.
+    """
+
+    __slots__ = ("_start", "_storage", "_tensor", "length")
+
+    def __init__(self, tensor: torch.Tensor, storage: torch.UntypedStorage, start: int, length: int) -> None:
+        self._tensor = tensor
+        self._storage = storage
+        self._start = start
+        self.length = length
+
+    @property
+    def on_host(self) -> bool:
+        """Whether they are in CPU memory."""
+        return self._tensor.is_cpu
+
+    def tensor(self) -> torch.Tensor:
+        """As one-dimensional ``uint8``: a view."""
+        return byte_view(self._tensor, self._storage, self._start, self.length)
+
+    def view(self) -> memoryview:
+        """Of those in CPU memory."""
+        return memory_view(self._storage, self._storage.data_ptr() + self._start, self.length)
 
 
 def byte_view(tensor: torch.Tensor, storage: torch.UntypedStorage, start: int, length: int) -> torch.Tensor:

@@ -175,7 +175,8 @@ class Checkpoints:
                 f"{self.failures} saves in a row failed, max_failures is {self._max_failures}. Last: {self.last_error}"
             )
         self._began, self._step = time.monotonic(), step
-        manifest, sources = describe(state, self._allow_pickle)
+        manifest, extents = describe(state, self._allow_pickle)
+        sources = [e.tensor() for e in extents]
         run = self._arena.reserve(sources)
         self._arena.fill(sources, SideStreams(sources), Deadline(self._timeout), lambda ready: None)
         shard = Shard(step, rank, manifest, run, chunk_offsets(state))

@@ -26,6 +26,7 @@ import torch
 
 from torchft.checkpointing.chunks import ByteRun, Seal, host_view
 from torchft.checkpointing.manifest import Manifest
+from torchft.checkpointing.memory import StorageBytes
 from torchft.checkpointing.pg_link import Link, message_of
 from torchft.checkpointing.pg_local import LocalOffer
 from torchft.checkpointing.pg_stream import ANNOUNCED, BY_GROUP, LOCALLY, Bucket, ChunkHasher, Prologue, buckets
@@ -55,7 +56,7 @@ class Outgoing:
         self._links = links
         self._prologue = prologue
         self._manifest = manifest
-        self._sources: Sequence[torch.Tensor] = ()
+        self._sources: Sequence[StorageBytes] = ()
         self._run = ByteRun([])
         self._log = log
         self._local = local
@@ -72,7 +73,7 @@ class Outgoing:
         for rank in self._links:
             self._attempt(self._announce_to, rank)
 
-    def supply(self, sources: Sequence[torch.Tensor], run: ByteRun) -> None:
+    def supply(self, sources: Sequence[StorageBytes], run: ByteRun) -> None:
         """The state's bytes.
 
         Args:
@@ -167,7 +168,7 @@ class Outgoing:
         """A message with the bytes of a bucket: the tensor's own memory, or a buffer they are gathered in."""
         length = bucket.stop - bucket.start
         if bucket.extent >= 0:
-            return self._sources[bucket.extent][bucket.offset : bucket.offset + length]
+            return self._sources[bucket.extent].tensor()[bucket.offset : bucket.offset + length]
         message = buffer(length)
         gathered = message if message.device.type == "cpu" else torch.empty(length, dtype=torch.uint8)
         data = host_view(gathered)

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 from torchft.checkpointing.chunks import ByteRun
-from torchft.checkpointing.memory import huge_empty
+from torchft.checkpointing.memory import StorageBytes, huge_empty
 from torchft.checkpointing.transport import CheckpointTimeout
+from torchft.runtime.collection import collection_put_off
 from torchft.runtime.deadline import Deadline
 
 __all__ = ["Arena", "SideStreams", "host_run"]
@@ -219,21 +220,23 @@ def _move(batch: list[tuple[int, int, int]], _keep: object = None) -> None:
         ctypes.memmove(target, source, length)  # releases the GIL
 
 
-def host_run(sources: Sequence[torch.Tensor], copy_below: int = 0) -> ByteRun:
+@collection_put_off()
+def host_run(sources: Sequence[StorageBytes], copy_below: int = 0) -> ByteRun:
     """The sources themselves, to be read without a copy; those on a device, or with fewer bytes, are copied.
 
     Small ones that follow each other are copied into one piece: what sends them does not want thousands of views.
     """
-    pieces: list[torch.Tensor] = []
+    pieces: list[torch.Tensor | memoryview] = []
     small: list[torch.Tensor] = []
     for source in sources:
-        if source.device.type == "cpu" and source.numel() < copy_below:
-            small.append(source)
+        on_host = source.on_host
+        if on_host and source.length < copy_below:
+            small.append(source.tensor())
             continue
         if small:
             pieces.append(torch.cat(small))
             small = []
-        pieces.append(source if source.device.type == "cpu" else source.cpu())
+        pieces.append(source.view() if on_host else source.tensor().cpu())
     if small:
         pieces.append(torch.cat(small))
     return ByteRun(pieces)
