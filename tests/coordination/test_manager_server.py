@@ -16,7 +16,7 @@ import pytest
 
 from torchft.coordination import LighthouseServer, ManagerClient, ManagerServer, QuorumResult
 from torchft.coordination.channel import open_channel
-from torchft.coordination.group_vote import Ballot
+from torchft.coordination.group_vote import Ballot, Voted
 from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
 from torchft.core.assignment import Source
@@ -322,6 +322,25 @@ def test_a_rank_that_gives_up_in_the_same_moment_keeps_no_answer_from_the_others
     given_up.cancel()
     others.append(server.cast(2, 5, True))
     assert [ballot.result(20).commit for ballot in others] == [True, True]
+
+
+@pytest.mark.parametrize("told", ["before it gives up", "right after it"])
+def test_a_rank_whose_deadline_passes_as_the_vote_ends_does_as_was_decided(start: Start, told: str) -> None:
+    server = start("a", world_size=2)
+
+    class Late(Future[Voted]):
+        asked = 0
+
+        def result(self, timeout: float | None = None) -> Voted:
+            self.asked += 1
+            if self.asked > 1:
+                return Voted(True)
+            if told == "before it gives up":
+                self.set_result(Voted(True))
+            raise TimeoutError
+
+    server.cast = lambda *_: Late()  # type: ignore[method-assign]
+    assert server.vote(0, 5, True, SOON).commit
 
 
 def test_metadata_of_a_rank_that_never_asked_is_a_clear_error(start: Start) -> None:

@@ -82,15 +82,20 @@ class GroupVote:
         self._conclude(step, answered, decision)
         return ballot
 
-    def uncast(self, rank: int, ballot: Ballot, cause: str) -> None:
-        """The rank that waits on this ballot gave up, or died: the vote fails for the others."""
+    def uncast(self, rank: int, ballot: Ballot, cause: str) -> bool:
+        """The rank that waits on this ballot gave up, or died: the vote fails for the others.
+
+        Returns:
+            False: it is decided already, and the others do as was decided.
+        """
         with self._lock:
             if self._ballots.get(rank) is not ballot:
-                return
+                return False
             del self._ballots[rank]
             decision = self._vote.leave(rank, cause)
             answered = self._take(decision)
         self._conclude(-1, answered, decision)
+        return True
 
     def gone_on(self, rank: int) -> None:
         """A rank asks for the next quorum: it does not vote on the step that others vote on. Without it they would wait

@@ -38,6 +38,9 @@ __all__ = ["ManagerServer"]
 
 logger = logging.getLogger(__name__)
 
+_DECIDED = 1.0
+"""Seconds from a decision until all have been told."""
+
 
 class ManagerServer:
     """Serves from construction until ``shutdown``.
@@ -261,9 +264,8 @@ class ManagerServer:
         try:
             return ballot.result(timeout=seconds(timeout))
         except concurrent.futures.TimeoutError:
-            if ballot.done():
-                raise
-            self.uncast(group_rank, ballot, "its deadline passed")
+            if ballot.done() or not self.uncast(group_rank, ballot, "its deadline passed"):
+                return ballot.result(timeout=_DECIDED)  # the others do as was decided
             raise TimeoutError(
                 f"the commit vote on step {step} did not end within {seconds(timeout):g} s: a rank of this group "
                 f"of {self._world_size} has not voted"
@@ -282,9 +284,9 @@ class ManagerServer:
             self._group_vote.gone_on(ahead)
         return ballot
 
-    def uncast(self, rank: int, ballot: Ballot, cause: str) -> None:
-        """The rank that waits on this ballot gave up, or died: the vote fails for the others."""
-        self._group_vote.uncast(rank, ballot, cause)
+    def uncast(self, rank: int, ballot: Ballot, cause: str) -> bool:
+        """The rank that waits on this ballot gave up, or died: the vote fails for the others. False: it is decided."""
+        return self._group_vote.uncast(rank, ballot, cause)
 
     def stands(self, step: int) -> bool:
         """For a group of one rank: whether ``step`` begins now with the quorum there is, without asking."""

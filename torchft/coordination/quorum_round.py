@@ -123,7 +123,7 @@ class QuorumRound:
             return ask.answer.result(timeout=ask.deadline.remaining())
         except concurrent.futures.TimeoutError:
             if ask.answer.done():
-                raise
+                return ask.answer.result()
             missing = self._leave(ask, "its deadline passed")
             raise TimeoutError(self._timeout_message(ask, missing)) from None
 

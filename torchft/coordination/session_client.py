@@ -204,7 +204,7 @@ class SessionClient:
             return answer.result(deadline.remaining())
         except concurrent.futures.TimeoutError:
             if answer.done():
-                raise
+                return answer.result()
             outbox.put(pb.SessionUp(withdraw=pb.Withdraw(request_id=request_id)))
             if self._not_yet:
                 raise NotYet(f"no answer within {deadline.timeout:.3g} s: {self._not_yet}") from None

@@ -105,6 +105,9 @@ class _AllOf(CompletedWork):
     def __init__(self, works: list[Work]) -> None:
         super().__init__(None)
         self._works = works
+        if len(works) == 1:  # what is chained to one future makes a stream wait as that one does
+            self._future = works[0].get_future().then(lambda done: _as_list(done.value()))
+            return
         self._future = torch.futures.collect_all([w.get_future() for w in works]).then(
             lambda done: [value for f in done.value() for value in _as_list(f.value())]
         )
