@@ -198,8 +198,7 @@ def test_an_abort_at_the_receiver_ends_both(what: str, monkeypatch: pytest.Monke
 
 def test_nobody_is_served_when_the_source_has_returned() -> None:
     manifest, sources = describe(state(), False)
-    offer = LocalOffer(5, manifest, Deadline(PLENTY))
-    offer.supply(host_run(sources))
+    offer = LocalOffer(5, manifest, host_run(sources), Deadline(PLENTY))
     address = offer.way()[0].decode().split()[0]
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(PLENTY)

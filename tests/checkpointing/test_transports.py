@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from tests.checkpointing.loopback import over_tcp
 from torchft.checkpointing import HTTPTransport, PGTransport, pg_local
-from torchft.checkpointing.chunks import ByteRun
 from torchft.checkpointing.offer import Offer
 from torchft.checkpointing.pg_local import LocalOffer
 from torchft.process_group.gloo import ProcessGroupGloo
@@ -128,9 +127,6 @@ class _PGSuite(TransportSuite):
             def __init__(self, *args: Any) -> None:
                 super().__init__(*args)
                 offers.append(self)
-
-            def supply(self, run: ByteRun) -> None:
-                super().supply(run)
                 if receiving.damage:
                     _damage(self._offer)
 

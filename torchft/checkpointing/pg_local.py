@@ -49,27 +49,20 @@ class LocalOffer:
     Args:
         step: of the state.
         manifest: of the state.
+        run: its bytes.
         deadline: of the sending.
 
     Raises:
         OSError: this system has no such addresses.
     """
 
-    def __init__(self, step: int, manifest: Manifest, deadline: Deadline) -> None:
+    def __init__(self, step: int, manifest: Manifest, run: ByteRun, deadline: Deadline) -> None:
         self._token = secrets.token_hex(16)
         self._deadline = deadline
         self._server = SnapshotServer(self._token, stall=deadline.timeout, port=None)
         self._offer = self._server.offer(step, manifest)
-
-    def supply(self, run: ByteRun) -> None:
-        """The state's bytes. Until then receivers get the manifest, and wait for them."""
         self._offer.supply(run)
-        self._offer.advance(self._offer.cut.total)
-
-    def decline(self, reason: str) -> None:
-        """There are no bytes: receivers are told why."""
-        self._server.decline(self._offer.step, reason)
-        self._server.withdraw(Deadline(_END))
+        self._offer.advance(manifest.total)
 
     def way(self) -> tuple[bytes, str]:
         """What one receiver is to be told, and the name that it has here."""
@@ -109,10 +102,10 @@ class LocalOffer:
         self._server.stop(True, Deadline(_END))
 
 
-def local_offer(step: int, manifest: Manifest, deadline: Deadline) -> LocalOffer | None:
+def local_offer(step: int, manifest: Manifest, run: ByteRun, deadline: Deadline) -> LocalOffer | None:
     """A :class:`LocalOffer`; None where the system has no such addresses, or none to give."""
     try:
-        return LocalOffer(step, manifest, deadline)
+        return LocalOffer(step, manifest, run, deadline)
     except OSError as e:
         logger.debug("the state is not served to other processes of this machine: %s", e)
         return None

@@ -5,12 +5,9 @@ The idea
     state. Whoever comes to a part of the data first hashes it, just before it goes out: it is in the cache then, for
     the copy into the socket too. The first receiver's thread is the caller's.
 
-    The state may be announced before its bytes are known where they lie: receivers that come by the local way have the
-    manifest then, and prepare their memory meanwhile.
-
 Invariants
     - No memory but a few buffers for each receiver is held: large extents are sent from where they are.
-    - :meth:`Outgoing.send` returns when every receiver has everything or has failed.
+    - :meth:`Outgoing.to_all` returns when every receiver has everything or has failed.
 """
 
 from __future__ import annotations
@@ -35,88 +32,63 @@ __all__ = ["Outgoing"]
 
 
 class Outgoing:
-    """One state on its way: ``announce`` and ``supply``, in either order, then ``send``.
+    """One state on its way.
 
     Args:
-        links: to the receivers, by replica rank.
         prologue: that announces it.
         manifest: of the state.
+        extents: the bytes of each, where they are sent from.
+        run: the same, readable by the host.
         log: where to say what took how long.
         local: the state as it is served to receivers on this machine; None: it is not.
     """
 
     def __init__(
         self,
-        links: dict[int, Link],
         prologue: Prologue,
         manifest: Manifest,
+        extents: Sequence[StorageBytes],
+        run: ByteRun,
         log: logging.LoggerAdapter[logging.Logger],
         local: LocalOffer | None = None,
     ) -> None:
-        self._links = links
         self._prologue = prologue
         self._manifest = manifest
-        self._sources: Sequence[StorageBytes] = ()
-        self._run = ByteRun([])
+        self._extents = extents
+        self._run = run
         self._log = log
         self._local = local
-        self._named: dict[int, str] = {}
-        """The receivers' names on the local way."""
-        self._failed: dict[int, Exception] = {}
         self._hashing = threading.Lock()
         self._hasher = ChunkHasher()
         self._hashed = 0
         self._trailer: bytes | None = None
 
-    def announce(self) -> None:
-        """Tells each receiver what comes, and of the local way if there is one. Returns at once."""
-        for rank in self._links:
-            self._attempt(self._announce_to, rank)
+    def to_all(self, links: dict[int, Link]) -> dict[int, Exception]:
+        """Sends to each member, by replica rank; the ranks that failed, and why."""
+        failed: dict[int, Exception] = {}
 
-    def supply(self, sources: Sequence[StorageBytes], run: ByteRun) -> None:
-        """The state's bytes.
+        def send(rank: int) -> None:
+            try:
+                self._to(rank, links[rank])
+            except Exception as e:
+                failed[rank] = e
 
-        Args:
-            sources: those of each extent, where they are sent from.
-            run: the same, readable by the host.
-        """
-        self._sources, self._run = sources, run
-        if self._local is not None:
-            self._local.supply(run)
-
-    def send(self) -> dict[int, Exception]:
-        """Sends to each receiver; the ranks that failed, and why."""
+        first, *others = links
         threads: list[threading.Thread] = []
-        first, *others = self._links
         for rank in others:
             context = contextvars.copy_context()  # whoever speaks here speaks there
-            args = (self._attempt, self._to, rank)
-            threads.append(threading.Thread(target=context.run, args=args, name=f"torchft-send-{rank}", daemon=True))
+            name = f"torchft-send-{rank}"
+            threads.append(threading.Thread(target=context.run, args=(send, rank), name=name, daemon=True))
             threads[-1].start()
-        self._attempt(self._to, first)
+        send(first)
         for thread in threads:
             thread.join()  # bounded by its link's deadline
-        return {rank: self._failed[rank] for rank in self._links if rank in self._failed}
-
-    def _attempt(self, act: Callable[[int, Link], None], rank: int) -> None:
-        if rank not in self._failed:
-            try:
-                act(rank, self._links[rank])
-            except Exception as e:
-                self._failed[rank] = e
-
-    def _announce_to(self, rank: int, link: Link) -> None:
-        if self._local is None:
-            link.send(message_of(self._prologue.pack()))
-            return
-        way, self._named[rank] = self._local.way()
-        link.send(message_of(replace(self._prologue, way=len(way)).pack()))
-        link.send(message_of(way))
+        return {rank: failed[rank] for rank in links if rank in failed}
 
     def _to(self, rank: int, link: Link) -> None:
         began = time.perf_counter()
-        comes = self._comes_locally(rank, link)
-        if not comes:
+        taken = self._takes_local_way(link)
+        if taken is None:
             link.send(message_of(self._manifest.body))
             link.drain()
             if self._prologue.waits:
@@ -125,24 +97,28 @@ class Outgoing:
         self._log.info(
             "send manifest took %.3fs (%d bytes to replica rank %d)", ready - began, len(self._manifest.body), rank
         )
-        if comes:
+        if taken is None:
+            link.apart(lambda: self._data_to(link))
+        else:
             assert self._local is not None
             with link.ends_transfer():
-                self._local.await_receiver(self._named[rank], rank, link.transfer)
-        else:
-            link.apart(lambda: self._data_to(link))
+                self._local.await_receiver(taken, rank, link.transfer)
         took = max(time.perf_counter() - ready, 1e-9)
         total = self._manifest.total
         self._log.info(
             "send tensors took %.3fs (%d bytes to replica rank %d, %.2f GB/s)", took, total, rank, total / took / 1e9
         )
 
-    def _comes_locally(self, rank: int, link: Link) -> bool:
-        """Whether the receiver takes the local way."""
-        if rank not in self._named:
-            return False
+    def _takes_local_way(self, link: Link) -> str | None:
+        """Announces the state; the receiver's name on the local way, if it takes that."""
+        if self._local is None:
+            link.send(message_of(self._prologue.pack()))
+            return None
+        way, receiver = self._local.way()
+        link.send(message_of(replace(self._prologue, way=len(way)).pack()))
+        link.send(message_of(way))
         link.drain()
-        return link.await_answer(LOCALLY, BY_GROUP) == LOCALLY
+        return receiver if link.await_answer(LOCALLY, BY_GROUP) == LOCALLY else None
 
     def _data_to(self, link: Link) -> None:
         for bucket in buckets(self._manifest.extents, self._prologue.bucket):
@@ -168,7 +144,7 @@ class Outgoing:
         """A message with the bytes of a bucket: the tensor's own memory, or a buffer they are gathered in."""
         length = bucket.stop - bucket.start
         if bucket.extent >= 0:
-            return self._sources[bucket.extent].tensor()[bucket.offset : bucket.offset + length]
+            return self._extents[bucket.extent].tensor()[bucket.offset : bucket.offset + length]
         message = buffer(length)
         gathered = message if message.device.type == "cpu" else torch.empty(length, dtype=torch.uint8)
         data = host_view(gathered)

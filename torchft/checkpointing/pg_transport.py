@@ -32,12 +32,12 @@ import torch
 
 from torchft.checkpointing import metrics
 from torchft.checkpointing.chunks import Seal, host_view
-from torchft.checkpointing.description import Description
+from torchft.checkpointing.description import describe
 from torchft.checkpointing.destination import Destination
 from torchft.checkpointing.live import LiveTensors, look_at
 from torchft.checkpointing.manifest import Manifest
 from torchft.checkpointing.pg_link import GROUP, Buffers, Link, SendRecv, message_of
-from torchft.checkpointing.pg_local import LocalOffer, LocalWay, local_offer
+from torchft.checkpointing.pg_local import LocalWay, local_offer
 from torchft.checkpointing.pg_source import Outgoing
 from torchft.checkpointing.pg_stream import (
     ANNOUNCED,
@@ -163,26 +163,19 @@ class PGTransport(CheckpointTransport[T]):
 
     def _send(self, dst_ranks: list[int], step: int, state_dict: T, deadline: Deadline, transfer: Transfer) -> None:
         clock = _Clock()
-        description = Description(state_dict, self._allow_pickle)
-        manifest = description.manifest
+        manifest, extents = describe(state_dict, self._allow_pickle)
+        run = host_run(extents, self._copy_below)
+        logger.info("preparing state_dict took %.3fs (step %d, %d bytes)", clock.lap(), step, manifest.total)
         on_host = self._device.type == "cpu"
         bucket_size = BUCKET if on_host else DEVICE_BUCKET
         prologue = Prologue(step, len(manifest.body), manifest.total, bucket_size, waits=on_host)
         links = {rank: self._link(rank, deadline, transfer) for rank in dst_ranks}
         local = None
         if on_host and manifest.total >= self._local_from:
-            local = local_offer(step, manifest, deadline)
-        outgoing = Outgoing(links, prologue, manifest, logger, local)
+            local = local_offer(step, manifest, run, deadline)
+        self._begun = frozenset(links)
         try:
-            if local is not None:
-                self._begun = frozenset(links)
-                outgoing.announce()
-            self._supply(outgoing, description, local)
-            logger.info("preparing state_dict took %.3fs (step %d, %d bytes)", clock.lap(), step, manifest.total)
-            if local is None:
-                self._begun = frozenset(links)
-                outgoing.announce()
-            failed = outgoing.send()
+            failed = Outgoing(prologue, manifest, extents, run, logger, local).to_all(links)
         finally:
             if local is not None:
                 local.close()
@@ -193,15 +186,6 @@ class PGTransport(CheckpointTransport[T]):
             kind = CheckpointTimeout if late else CheckpointError
             raise kind(f"step {step} could not be sent to {text}") from next(iter(failed.values()))
         self._begun = frozenset()
-
-    def _supply(self, outgoing: Outgoing, description: Description, local: LocalOffer | None) -> None:
-        try:
-            sources = description.extents()
-            outgoing.supply(sources, host_run(sources, self._copy_below))
-        except BaseException as e:
-            if local is not None:
-                local.decline(str(e) or type(e).__name__)
-            raise
 
     def _link(self, rank: int, deadline: Deadline, transfer: Transfer) -> Link:
         return Link(self._pg, self._device, rank, deadline, self._buffers, transfer)
