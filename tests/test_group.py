@@ -109,14 +109,13 @@ def test_nobody_waits_for_a_silent_rank_0(pair: Pair, ends: queue.SimpleQueue[st
     client, step = manager._group.client, manager.current_step()
     manager.end_with_group(timedelta(seconds=0.1))
     pair.begin()
-    asks: list[Future[object]] = [
-        pair.groups.start(lambda: client._quorum(1, step, "", False, MINUTE, 0)),
-        pair.groups.start(lambda: client.vote(1, step, True, MINUTE)),
-    ]
     server = pair.first.manager._group.server
     assert server is not None
     asking, voting = server._quorum_round._gather, server._group_vote._ballots
-    wait_until(lambda: asking.waiting and voting, timeout=30, what="the calls")
+    asks: list[Future[object]] = [pair.groups.start(lambda: client._quorum(1, step, "", False, MINUTE, 0))]
+    wait_until(lambda: asking.waiting, timeout=30, what="the question")  # one that comes after a vote ends it
+    asks.append(pair.groups.start(lambda: client.vote(1, step, True, MINUTE)))
+    wait_until(lambda: voting, timeout=30, what="the vote")
     pair.cut_off()
     asks.append(pair.groups.start(lambda: client.vote(1, step, True, MINUTE)))
     for ask in asks:

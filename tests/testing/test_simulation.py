@@ -1,4 +1,4 @@
-"""Ten thousand schedules of faults against the real core, and what a schedule, a run and a search promise."""
+"""Five thousand schedules of faults against the real core, and what a schedule, a run and a search promise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from torchft.testing.simulation import (
 )
 from torchft.testing.simulation.faults import KINDS
 
-SCHEDULES = 10_000
+SCHEDULES = 5_000
+"""Many times as many as it takes to notice that any one rule is missing (test_simulation_rules.py)."""
 
 DANGEROUS = (
     "standing step",
@@ -46,7 +47,7 @@ DANGEROUS = (
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_no_invariant_breaks_in_ten_thousand_schedules() -> None:
+def test_no_invariant_breaks_in_five_thousand_schedules() -> None:
     summary = run_seeds(range(SCHEDULES))
     assert [(r.schedule.seed, str(r.violation)) for r in summary.failed] == []
     assert summary.runs == SCHEDULES
