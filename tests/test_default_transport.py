@@ -27,6 +27,17 @@ def test_the_token_of_the_environment_is_asked_for_and_presented(monkeypatch: py
         assert refused.value.code == 401
 
 
+@pytest.mark.parametrize("how", [{}, {"hostname": "127.0.0.3"}])
+def test_others_are_told_the_address_that_routes_to_the_lighthouse_of_the_manager(
+    monkeypatch: pytest.MonkeyPatch, how: dict[str, str]
+) -> None:
+    monkeypatch.delenv("TORCHFT_LIGHTHOUSE", raising=False)
+    with running() as groups:  # it passes lighthouse_addr
+        transport: Any = groups.replica("a", **how).manager._transport
+        addresses = [a for a in transport.metadata().split() if a.startswith("http://")]
+        assert addresses[0] == f"http://{how.get('hostname', '127.0.0.1')}:{port_of(transport)}"
+
+
 @pytest.mark.parametrize(("token", "given"), [("wrong", "another one was given"), ("", "none was given")])
 def test_a_group_with_another_token_is_told_so_once_and_waits_while_the_others_train(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, token: str, given: str

@@ -81,6 +81,10 @@ class Group:
     store: TCPStore
     session: SessionClient | None = None
     """To rank 0, in the other ranks' processes."""
+    hostname: str = ""
+    """What others are told of this machine; empty: the address that routes to ``toward``."""
+    toward: str | None = None
+    """The lighthouse's ``host:port``."""
     hosted: Registration | None = None
     """What keeps the store out of forked children, where this process hosts it."""
     _listener: Callable[[Notice], None] = field(default=lambda _: None)
@@ -227,7 +231,9 @@ def join_group(
                 store.set(f"{prefix}/replica_id", unique)
                 store.set(f"{prefix}/manager_address", server.address())
             undo.pop_all()
-            return Group(unique, rank, world_size, server, server, store, hosted=hosted)
+            return Group(
+                unique, rank, world_size, server, server, store, hostname=hostname, toward=toward, hosted=hosted
+            )
 
         try:
             store.wait([f"{prefix}/manager_address"], connect_timeout)
@@ -240,7 +246,7 @@ def join_group(
         unique = store.get(f"{prefix}/replica_id").decode()
         pings = ping_times(RANK_HEARTBEAT_TIMEOUT) if sessions else None
         client = ManagerClient(manager_address, connect_timeout, pings=pings)
-        group = Group(unique, rank, world_size, client, None, store)
+        group = Group(unique, rank, world_size, client, None, store, hostname=hostname, toward=toward)
         undo.callback(group.close)
         if sessions:
             group.session = _session_to_rank0(group, client, manager_address)

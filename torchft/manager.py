@@ -202,7 +202,9 @@ class Manager:
             self._leaving = Leaving(self._group, self._progress, drain, self._log)
             undo.callback(self._leaving.leave, "its Manager could not be set up")
             self._telemetry = telemetry_of(self._group.replica_id, self._group.rank, lambda: self._progress.step)
-            self._transport = checkpoint_transport or default_transport(self.live_state, self._timeout)
+            self._transport = checkpoint_transport or default_transport(
+                self.live_state, self._timeout, self._group.hostname or None, self._group.toward
+            )
             if checkpoint_transport is None:
                 undo.callback(self._transport.shutdown)
             agreement = Agreement(

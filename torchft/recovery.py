@@ -30,7 +30,9 @@ _PATIENCE = 0.5
 _MEASURING = timedelta(seconds=3)
 
 
-def default_transport(live_state: Callable[[], Any], timeout: timedelta) -> CheckpointTransport[dict[str, Any]]:
+def default_transport(
+    live_state: Callable[[], Any], timeout: timedelta, hostname: str | None = None, toward: str | None = None
+) -> CheckpointTransport[dict[str, Any]]:
     """HTTP from the live state of the source straight into the live state here.
 
     Nothing is copied for a snapshot, but for what a slow receiver has not read when the parameters are about to be
@@ -39,8 +41,16 @@ def default_transport(live_state: Callable[[], Any], timeout: timedelta) -> Chec
     Args:
         live_state: the state as it is now.
         timeout: for one transfer.
+        hostname, toward: as of :class:`HTTPTransport`.
     """
-    return HTTPTransport(timeout, snapshot="lock", state_dict=live_state, token=config.TOKEN.read())
+    return HTTPTransport(
+        timeout,
+        snapshot="lock",
+        state_dict=live_state,
+        token=config.TOKEN.read(),
+        hostname=hostname,
+        toward=toward,
+    )
 
 
 class _Heal:

@@ -9,7 +9,7 @@ from torchft import config
 from torchft.checkpointing.http_local import is_local
 from torchft.checkpointing.transport import CheckpointError
 from torchft.runtime.logs import SpeakerLogger
-from torchft.runtime.net import advertised_host, format_address, parse_address
+from torchft.runtime.net import advertised_host, format_address, parse_address, parse_addresses
 
 __all__ = ["PROTOCOL", "addresses_in", "named_sources", "own_addresses"]
 
@@ -18,10 +18,11 @@ logger = SpeakerLogger("torchft.checkpointing.http_transport")
 PROTOCOL = "torchft-http/1"
 
 
-def own_addresses(hostname: str | None, port: int) -> list[str]:
-    """Where others find a port of this machine, the likeliest first."""
+def own_addresses(hostname: str | None, port: int, toward: str | None = None) -> list[str]:
+    """Where others find a port of this machine, the likeliest first. Arguments as of :class:`HTTPTransport`."""
     lighthouse = config.LIGHTHOUSE.read()
-    toward = None if lighthouse is None else parse_address(lighthouse.split(",")[0])
+    if toward is None and lighthouse is not None:
+        toward = parse_addresses(lighthouse)[0]
     hosts = [advertised_host(toward, hostname)]
     if not config.HOST.is_set() and hostname is None:
         name = socket.gethostname()

@@ -90,6 +90,7 @@ class HTTPTransport(CheckpointTransport[T]):
         snapshot: ``"copy"`` or ``"lock"``, see the module.
         hostname: the address of this machine for receivers; by default ``TORCHFT_HOST``, else the interface that
             routes to the lighthouse.
+        toward: the lighthouse's ``host:port``; by default what ``TORCHFT_LIGHTHOUSE`` says.
         token: readers must present it, and it is presented to sources; the same on both sides. The Manager's default
             transport takes ``TORCHFT_TOKEN``.
         allow_pickle: also send and load what the format refuses, with ``torch.save`` and
@@ -124,6 +125,7 @@ class HTTPTransport(CheckpointTransport[T]):
         connections: int = 2,
         local: bool = True,
         compare_sources: Literal["sample", "all", "none"] | None = None,
+        toward: str | None = None,
     ) -> None:
         if snapshot not in ("copy", "lock"):
             raise ValueError(f"snapshot={snapshot!r}: expected 'copy' or 'lock'")
@@ -155,7 +157,7 @@ class HTTPTransport(CheckpointTransport[T]):
         self._receiving = Transfers()
         self._server = SnapshotServer(token, stall=timeout.total_seconds(), port=port, local=local)
         here = self._server.local_address
-        self._addresses = [*([here] if here else []), *own_addresses(hostname, self._server.port)]
+        self._addresses = [*([here] if here else []), *own_addresses(hostname, self._server.port, toward)]
 
     def metadata(self) -> str:
         return " ".join([PROTOCOL, *self._addresses])
