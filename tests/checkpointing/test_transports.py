@@ -51,7 +51,10 @@ class _HTTPSuite(TransportSuite):
             source.metadata = lambda: metadata  # type: ignore[method-assign]
 
         def corrupt() -> None:
-            offer = source._server._offer
+            server = source._server
+            with server._changed:  # a receiver looks at its tensors before there is an offer
+                assert server._changed.wait_for(lambda: server.current is not None, 60)
+                offer = server.current
             assert offer is not None
             _damage(offer)
 
@@ -122,19 +125,26 @@ class _PGSuite(TransportSuite):
         source: PGTransport[Any] = PGTransport(groups[0], TIMEOUT, cpu, **options)
         receiver: PGTransport[Any] = PGTransport(receiving, TIMEOUT, cpu, into, **options)
         offers: list[LocalOffer] = []
+        either = threading.Lock()  # an offer is there when the damage begins, or comes afterwards
 
         class _Noted(LocalOffer):
             def __init__(self, *args: Any) -> None:
                 super().__init__(*args)
-                offers.append(self)
-                if receiving.damage:
+                with either:
+                    offers.append(self)
+                    damaged = receiving.damage
+                if damaged:
                     _damage(self._offer)
 
         noting = mock.patch.object(pg_local, "LocalOffer", _Noted)
         noting.start()
 
         def corrupt() -> None:
-            receiving.damage = True  # before the source has described its state
+            with either:
+                receiving.damage = True
+                present = list(offers)
+            for offer in present:
+                _damage(offer._offer)
 
         def lose_source() -> None:
             for offer in offers:

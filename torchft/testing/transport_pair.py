@@ -32,8 +32,8 @@ class Pair:
     lose_source: Callable[[], None]
     """Ends the source as its death would: connections break."""
     corrupt: Callable[[], None]
-    """Damages a byte of what the source sends from here on, after it was hashed. Called between the receiver's
-    reading the manifest and the data."""
+    """Damages a byte of what the source sends from here on, after it was hashed. Called from the receiver's
+    ``state_dict``: before it reads the data, maybe before the source has any; in that case it may wait for it."""
     close: Callable[[], None]
 
 
