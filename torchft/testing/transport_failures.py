@@ -104,7 +104,7 @@ class TransportFailures(TransportPair):
         pairs: list[Pair] = []
 
         def into() -> State:
-            pairs[0].lose_source()  # the manifest is there, the data is not
+            pairs[0].lose_source()  # the receive has begun, no data is there
             return {}
 
         pairs.append(self.open(into))
