@@ -113,6 +113,18 @@ def test_a_tensor_whose_memory_was_freed_is_refused_and_left_alone_on_both_sides
     assert not freed.untyped_storage().nbytes()
 
 
+def test_memory_that_is_read_or_written_as_bytes_is_not_freed_by_a_resize() -> None:
+    sent, live = torch.ones(100), torch.zeros(100, dtype=torch.bfloat16)
+    run = host_run(describe({"w": sent})[1])
+    destination = Destination(describe({"w": live})[0], {"w": live})
+    for tensor in (sent, live):
+        with pytest.raises(RuntimeError, match="not resizable"):
+            tensor.untyped_storage().resize_(0)
+    assert bytes(run.views(0, 4)[0]) == b"\0\0\x80?"
+    del live
+    fill(destination, {"w": torch.ones(100, dtype=torch.bfloat16)})  # kept by its view
+
+
 def test_a_live_tensor_that_is_given_other_memory_meanwhile_does_not_pass_for_what_came() -> None:
     state = {
         "in place": torch.randn(6, 4),

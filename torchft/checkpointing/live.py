@@ -107,7 +107,7 @@ def _look_at(given: torch.Tensor, kind: type[DTensor] | None) -> LiveTensor:
         if usable:
             address = local.data_ptr()
             if local.is_cpu and dense:
-                view = memory_view(storage, address, reach)
+                view = memory_view(storage, start, reach)
     return LiveTensor(given, dtensor, local, local.dtype, shape, stride, usable, address, view)
 
 

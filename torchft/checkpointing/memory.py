@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from typing import NamedTuple
 
 import torch
 
@@ -35,49 +36,46 @@ def huge_empty(length: int) -> torch.Tensor:
     return tensor
 
 
-def memory_view(owner: object, address: int, length: int) -> memoryview:
-    """CPU memory as writable bytes. There may be many thousands of pieces: it takes a third of what numpy would.
+def memory_view(storage: torch.UntypedStorage, start: int, length: int) -> memoryview:
+    """Bytes of a storage in CPU memory, writable. As with numpy's arrays the storage stays alive as long as the view,
+    and refuses to be resized from then on, which would free what the view is of.
+
+    There may be many thousands of pieces: it takes less than half of what an array for each would.
 
     Args:
-        owner: keeps the memory; kept alive by the view.
-        address: of the first byte.
-        length: how many.
-    """
-    array = (ctypes.c_ubyte * length).from_address(address)
-    array.owner = owner  # type: ignore[attr-defined]
-    return memoryview(array).cast("B")
-
-
-class StorageBytes:
-    """Bytes of a storage, wherever it is, which they keep alive.
-
-    Args:
-        tensor: on whose device they are.
         storage: whose bytes.
         start: the first one.
         length: how many.
     """
+    if storage.resizable():
+        torch.empty(0, dtype=torch.uint8).set_(storage).numpy()  # forbids it, for good
+    array = (ctypes.c_ubyte * length).from_address(storage.data_ptr() + start)
+    array.storage = storage  # type: ignore[attr-defined]
+    return memoryview(array).cast("B")
 
-    __slots__ = ("_start", "_storage", "_tensor", "length")
 
-    def __init__(self, tensor: torch.Tensor, storage: torch.UntypedStorage, start: int, length: int) -> None:
-        self._tensor = tensor
-        self._storage = storage
-        self._start = start
-        self.length = length
+class StorageBytes(NamedTuple):
+    """Bytes of a storage, wherever it is, which they keep alive."""
+
+    of: torch.Tensor
+    """On whose device they are."""
+    storage: torch.UntypedStorage
+    start: int
+    """The first one."""
+    length: int
 
     @property
     def on_host(self) -> bool:
         """Whether they are in CPU memory."""
-        return self._tensor.is_cpu
+        return self.of.is_cpu
 
     def tensor(self) -> torch.Tensor:
         """As one-dimensional ``uint8``: a view."""
-        return byte_view(self._tensor, self._storage, self._start, self.length)
+        return byte_view(self.of, self.storage, self.start, self.length)
 
     def view(self) -> memoryview:
-        """Of those in CPU memory."""
-        return memory_view(self._storage, self._storage.data_ptr() + self._start, self.length)
+        """Of those in CPU memory: see :func:`memory_view`."""
+        return memory_view(self.storage, self.start, self.length)
 
 
 def byte_view(tensor: torch.Tensor, storage: torch.UntypedStorage, start: int, length: int) -> torch.Tensor:
