@@ -124,7 +124,9 @@ def test_a_step_fails_as_such_also_where_the_other_ranks_cannot_be_told(
     assert a.manager.current_step() == 1
 
 
-def test_a_group_that_is_behind_and_may_not_heal_commits_nothing(pair: Groups) -> None:
+def test_a_group_that_is_behind_and_may_not_heal_commits_nothing_and_says_so_once(
+    pair: Groups, caplog: pytest.LogCaptureFixture
+) -> None:
     a, b = pair.replica("a", seed=1), pair.replica("b", seed=2)
     a.manager.load_state_dict({"step": 3, "batches_committed": 5})
 
@@ -138,6 +140,7 @@ def test_a_group_that_is_behind_and_may_not_heal_commits_nothing(pair: Groups) -
         assert pair.together(lambda: step(a, False), lambda: step(b, False)) == [True, False]
         assert (a.manager.num_participants(), b.manager.participating_rank()) == (1, None)
     assert (b.manager.current_step(), b.weights()) == (0, before)
+    assert sum("this group commits nothing" in r.getMessage() for r in caplog.records) == 1
     pair.together(lambda: step(a, True), lambda: step(b, True))
     assert a.manager.current_step() == b.manager.current_step() == 6
     assert b.weights() == a.weights()

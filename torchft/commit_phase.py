@@ -180,6 +180,8 @@ class CommitPhase:
         if few and self.errored() is None:
             cause = f"{participants} participants, min_replica_size is {self._min_replica_size}: more are waited for"
             self._begin.short += 1
+        else:
+            self._begin.short = 0
         self._log.warning("the step is not committed (%d in a row): %s", self._progress.failures, cause)
         self._telemetry.step_failed(self._progress.failures, cause)
         self._persistence.settle_loss()

@@ -161,6 +161,7 @@ class QuorumPhase:
         bound = None if heal_pause is None else seconds(heal_pause)
         self._pause = HealPause(recovery.measure, recovery.timeout, log, bound, min_replica_size)
         self._cannot_serve = ""  # why, as it was said
+        self._told_not_allowed = False
         self.short = 0
         """Steps in a row that had a quorum, but too few participants."""
         self.lost: StateLost | None = None
@@ -330,8 +331,20 @@ class QuorumPhase:
             elif self.loads and own is not None:
                 self._state.keep_own(own)
         elif quorum.max_replica_rank is None:
-            self._sit_out(quorum, "it is behind, and may not heal in this step: allow_heal is False")
+            self._sit_out(quorum, self._not_allowed())
         self.participation = part
+
+    def _not_allowed(self) -> str:
+        """Why a group that is behind commits nothing where it may not heal. It is said once."""
+        why = "it is behind, and may not heal in this step: allow_heal is False"
+        if not self._told_not_allowed:
+            self._told_not_allowed = True
+            self._log.warning(
+                "this group commits nothing: %s. Call start_quorum() without it to take the others' state. This is "
+                "said once",
+                why,
+            )
+        return why
 
     @property
     def _heals_aside(self) -> bool:
