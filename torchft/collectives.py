@@ -244,13 +244,13 @@ class _Steps:
 
     def ended(self, done: Future[Any], then: Callable[[], None], last: bool) -> None:
         """A step has: what comes then."""
-        # A group that keeps its errors to itself: what arrived is not to be used.
-        error = outcome(done)[1] or self._process_group.errored()
-        if error is None:
-            try:
+        _, error = outcome(done)
+        try:
+            error = error or self._process_group.errored()  # one that it keeps to itself: what arrived is of no use
+            if error is None:
                 then()
-            except Exception as e:
-                error = e
+        except Exception as e:
+            error = e
         if error is not None:
             if not last:
                 self._lane.leave()

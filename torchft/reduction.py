@@ -14,6 +14,7 @@ the next one.
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import time
@@ -40,6 +41,8 @@ T = TypeVar("T")
 _ABORT_GRACE = timedelta(seconds=30)
 _LOOK = 0.0002
 """Seconds between two looks at a device: what a step may lose by them."""
+_LOOKS = 25
+"""At a device, for one at the process group, which looks at each of its works."""
 
 
 class StepFutures:
@@ -179,8 +182,10 @@ class StepFutures:
         collectives are torn down without us.
         """
         events = [torch.accelerator.current_stream(device).record_event() for device in devices]
-        while self._error.current is None and not all(event.query() for event in events):
-            if (broken := errored()) is not None:
+        for look in itertools.count():
+            if self._error.current is not None or all(event.query() for event in events):
+                return
+            if look % _LOOKS == 0 and (broken := errored()) is not None:
                 self._error.report(broken)
             elif deadline.expired:
                 late = f"the device has not carried out the step's collectives within {deadline.timeout:g} s"
