@@ -146,3 +146,4 @@ def test_a_name_is_loopback_if_all_it_leads_to_is() -> None:
     assert is_loopback("[::1]")
     assert not is_loopback("192.0.2.1")
     assert not is_loopback("nowhere.invalid")
+    assert not is_loopback("a" * 64), "no name, which the resolver says in another way"

@@ -21,7 +21,7 @@ from torchft.process_group.backend import BackendProcessGroup, torch_group
 from torchft.process_group.devices import Devices
 from torchft.process_group.rendezvous import split_store_address
 from torchft.process_group.session import Session
-from torchft.runtime.net import format_address, is_loopback, local_address_toward, resolves
+from torchft.runtime.net import format_address, is_loopback, leads_elsewhere, local_address_toward
 
 __all__ = ["ProcessGroupGloo"]
 
@@ -82,8 +82,7 @@ def _routed_address(store_addr: str) -> str | None:
     if config.GLOO_SOCKET_IFNAME.is_set():
         return None
     host, port, _ = split_store_address(store_addr)
-    name = socket.gethostname()
-    if is_loopback(host) or (resolves(name) and not is_loopback(name)):
+    if is_loopback(host) or leads_elsewhere(socket.gethostname()):
         return None
     return local_address_toward(format_address(host, port))
 

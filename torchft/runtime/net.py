@@ -13,6 +13,7 @@ __all__ = [
     "format_address",
     "host_as_told",
     "is_loopback",
+    "leads_elsewhere",
     "local_address_toward",
     "parse_address",
     "parse_addresses",
@@ -123,7 +124,12 @@ def host_as_told(host: str, toward: str | None = None, given: str | None = None)
 def is_loopback(host: str) -> bool:
     """Whether a name or an address leads to whichever machine asks. One that leads nowhere does not."""
     found = _addresses_of(host)
-    return bool(found) and all(ipaddress.ip_address(address).is_loopback for address in found)
+    return bool(found) and all(map(_loops, found))
+
+
+def leads_elsewhere(host: str) -> bool:
+    """Whether a name or an address leads to the same machine from everywhere."""
+    return not all(map(_loops, _addresses_of(host)))
 
 
 def resolves(host: str) -> bool:
@@ -153,15 +159,19 @@ def local_address_toward(address: str) -> str | None:
 def _is_here(host: str) -> bool:
     """Whether it is a loopback address, or a name that leads to this machine."""
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return _loops(host.strip("[]"))
     except ValueError:
         return any(_is_ours(address) for address in _addresses_of(host))
+
+
+def _loops(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback
 
 
 def _addresses_of(host: str) -> list[str]:
     try:
         found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
-    except OSError:
+    except (OSError, UnicodeError):  # the latter: a name with a part of more than 63 characters, or of none
         return []
     return [str(sockaddr[0]).partition("%")[0] for *_, sockaddr in found]
 
