@@ -37,13 +37,19 @@ class Persistence:
         """As :meth:`torchft.manager.Manager.restore`."""
         if self._restoring is None:
             raise RuntimeError("this Manager has no checkpoints to restore: pass checkpoints=Checkpoints(directory)")
-        self._restored = True
-        torchft = self._restoring.restore()
-        if torchft is None:
+        if not self._resume(self._restoring):
             self._restoring.check()
             return None
-        self._progress.load_state_dict(torchft)
         return self._progress.step
+
+    def _resume(self, restoring: Restoring) -> bool:
+        """Goes on from the newest checkpoint, if there is one."""
+        self._restored = True
+        torchft = restoring.restore()
+        if torchft is None:
+            return False
+        self._progress.load_state_dict(torchft)
+        return True
 
     def settle_loss(self) -> None:
         """Nobody holds the state any more: goes on from the newest checkpoint, or not at all.
@@ -58,7 +64,7 @@ class Persistence:
         if self._restoring is None:
             raise lost
         self._log.warning("%s", lost)
-        if self.restore() is None:
+        if not self._resume(self._restoring):
             raise lost
 
     def between_steps(self) -> None:

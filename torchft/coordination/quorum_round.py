@@ -135,6 +135,8 @@ class QuorumRound:
         try:
             return await asyncio.wait_for(asyncio.wrap_future(ask.answer), ask.remaining())
         except TimeoutError:
+            if ask.answer.done() and not ask.answer.cancelled():
+                raise  # it is the answer
             raise TimeoutError(self._timeout_message(ask, self._leave(ask, "its deadline passed"))) from None
         except asyncio.CancelledError:
             self._leave(ask, "its call ended (deadline, or the process is gone)")

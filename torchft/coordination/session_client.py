@@ -345,7 +345,8 @@ class SessionClient:
             self._left.set()
         elif kind == "waiting":
             why = self._not_yet = message.waiting.why[:_MAX_WHY]
-            level, self._not_yet_told = logging.DEBUG if why == self._not_yet_told else logging.INFO, why
+            level = logging.DEBUG if why == self._not_yet_told else logging.INFO
+            self._not_yet_told = why
             self._log.log(level, "the %s has no quorum yet: %s", self._server, why)
         elif kind == "welcome":
             welcome = message.welcome
