@@ -29,7 +29,7 @@ from typing import IO, Any
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.nursery import Nursery
 from torchft.runtime.ready import readable
-from torchft.testing.wait import wait_until
+from torchft.testing.process_state import wait_until_stopped
 
 __all__ = ["ForkedProgram"]
 
@@ -138,13 +138,8 @@ class ForkedProgram:
         return code
 
     def wait_until_stopped(self, timeout: float = 60.0) -> None:
-        """Until it stands still, by SIGSTOP.
-
-        Raises:
-            TimeoutError: it did not within ``timeout`` seconds.
-        """
-        stat = Path(f"/proc/{self.pid}/stat")
-        wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", timeout, f"the stop of {self.pid}")
+        """As :func:`torchft.testing.process_state.wait_until_stopped`."""
+        wait_until_stopped(self.pid, timeout)
 
     def communicate(self, timeout: float | None = None) -> tuple[Any, Any]:
         """Ends its input, and waits for its end: its output and its errors' output, as far as they are pipes.

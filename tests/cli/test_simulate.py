@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from torchft.cli import simulate as module
 from torchft.cli.main import cli
+from torchft.testing.process_state import lives
 from torchft.testing.simulation import Parts, Schedule, Summary, run_seeds
 from torchft.testing.simulation import minimal as real_minimal
 from torchft.testing.simulation import run as real_run
@@ -106,15 +107,7 @@ def test_however_a_search_is_ended_its_processes_end_and_it_tells_how_far_it_cam
         assert child.returncode == 130, output
         assert "interrupted" in output
         assert "Traceback" not in output
-    wait_until(lambda: not any(map(_lives, workers)), 60, "their end")
-
-
-def _lives(pid: int) -> bool:
-    """It has not ended, whether or not anybody has taken notice of that."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    wait_until(lambda: not any(map(lives, workers)), 60, "their end")
 
 
 def _workers(pid: int) -> list[int]:

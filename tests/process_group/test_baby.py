@@ -29,18 +29,12 @@ from torchft.process_group.baby.memory import Block, HostBlock, Pool
 from torchft.testing.process_group_life import Held
 from torchft.testing.process_group_member import Member
 from torchft.testing.process_group_suite import ProcessGroupSuite, each
+from torchft.testing.process_state import lives, stat_of
 from torchft.testing.wait import wait_until
 
 
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def _parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return int(stat_of(pid)[1])
 
 
 def _sockets(pid: int | str) -> set[str]:
@@ -75,7 +69,7 @@ class TestProcessGroupBabyGloo(ProcessGroupSuite):
         self.meet(store, groups)
         assert self.children(groups) == first
         groups[0].abort()
-        wait_until(lambda: not _alive(first[0]), 30, "the end of the aborted child")
+        wait_until(lambda: not lives(first[0]), 30, "the end of the aborted child")
         nursery = _parent(first[1])
         self.meet(store, groups)
         second = self.children(groups)
@@ -117,7 +111,7 @@ class TestProcessGroupBabyGloo(ProcessGroupSuite):
                 groups[0].allreduce([self.tensor(1)]).wait()
         finally:
             groups[0].set_timeout(timedelta(seconds=30))
-        wait_until(lambda: not _alive(child), 30, "the end of the stopped child")
+        wait_until(lambda: not lives(child), 30, "the end of the stopped child")
         self.meet(store, groups)
         assert self.sum_of_ranks(groups) == [3.0] * 3
 
@@ -128,7 +122,7 @@ class TestProcessGroupBabyGloo(ProcessGroupSuite):
         groups[0].abort()
         with pytest.raises(ProcessGroupError, match="aborted"):
             pending.wait()
-        wait_until(lambda: not _alive(child), 30, "the end of the stopped child")
+        wait_until(lambda: not lives(child), 30, "the end of the stopped child")
         self.meet(store, groups)
 
     def test_a_child_holds_none_of_the_trainers_sockets(self, groups: list[ProcessGroup]) -> None:
@@ -140,9 +134,9 @@ class TestProcessGroupBabyGloo(ProcessGroupSuite):
         pair = members(2)
         self.meet_members(store, pair)
         child = pair[0].ask("child")["value"]
-        assert _alive(child)
+        assert lives(child)
         pair[0].kill()
-        wait_until(lambda: not _alive(child), 30, "the end of the child")
+        wait_until(lambda: not lives(child), 30, "the end of the child")
 
     def test_it_meets_a_plain_gloo_group(self, store: str, idle_groups: list[ProcessGroup]) -> None:
         plain = ProcessGroupGloo(timeout=timedelta(seconds=30))
@@ -191,7 +185,7 @@ class TestProcessGroupBabyGloo(ProcessGroupSuite):
         self.meet(store, pair)
         children = self.children(pair)
         pair.clear()
-        wait_until(lambda: not any(map(_alive, children)), 30, "the end of the children")
+        wait_until(lambda: not any(map(lives, children)), 30, "the end of the children")
 
     def test_a_nursery_that_is_killed_is_replaced(self, store: str, groups: list[ProcessGroup]) -> None:
         os.kill(groups[0]._children._process.pid, signal.SIGKILL)

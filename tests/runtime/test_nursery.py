@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.nursery import Nursery, NurseryError
+from torchft.testing.process_state import lives
 from torchft.testing.wait import wait_until
 
 
@@ -46,13 +46,6 @@ def _descriptors() -> list[int]:
             continue  # the listing's own
         found.append(int(name))
     return found
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +129,8 @@ def test_nobody_outlives_a_killed_owner_even_when_its_forked_workers_do() -> Non
     assert owner.stdout is not None
     pids = [int(pid) for pid in owner.stdout.readline().split()]
     assert len(pids) == 2
-    assert all(map(_alive, pids))
+    assert all(map(lives, pids))
     owner.kill()
     owner.wait(60)
-    wait_until(lambda: not any(map(_alive, pids)), 60, "the end of the nursery and its child")
+    wait_until(lambda: not any(map(lives, pids)), 60, "the end of the nursery and its child")
     owner.communicate(timeout=60)  # the worker ends when its input does

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from torchft.runtime.deadline import Deadline
+from torchft.testing.process_state import state_of
 
 _PREAMBLE = """
 import json, os, signal, sys, threading, time
@@ -71,7 +72,7 @@ class Child:
     @property
     def state(self) -> str:
         """As the kernel has it: R, S, T, Z."""
-        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state_of(self.pid)
 
     @property
     def log(self) -> str:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.testing.child import TICKING, child
 from torchft.testing.faults import Effect, continue_, kill, stop
+from torchft.testing.process_state import lives, stat_of
 from torchft.testing.wait import wait_until
 
 
@@ -86,7 +87,7 @@ def test_a_process_that_stopped_itself_can_be_killed_and_leaves_no_helper(tmp_pa
         assert len(children) == 1
         kill(c.pid)
         assert c.wait() == -signal.SIGKILL
-        wait_until(lambda: _is_over(int(children[0])), what="the end of the helper")
+        wait_until(lambda: not lives(int(children[0])), what="the end of the helper")
 
 
 def test_what_is_stopped_goes_on_when_the_one_that_stopped_it_exits(tmp_path: Path) -> None:
@@ -188,7 +189,7 @@ def test_busy_loads_the_cores_until_released(tmp_path: Path) -> None:
         assert len(spinners) == 2
         go.touch()
         c.event()
-        assert all(_is_over(p) for p in spinners)
+        assert all(not lives(p) for p in spinners)
 
 
 def test_busy_ends_with_its_owner(tmp_path: Path) -> None:
@@ -198,19 +199,11 @@ def test_busy_ends_with_its_owner(tmp_path: Path) -> None:
         wait_until(lambda: _cpu_seconds(spinner) > 0.05, what="load")
         kill(c.pid)
         c.wait()
-        wait_until(lambda: _is_over(spinner), what="the end of the load")
-
-
-def _is_over(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
+        wait_until(lambda: not lives(spinner), what="the end of the load")
 
 
 def _cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return int(fields[11]) / os.sysconf("SC_CLK_TCK")
+    return int(stat_of(pid)[11]) / os.sysconf("SC_CLK_TCK")
 
 
 def test_effects_end_once() -> None:

@@ -19,7 +19,6 @@ import sys
 import threading
 import time
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
@@ -31,7 +30,7 @@ from torchft.process_group.baby.group import use_nursery
 from torchft.process_group.rendezvous import RendezvousStore
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.nursery import Nursery
-from torchft.testing.wait import wait_until
+from torchft.testing.process_state import wait_until_stopped
 
 __all__ = ["Member", "StoppingGloo", "run"]
 
@@ -109,15 +108,8 @@ class Member:
         self._signal(signal.SIGSTOP)
 
     def wait_until_stopped(self, deadline: float = 60.0) -> None:
-        """Until the process stands still.
-
-        Raises:
-            TimeoutError: it did not within ``deadline`` seconds.
-        """
-        stat = Path(f"/proc/{self.pid}/stat")
-        wait_until(
-            lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", deadline, f"the stop of member {self.pid}"
-        )
+        """As :func:`torchft.testing.process_state.wait_until_stopped`."""
+        wait_until_stopped(self.pid, deadline)
 
     def kill(self) -> None:
         """The process dies at once."""
