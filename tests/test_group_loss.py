@@ -68,14 +68,20 @@ def test_between_two_steps_it_waits_for_nobody_and_is_looked_at_again(monkeypatc
     assert watched.ends.get(timeout=DEADLINE)
 
 
-@pytest.mark.parametrize(("in_step", "level"), [(True, logging.ERROR), (False, logging.INFO)])
-def test_a_loss_between_two_steps_is_no_error_in_the_log(
-    in_step: bool, level: int, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("notice", "level"),
+    [(LOST, logging.ERROR), (Notice("g:1", "rank 1 of this group left: done", ANY_QUORUM, step=4), logging.INFO)],
+    ids=["died", "left"],
+)
+@pytest.mark.parametrize("in_step", [True, False])
+def test_a_death_is_an_error_in_the_log_and_an_orderly_end_is_none(
+    notice: Notice, level: int, in_step: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     watched = Watched(grace=600.0)
     watched.in_step = in_step
-    watched.loss.hear(LOST)
+    watched.loss.hear(notice)
+    watched.loss.hear(LOST)  # the connection of who has left ends as well: that is no second loss
     watched.loss.stop()
     assert [record.levelno for record in caplog.records if "rank 1" in record.getMessage()] == [level]
 

@@ -87,8 +87,10 @@ class GroupLoss:
                 return
             self._notice, self._heard = notice, time.monotonic()
             self._timer = call_later(self._grace, self._due)
-        self._log.log(
-            logging.ERROR if self._in_step() else logging.INFO,  # at the end of a job the ranks go one after the other
+        if notice.step:  # in good order: at the end of a job the ranks go one after the other
+            self._log.info("%s", notice.cause)
+            return
+        self._log.error(
             "%s. This group cannot go on without it. If this process still waits for it in %g s, it ends with exit "
             "code %d; its supervisor (torchrun --max-restarts) then restarts the group",
             notice.cause,

@@ -377,6 +377,8 @@ def test_a_rank_that_leaves_ends_also_the_question_that_waits_at_the_lighthouse(
     lighthouse = LighthouseServer("127.0.0.1:0", 2)
     watcher = Session(lighthouse.address(), "watcher")
     server = _group(lighthouse.address(), 2)
+    heard: list[Notice] = []
+    server.listen(heard.append)
     rank1 = Session(server.address(), "g", 1)
     with ThreadPoolExecutor(2) as pool:
         asked = pool.submit(lambda: server._quorum(0, 1, "", False, MINUTE, 0))
@@ -387,8 +389,28 @@ def test_a_rank_that_leaves_ends_also_the_question_that_waits_at_the_lighthouse(
             asked.result(20)
         wait_until(lambda: bool(watcher.notices), timeout=20)
     assert "rank 1: its loss is not a number" in watcher.notices[0].cause
+    wait_until(lambda: bool(heard), timeout=20)
+    assert (heard[0].cause, heard[0].step) == ("rank 1 of this group left: its loss is not a number", 1)
     for closing in (rank1, watcher):
         closing.close()
+    server.shutdown()
+    lighthouse.shutdown()
+
+
+def test_a_rank_0_that_leaves_says_so_to_its_ranks() -> None:
+    lighthouse = LighthouseServer("127.0.0.1:0", 1)
+    server = _group(lighthouse.address(), 2)
+    rank1 = Session(server.address(), "g", 1)
+    server.leave("it is done", 4)
+    wait_until(lambda: bool(rank1.notices), timeout=60)
+    left = rank1.notices[0]
+    assert (left.replica_id, left.cause, left.quorum_id, left.step) == (
+        "g",
+        "rank 0 of this group left: it is done",
+        ANY_QUORUM,
+        4,
+    )
+    rank1.close()
     server.shutdown()
     lighthouse.shutdown()
 

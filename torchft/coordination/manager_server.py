@@ -195,9 +195,11 @@ class ManagerServer:
         self._tell(notice)
 
     def _tell(self, notice: types.Notice) -> None:
-        message = notice.to_wire()
-        loop.get_loop().call_soon_threadsafe(self._ranks.broadcast, message)
+        self._tell_ranks(notice)
         self._listener(notice)
+
+    def _tell_ranks(self, notice: types.Notice) -> None:
+        loop.get_loop().call_soon_threadsafe(self._ranks.broadcast, notice.to_wire())
 
     def leave(self, reason: str, step: int, timeout: timedelta = timedelta(seconds=1)) -> bool:
         """Tells the lighthouse, and through it all groups, that this group goes.
@@ -211,6 +213,7 @@ class ManagerServer:
             Whether everybody was told. False without a lighthouse that knows sessions.
         """
         self._break(f"this group leaves: {reason}")
+        self._tell_ranks(types.Notice(self.replica_id, f"rank 0 of this group left: {reason}", types.ANY_QUORUM, step))
         return self._lighthouse.leave(reason, step, seconds(timeout))
 
     def rank_is_there(self, rank: int) -> None:
@@ -222,7 +225,7 @@ class ManagerServer:
         # On a thread of its own: the worker may be waiting for the lighthouse, which waits for this group or another.
         said = f"rank {rank}: {reason}", step, 1.0
         threading.Thread(target=self._lighthouse.leave, args=said, name="torchft-leave", daemon=True).start()
-        self._rank_ended(rank, f"rank {rank} of this group left: {reason}")
+        self._rank_ended(rank, f"rank {rank} of this group left: {reason}", step)
 
     def rank_died(self, rank: int, cause: str) -> None:
         """A rank's process has ended, or is as good as dead. On the loop."""
@@ -230,10 +233,10 @@ class ManagerServer:
         self._lighthouse.report(self.replica_id, f"its rank {rank} is no longer there: {cause}")
         self._rank_ended(rank, f"rank {rank} of this group is no longer there: {cause}")
 
-    def _rank_ended(self, rank: int, cause: str) -> None:
+    def _rank_ended(self, rank: int, cause: str, step: int = 0) -> None:
         self._quorum_round.rank_ended(rank, cause)
         self._break(cause)
-        self._tell(types.Notice(self.replica_id, cause, types.ANY_QUORUM))
+        self._tell(types.Notice(self.replica_id, cause, types.ANY_QUORUM, step))
 
     def _break(self, cause: str) -> None:
         """Ends what ranks of this group wait for."""
