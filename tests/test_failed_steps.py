@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed import Work
 from torch.futures import Future
 
 from tests.groups import TIMEOUT, Groups, Replica
+from torchft import reduction
 from torchft.coordination import LighthouseServer
 from torchft.core.standing_member import MayCommit
 from torchft.process_group import FakeProcessGroupWrapper, ProcessGroupGloo
 from torchft.testing.wait import wait_until
+from torchft.work import FutureWork
 
 
 def test_a_step_with_too_few_participants_is_not_committed(groups: Groups) -> None:
@@ -228,3 +232,25 @@ def test_what_is_pending_when_a_step_is_left_writes_to_nothing_in_the_next_one(p
     b.manager.allreduce(theirs).wait()
     assert b.manager.errored() is not None
     assert mine.tolist() == [100.0] * 3
+
+
+class Stuck(FakeProcessGroupWrapper):
+    """A group of which an abort ends no collective."""
+
+    def allreduce(self, tensors: list[torch.Tensor], opts: Any) -> Work:
+        return FutureWork(Future())
+
+
+@pytest.mark.parametrize("ended", ["by its vote", "by the next step"])
+def test_a_process_whose_gradients_may_be_written_at_any_time_trains_no_more(
+    groups: Groups, monkeypatch: pytest.MonkeyPatch, ended: str
+) -> None:
+    monkeypatch.setattr(reduction, "_ABORT_GRACE", timedelta(milliseconds=10))
+    a = groups.replica("a", pg=Stuck(ProcessGroupGloo(timeout=TIMEOUT)), timeout=timedelta(milliseconds=50))
+    a.manager.start_quorum()
+    a.manager.allreduce(torch.ones(3))
+    calls = [a.manager.should_commit, a.manager.start_quorum, a.manager.should_commit, a.optimizer.zero_grad]
+    for call in calls if ended == "by its vote" else calls[1:]:
+        with pytest.raises(RuntimeError, match="this process cannot go on safely and must be restarted"):
+            call()
+    assert a.manager.current_step() == 0

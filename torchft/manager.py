@@ -410,8 +410,10 @@ class Manager:
 
         Raises:
             Drained: the group was asked to drain, and has left.
-            RuntimeError: it has left before.
+            RuntimeError: it has left before; or a collective of an earlier step did not end even when the process
+                group was aborted, and may write to gradients at any time: this process must be restarted.
         """
+        self._works.check()
         if self._leaving.left is None and self._commit.goes_on():
             self._start.here()
             return
@@ -549,7 +551,8 @@ class Manager:
         Raises:
             StateLost: the last replica that held the state of the job is gone.
             RuntimeError: no step has begun, or it was ended before; or more than ``max_retries`` steps in a row
-                failed. The message names the last cause.
+                failed, and the message names the last cause; or this process must be restarted, as of
+                :meth:`start_quorum`: once that was said, each later call of either says it again.
         """
         if self._commit.over:
             raise RuntimeError(

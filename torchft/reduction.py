@@ -58,11 +58,21 @@ class StepFutures:
         self._collectives: list[Future[Any]] = []  # those whose end means that nothing writes to the tensor
         self._devices: set[torch.device] = set()  # other than the CPU, where they are carried out
         self._lane = Lane()
+        self._unsafe = ""  # why nothing may be trained in this process any more
 
     @property
     def begun(self) -> bool:
         """Whether there is something."""
         return bool(self._futures)
+
+    def check(self) -> None:
+        """Nothing of an earlier step may still write to a tensor.
+
+        Raises:
+            RuntimeError: something may, as :meth:`wait` or :meth:`give_up` has said before.
+        """
+        if self._unsafe:
+            raise RuntimeError(self._unsafe)
 
     def clear(self) -> None:
         """Forgets them all, and issues nothing of them any more: the next step begins."""
@@ -131,8 +141,10 @@ class StepFutures:
             errored: what the process group failed with; asked while a device is waited for.
 
         Raises:
-            RuntimeError: something is pending even then. Its buffers must not be used again.
+            RuntimeError: something is pending even then. Its buffers must not be used again: from now on this raises
+                the same error whenever it is called, and so does :meth:`check`.
         """
+        self.check()
         deadline = Deadline(timeout)
         collectives = list(self._collectives)
         self._wait_for([*self._futures, *collectives], timeout)
@@ -164,10 +176,11 @@ class StepFutures:
         abort()
         self._wait_for(collectives, _ABORT_GRACE)
         if not all(future.done() for future in collectives):
-            raise RuntimeError(
+            self._unsafe = (
                 f"a collective still runs {_ABORT_GRACE.total_seconds():g} s after the process group was aborted, "
                 f"and may write to gradients at any time: this process cannot go on safely and must be restarted"
             )
+            self.check()
 
     def _put_in_order(self) -> None:
         """What this thread's streams are given from now on comes after the collectives."""
