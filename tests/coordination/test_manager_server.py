@@ -14,12 +14,13 @@ from functools import partial
 import grpc
 import pytest
 
-from torchft.coordination import LighthouseServer, ManagerClient, ManagerServer, QuorumResult
+from torchft.coordination import LighthouseClient, LighthouseServer, ManagerClient, ManagerServer, QuorumResult
 from torchft.coordination.channel import open_channel
 from torchft.coordination.group_vote import Ballot, Voted
 from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
 from torchft.core.assignment import Source
+from torchft.runtime.deadline import Deadline
 from torchft.testing.ports import ReservedPort
 from torchft.testing.wait import wait_until
 
@@ -149,13 +150,30 @@ def test_a_group_with_another_number_of_ranks_is_refused_and_not_waited_for(
         return [f.result(60).replica_ids for f in (ask(pool, a, 0, step=number), ask(pool, rank1, 1, step=number))]
 
     assert step(1) == [["a"], ["a"]]
-    refused = r"group b has 1 rank\(s\), and a, which is there already, has 2.*LIGHTHOUSE name that of this job\?"
+    refused = r"group b has 1 rank\(s\), and a, which is there already, has 2.*LIGHTHOUSE name that of its job\?$"
     with pytest.raises(RuntimeError, match=refused):
         b._quorum(0, 0, "", False, WAIT, 0)
     assert step(2) == [["a"], ["a"]]  # b lives, has asked, and holds nobody up
     rank1.close()
     assert a.leave("done", 3, WAIT)
     assert b._quorum(0, 0, "", False, WAIT, 0).replica_ids == ["b"]
+
+
+@pytest.mark.parametrize("lighthouse", [2], indirect=True)
+def test_only_who_does_not_fit_is_asked_whether_it_is_the_right_lighthouse(
+    start: Start, pool: ThreadPoolExecutor, lighthouse: LighthouseServer
+) -> None:
+    a, b = start("a"), start("b")
+    asked = ask(pool, a)
+    wait_until(lambda: "a" in lighthouse._service._answers)
+    client = LighthouseClient(lighthouse.address(), WAIT)
+    client.report_failure("a", "somebody said so")
+    client.close()
+    with pytest.raises(RuntimeError, match=r"a was declared dead: somebody said so$"):
+        asked.result(60)
+    b.shutdown()
+    with pytest.raises(RuntimeError, match=r"the connection was closed$"):
+        b._lighthouse.quorum(pb.QuorumMember(replica_id="b"), True, Deadline(60))
 
 
 def test_a_failed_lighthouse_call_reaches_every_waiting_rank_with_address_and_cause(

@@ -223,9 +223,7 @@ class LighthouseLink:
                 f"{LIGHTHOUSE_HINT}"
             ) from None
         except RuntimeError as e:
-            raise RuntimeError(
-                f"quorum: the lighthouse at {self._lighthouses}: {e}. Does TORCHFT_LIGHTHOUSE name that of this job?"
-            ) from e
+            raise RuntimeError(f"quorum: the lighthouse at {self._lighthouses}: {e}") from e
 
     def _goes_on(self, member: pb.QuorumMember) -> bool:
         return not member.commit_failures and self.standing.stands(member.step)

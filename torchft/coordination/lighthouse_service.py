@@ -390,7 +390,7 @@ def _misfit(member: Member, other: Member) -> str:
     refusal = (
         f"the group {member.replica_id} has {member.world_size} rank(s), and {other.replica_id}, which is there "
         f"already, has {other.world_size}: all groups of a job have the same number. Start this one with that many "
-        f"(torchrun --nproc-per-node), or all of them anew"
+        f"(torchrun --nproc-per-node), or all of them anew. Does its TORCHFT_LIGHTHOUSE name that of its job?"
     )
     logger.warning("refused: %s", refusal)
     return refusal
