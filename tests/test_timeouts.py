@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from tests.groups import Groups, running
 from torchft.cli.lighthouse import lighthouse
+from torchft.process_group import ProcessGroupGloo
+from torchft.runtime.deadline import LONGEST
 from torchft.testing.wait import wait_until
 from torchft.timeouts import Timeouts, effective, suggest
 
@@ -34,10 +36,21 @@ def test_contradictory_timeouts_are_refused_with_the_reason(given_: dict[str, ti
         Timeouts(**given_)
 
 
-@pytest.mark.parametrize("longer", [timedelta(days=3654), timedelta.max])
-def test_what_no_clock_can_wait_for_is_refused(longer: timedelta) -> None:
-    with pytest.raises(ValueError, match=r"collective is .*: ten years"):
-        Timeouts(collective=longer)
+def test_what_no_clock_can_wait_for_is_cut_to_what_one_can() -> None:
+    never = Timeouts(collective=timedelta.max, commit=timedelta.max, quorum=timedelta(days=10_000))
+    assert never.collective == never.commit == never.quorum == Timeouts(collective=LONGEST).commit == LONGEST
+
+
+def test_groups_whose_timeouts_are_never_train() -> None:
+    never = timedelta.max
+    groups: Groups
+    with running(2) as groups:
+        a, b = (
+            groups.replica(name, pg=ProcessGroupGloo(never), timeout=never, quorum_timeout=never, connect_timeout=never)
+            for name in "ab"
+        )
+        groups.together(a.step, b.step)
+        assert [r.manager.current_step() for r in (a, b)] == [1, 1]
 
 
 def test_the_defaults_of_the_manager_and_of_the_lighthouse_command_fit_together() -> None:

@@ -36,12 +36,12 @@ def _seconds(value: timedelta) -> str:
 class Timeouts:
     """The timeouts of a job's trainers, and what they assume of its lighthouse.
 
-    Pass it to the trainers as ``Manager(timeouts=…)`` and to the lighthouse by :meth:`lighthouse_flags`.
+    Pass it to the trainers as ``Manager(timeouts=…)`` and to the lighthouse by :meth:`lighthouse_flags`. What is longer
+    than ten years, such as ``timedelta.max`` for "never", is cut to them: the system's clocks cannot wait for more.
 
     Raises:
         TypeError: one is no timedelta.
-        ValueError: two of them contradict each other, or one is not positive, or longer than ten years, which the
-            system's clocks cannot wait for. The message says which and why.
+        ValueError: two of them contradict each other, or one is not positive. The message says which and why.
     """
 
     collective: timedelta = timedelta(seconds=60)
@@ -70,11 +70,11 @@ class Timeouts:
                 raise TypeError(
                     f"{field.name} is {value!r}: a timeout is a datetime.timedelta, timedelta(seconds={value!r})"
                 )
-            if value is not None and value > LONGEST:
-                raise ValueError(f"{field.name} is {value}: ten years ({LONGEST.days} days) are as good as for ever")
+            if value is not None:
+                object.__setattr__(self, field.name, min(value, LONGEST))
         if self.commit is None:
             more = max(self.collective / 10, timedelta(seconds=5))
-            object.__setattr__(self, "commit", self.collective + more)
+            object.__setattr__(self, "commit", min(self.collective + more, LONGEST))
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
             if name != "join_timeout" and value is not None and value <= _ZERO:

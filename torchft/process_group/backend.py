@@ -36,7 +36,7 @@ from torchft.process_group.rendezvous import (
 from torchft.process_group.session import STORE_GRACE, Session, nothing
 from torchft.process_group.works import PointToPointWork
 from torchft.process_group.wrapper import ProcessGroupWrapper
-from torchft.runtime.deadline import Deadline
+from torchft.runtime.deadline import LONGEST, Deadline
 
 __all__ = ["BackendProcessGroup", "Membership", "torch_group"]
 
@@ -73,7 +73,7 @@ class BackendProcessGroup(ProcessGroupWrapper):
     """The state machine of the module's docstring. A subclass names its backend in :meth:`_open`.
 
     Args:
-        timeout: the longest wait of a configuration and of each collective.
+        timeout: the longest wait of a configuration and of each collective; cut to ten years.
     """
 
     _loses_works: ClassVar[bool] = False
@@ -81,7 +81,7 @@ class BackendProcessGroup(ProcessGroupWrapper):
 
     def __init__(self, timeout: timedelta = DEFAULT_TIMEOUT) -> None:
         super().__init__()
-        self._timeout = timeout
+        self._timeout = min(timeout, LONGEST)
         self._session: Session | None = None
         self._attempt: Session | None = None  # the session being made, or the one in place
         self._failure: Exception | None = None  # of the last configure
@@ -238,7 +238,7 @@ class BackendProcessGroup(ProcessGroupWrapper):
             self._store_client.close()
 
     def set_timeout(self, timeout: timedelta) -> None:
-        self._timeout = timeout
+        self._timeout = min(timeout, LONGEST)
         session = self._session
         if session is not None and session.group is not None:
             self._bound(session.group)

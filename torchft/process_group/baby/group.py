@@ -174,7 +174,7 @@ class _BabyProcessGroup(BackendProcessGroup):
         super().set_timeout(timeout)
         carrier = self._carrier
         if carrier is not None and carrier.idle:
-            carrier.set_timeout(timeout)
+            carrier.set_timeout(self._timeout)
 
     def _watched(self, session: Session, op: str, args: tuple[Any, ...], work: Work, reached: Any) -> Work:
         return work  # the carrier tells the session
