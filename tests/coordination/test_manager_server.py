@@ -14,6 +14,7 @@ from functools import partial
 import grpc
 import pytest
 
+from tests.coordination.test_group_vote import RANKS, let_the_lease_run_out
 from torchft.coordination import LighthouseClient, LighthouseServer, ManagerClient, ManagerServer, QuorumResult
 from torchft.coordination.channel import open_channel
 from torchft.coordination.group_vote import Ballot, Voted
@@ -303,6 +304,17 @@ def test_a_vote_that_misses_a_rank_ends_at_its_deadline(start: Start) -> None:
         server.should_commit(0, 5, True, SOON)
     with pytest.raises(TimeoutError, match="should_commit"):
         ManagerClient(start("b", world_size=2).address(), WAIT).should_commit(1, 5, True, SOON)
+
+
+def test_a_vote_that_waits_for_the_lease_says_so_at_its_deadline(start: Start, pool: ThreadPoolExecutor) -> None:
+    server = start("a", world_size=RANKS)
+    assert server._lighthouse._session is not None
+    assert server._lighthouse._session.wait(Deadline(WAIT))
+    let_the_lease_run_out(server._lighthouse.standing)
+    others = [server.cast(rank, 0, True) for rank in (1, 2)]
+    with pytest.raises(TimeoutError, match=r"vote on step 0 did not end within 0.3 s: all ranks have voted yes, and "):
+        server.should_commit(0, 0, True, SOON)
+    assert [ballot.result(20).commit for ballot in others] == [False, False], "rank 0 has given it up"
 
 
 def test_a_rank_that_asks_while_another_waits_for_its_vote_ends_that_vote_at_once(

@@ -267,11 +267,11 @@ class ManagerServer:
         try:
             return ballot.result(timeout=seconds(timeout))
         except concurrent.futures.TimeoutError:
-            if ballot.done() or not self.uncast(group_rank, ballot, "its deadline passed"):
+            waited_for = "" if ballot.done() else self.uncast(group_rank, ballot, "its deadline passed")
+            if not waited_for:
                 return ballot.result(timeout=_DECIDED)  # the others do as was decided
             raise TimeoutError(
-                f"the commit vote on step {step} did not end within {seconds(timeout):g} s: a rank of this group "
-                f"of {self._world_size} has not voted"
+                f"the commit vote on step {step} did not end within {seconds(timeout):g} s: {waited_for}"
             ) from None
 
     def cast(self, rank: int, step: int, commit: bool) -> Ballot:
@@ -287,8 +287,8 @@ class ManagerServer:
             self._group_vote.gone_on(ahead)
         return ballot
 
-    def uncast(self, rank: int, ballot: Ballot, cause: str) -> bool:
-        """The rank that waits on this ballot gave up, or died: the vote fails for the others. False: it is decided."""
+    def uncast(self, rank: int, ballot: Ballot, cause: str) -> str:
+        """As :meth:`GroupVote.uncast`."""
         return self._group_vote.uncast(rank, ballot, cause)
 
     def stands(self, step: int) -> bool:

@@ -7,6 +7,7 @@ guards the machine. Nothing is waited for under it, except for the lighthouse's 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from torchft.coordination.proto import session_pb2
 from torchft.coordination.standing_wire import (
@@ -23,7 +24,13 @@ from torchft.runtime.clock import lease_clock
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.logs import RankLogger
 
-__all__ = ["StandingLink"]
+__all__ = ["LEASE_RAN_OUT", "StandingLink"]
+
+LEASE_RAN_OUT = (
+    "the lighthouse has not answered since the lease of this group's quorum ran out: others may have formed another "
+    "one meanwhile"
+)
+"""Why a step is not committed that all ranks have voted yes on."""
 
 
 class StandingLink:
@@ -174,25 +181,27 @@ class StandingLink:
         with self._changed:
             return self._machine.commit(lease_clock())
 
-    def wait_to_commit(self, deadline: Deadline) -> str:
+    def wait_to_commit(self, deadline: Deadline, given_up: Callable[[], bool] = lambda: False) -> str:
         """Whether the step under way may commit; waits for the lighthouse if the lease has run out.
+
+        Args:
+            deadline: for the lighthouse's word.
+            given_up: whether nobody waits any more; looked at again when :meth:`ended` is called.
 
         Returns:
             Why not; empty if it may.
         """
         with self._changed:
             while (may := self._machine.commit(lease_clock())) is MayCommit.WAIT:
-                if self._closed or not self._changed.wait(deadline.remaining()):
-                    return (
-                        "the lighthouse has not answered since the lease of this group's quorum ran out: others may "
-                        "have formed another one meanwhile"
-                    )
+                if self._closed or given_up() or not self._changed.wait(deadline.remaining()):
+                    return LEASE_RAN_OUT
             return "" if may is MayCommit.YES else "this group's quorum was given up by the lighthouse"
 
     def ended(self, step: int, committed: bool) -> None:
         """The step under way is over."""
         with self._changed:
             self._machine.ended(step, committed)
+            self._changed.notify_all()
 
     def committed(self, step: int) -> None:
         """The group says, by what it asks, that all steps up to this one are committed."""

@@ -336,6 +336,8 @@ class GroupServer:
         ballots, self._ballots = self._ballots, {}
         for other in ballots:
             self._vote.leave(other, text)
+        self._verdict = None
+        self.standing.ended(-1, False)
         for ask in waiting:
             ask.answer(None, RuntimeError(f"no quorum for this group: {text}"))
         for answer in ballots.values():
