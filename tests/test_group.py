@@ -137,6 +137,15 @@ def test_a_store_that_torchrun_names_by_loopback_is_told_to_others_as_they_reach
         assert last.store_address == f"192.0.2.9:{store.port}"
 
 
+def test_a_group_tells_also_of_its_own_store_under_the_host_name_that_it_was_given() -> None:
+    with running() as groups:
+        replica = groups.replica("g", hostname="127.0.0.3")
+        replica.step()
+        last = replica.manager._begin._last
+        assert last is not None
+        assert last.store_address.startswith("127.0.0.3:")
+
+
 @pytest.mark.parametrize(("name", "message"), [("bad\udcff", "which is no text"), ("x" * 1001, "has 1001 characters")])
 def test_a_name_that_cannot_be_told_is_refused_at_once(groups: Groups, name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -304,13 +304,14 @@ def _open_store(
                 "a group of several ranks needs its store: start it with torchrun, or pass store_addr and "
                 "store_port (MASTER_ADDR, MASTER_PORT) of a TCPStore that you host"
             )
-        host = advertised_host(toward)
+        host = advertised_host(toward, hostname)
         try:
             store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
         except Exception as e:
             raise TimeoutError(
                 f"the group's own store was not reached at {host}, the address of this machine that others are told, "
-                f"within {timeout.total_seconds():g} s. Is TORCHFT_HOST an address that this machine has? ({e})"
+                f"within {timeout.total_seconds():g} s. Is TORCHFT_HOST, or hostname=, an address that this machine "
+                f"has? ({e})"
             ) from e
         return store, f"{host}:{store.port}", close_in_children(own=[store.port])
     try:

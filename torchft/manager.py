@@ -89,7 +89,8 @@ class Manager:
         lighthouse_addr: ``http://host:port``, or several with commas between; ``TORCHFT_LIGHTHOUSE`` by default.
         replica_id: the group's name in logs; a unique suffix is added for each life of it.
         port: of the ManagerServer; ``TORCHFT_MANAGER_PORT``, else any, by default.
-        hostname: what other groups are told; chosen by the route to the lighthouse where it does not resolve.
+        hostname: what other groups are told. The default, the machine's own name, and one that does not resolve stand
+            for the address that routes to the lighthouse.
         heartbeat_interval: between signs of life.
         checkpoint_transport: moves the state; an :class:`HTTPTransport` by default, which receives into
             :meth:`live_state`, with the token ``TORCHFT_TOKEN`` if that is set.

@@ -136,6 +136,19 @@ def test_an_address_that_somebody_chose_is_told_as_it_is(monkeypatch: pytest.Mon
         assert host_as_told(host) == host
 
 
+def test_a_name_of_this_machine_in_another_network_leads_others_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"node1": ["192.0.2.9"], "node1.lan": ["192.0.2.9"], "node1-ib": ["198.51.100.9"], "node2": ["192.0.2.8"]}
+    monkeypatch.setattr(net, "_addresses_of", lambda host: known.get(host, []))
+    monkeypatch.setattr(net, "_is_ours", lambda address: address.endswith(".9"))
+    monkeypatch.setattr(net, "local_address_toward", lambda address: "203.0.113.9")
+    monkeypatch.setattr(socket, "gethostname", lambda: "node1")
+    monkeypatch.setattr(socket, "getfqdn", lambda: "node1.lan")
+    told = {host: host_as_told(host) for host in known}
+    assert told["node1-ib"] == "198.51.100.9"  # what another machine makes of the name is not known
+    assert told["node1"] == told["node1.lan"] == "203.0.113.9"
+    assert told["node2"] == "node2"
+
+
 def test_on_one_machine_the_address_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(net, "local_address_toward", lambda address: "::1")
     assert host_as_told("127.0.0.1") == "127.0.0.1"

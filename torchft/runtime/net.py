@@ -108,8 +108,9 @@ def host_as_told(host: str, toward: str | None = None, given: str | None = None)
     """The host under which others find what this process finds at ``host``.
 
     Launchers tell a process ``127.0.0.1`` or the name of its own machine (torchrun does), which on another machine is
-    that one, or nobody. So where ``host`` is a loopback address, or a name of this machine, others are told
-    :func:`advertised_host`, unless that is a loopback address, too. Any other address is kept: somebody chose it.
+    that one, or nobody. So where ``host`` is a loopback address, or this machine's own name, others are told
+    :func:`advertised_host`, unless that is a loopback address, too. Any other was chosen by somebody and is kept; in
+    place of a name of this machine in another network others are told its address there.
 
     Args:
         host: a name or an address, without a port.
@@ -117,6 +118,9 @@ def host_as_told(host: str, toward: str | None = None, given: str | None = None)
     """
     if not _is_here(host):
         return host
+    chosen = next((a for a in _addresses_of(host) if not _loops(a) and _is_ours(a)), None)
+    if chosen is not None and host not in (socket.gethostname(), socket.getfqdn()):
+        return chosen
     told = advertised_host(toward, given)
     return host if is_loopback(told) else told
 
