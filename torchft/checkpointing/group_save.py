@@ -38,7 +38,7 @@ def write_part(
     """Writes a rank's part; as rank 0 also waits for the others', completes the checkpoint, and tidies up.
 
     Args:
-        directory: of the checkpoints; made when it is not there.
+        directory: of the checkpoints; made when it is not there, in a folder that is.
         shard: the part.
         world_size: ranks of the group.
         writer: the same on all ranks of the group, and another one in each life and group.
@@ -56,7 +56,8 @@ def write_part(
     """
     later = [folder for step, folder in complete(directory) if step > shard.step]
     partial = partial_of(directory, shard.step, writer)
-    partial.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(exist_ok=True)
+    partial.mkdir(exist_ok=True)
     with held(partial):
         try:
             shard.write(partial, stop.is_set)

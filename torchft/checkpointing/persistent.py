@@ -52,6 +52,7 @@ _HINTS = {
     errno.EROFS: "the file system is read-only: choose another directory",
     errno.EACCES: "this user may not write there: choose another directory, or give it the right",
     errno.EPERM: "this user may not write there: choose another directory, or give it the right",
+    errno.ENOENT: "the folder above it is not there: is the path right, and mounted? If so, make that folder",
     errno.ENOTDIR: "a file is where a folder should be: choose another directory",
 }
 
@@ -72,7 +73,8 @@ class Checkpoints:
     :meth:`load_latest` before it.
 
     Args:
-        directory: made when it is not there. The same for all ranks of a group. May be shared by all groups.
+        directory: made when it is not there, in a folder that must be: a mistyped path is an error. The same for all
+            ranks of a group. May be shared by all groups.
         every: the steps between two saves.
         keep: how many complete checkpoints are kept.
         timeout: longest wait for the parts of a group's other ranks, and for a save under way when this is closed.
@@ -132,14 +134,12 @@ class Checkpoints:
         """
         describe(state, self._allow_pickle)
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(exist_ok=True)
             if not os.access(self.directory, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as e:
-            raise CheckpointError(
-                f"no checkpoint could be saved to {self.directory}: {e.strerror or e}. Is it the right one, and "
-                f"may this user write there?"
-            ) from e
+            hint = _HINTS.get(e.errno or 0, "is it the right one?")
+            raise CheckpointError(f"no checkpoint could be saved to {self.directory}: {e.strerror or e}: {hint}") from e
 
     def save(
         self, step: int, state: object, *, rank: int = 0, world_size: int = 1, writer: str = ""
