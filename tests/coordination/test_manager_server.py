@@ -42,7 +42,11 @@ def start(lighthouse: LighthouseServer) -> Iterator[Callable[..., ManagerServer]
     servers: list[ManagerServer] = []
 
     def make(
-        replica_id: str, world_size: int = 1, lighthouse_addr: str | None = None, quorum_retries: int = 0
+        replica_id: str,
+        world_size: int = 1,
+        lighthouse_addr: str | None = None,
+        quorum_retries: int = 0,
+        sessions: bool = True,
     ) -> ManagerServer:
         server = ManagerServer(
             replica_id,
@@ -54,6 +58,7 @@ def start(lighthouse: LighthouseServer) -> Iterator[Callable[..., ManagerServer]
             timedelta(milliseconds=50),
             WAIT,
             quorum_retries,
+            sessions=sessions,
         )
         servers.append(server)
         return server
@@ -441,3 +446,37 @@ def test_a_server_that_just_died_is_an_error_at_once_for_who_does_not_wait() -> 
         client = ManagerClient(f"http://127.0.0.1:{nobody.port}", timedelta(minutes=4), wait=False)
         with pytest.raises(RuntimeError, match=f"127.0.0.1:{nobody.port} is not reachable"):
             client._checkpoint_metadata(0, timedelta(minutes=4))
+
+
+def abandoned(server: ManagerServer, pool: ThreadPoolExecutor, waits: Callable[[], object]) -> None:
+    """Both ranks of a group ask, and one of them dies while the answer is waited for."""
+    asked = [pool.submit(lambda rank=rank: server._quorum(rank, 1, "", False, WAIT, 0)) for rank in (0, 1)]
+    wait_until(waits)
+    server._break("rank 1 of this group is no longer there")
+    for future in asked:
+        with pytest.raises(RuntimeError, match="no quorum for this group: rank 1 of this group is no longer there"):
+            future.result(20)
+    server._caller.submit(lambda: None).result(20)  # the next question is asked at once
+
+
+@pytest.mark.parametrize("lighthouse", [2], indirect=True)
+@pytest.mark.parametrize("sessions", [True, False])
+def test_a_question_that_nobody_waits_for_is_withdrawn_at_the_lighthouse(
+    start: Start, pool: ThreadPoolExecutor, lighthouse: LighthouseServer, sessions: bool
+) -> None:
+    asking = lighthouse._service._answers
+    abandoned(start("a", world_size=2, sessions=sessions), pool, lambda: "a" in asking)
+    wait_until(lambda: "a" not in asking, timeout=20)
+    assert lighthouse._service._core.membership.waiting() == ()
+
+
+def test_a_question_that_nobody_waits_for_waits_for_no_lighthouse(
+    start: Start, pool: ThreadPoolExecutor, lighthouse: LighthouseServer
+) -> None:
+    server = start("a", world_size=2)
+    link = server._lighthouse
+    assert link._session is not None
+    assert link._session.wait(Deadline(WAIT))
+    lighthouse.shutdown()
+    wait_until(lambda: link._session is not None and not link._session.stands)
+    abandoned(server, pool, lambda: link._asked)

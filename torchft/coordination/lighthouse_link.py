@@ -32,6 +32,7 @@ from torchft.coordination.session_client import NotYet, SessionClient, SessionEv
 from torchft.coordination.standing_link import StandingLink
 from torchft.coordination.standing_wire import GroupQuorum
 from torchft.runtime.deadline import Deadline, seconds
+from torchft.runtime.given_up import GivenUp, Withdrawn
 from torchft.runtime.life import life_address
 from torchft.runtime.logs import RankLogger
 from torchft.runtime.net import parse_address
@@ -145,18 +146,23 @@ class LighthouseLink:
             self._on_notice(notice)
         return None
 
-    def quorum(self, member: pb.QuorumMember, init_sync: bool, deadline: Deadline) -> Answer:
+    def quorum(
+        self, member: pb.QuorumMember, init_sync: bool, deadline: Deadline, given_up: GivenUp | None = None
+    ) -> Answer:
         """The quorum of the member's next step: the one that stands, or the next one, which is asked for.
 
         Args:
             member: as it describes itself.
             init_sync: at step 0 all groups take the primary's state.
             deadline: for the answer.
+            given_up: said when nobody waits for it any more: it is withdrawn then, and this returns.
 
         Raises:
+            Withdrawn: it was given up.
             TimeoutError: none formed in time.
             RuntimeError: any other failure.
         """
+        given_up = given_up or GivenUp()
         with self._lock:
             self._asked = True
         self._begin_heartbeats()
@@ -169,6 +175,7 @@ class LighthouseLink:
         def attempt() -> Answer:
             lost = False
             while True:
+                given_up.check()
                 if not lost and self._goes_on(member):
                     return Answer(self.standing.quorum(member.step), None)
                 if deadline.expired:
@@ -176,15 +183,15 @@ class LighthouseLink:
                 if self._stop.is_set():
                     raise RuntimeError("the connection was closed")
                 session = self._session
-                if session is None or not self._has_session(session, deadline):
+                if session is None or not self._has_session(session, deadline, given_up):
                     # One that restarts is waited for; only a call that broke is a failure.
                     self.calls += 1
-                    return self._whole(self._lighthouses.quorum(member, deadline, self._stop))
+                    return self._whole(self._lighthouses.quorum(member, deadline, self._stop, given_up))
                 if lost and not session.stands:
                     lost = False
                     continue
                 try:
-                    answer = self._ask(session, member, init_sync, deadline)
+                    answer = self._ask(session, member, init_sync, deadline, given_up)
                 except SessionLost as e:
                     self._log.info("%s; asking again", e)
                     lost = True
@@ -215,6 +222,8 @@ class LighthouseLink:
                 timeout=deadline.timeout,
                 hint=LIGHTHOUSE_HINT,
             ) from e
+        except Withdrawn:
+            raise
         except NotYet as e:
             raise TimeoutError(f"quorum at the lighthouse {self._lighthouses} did not end in time: {e}") from None
         except TimeoutError as e:
@@ -229,13 +238,18 @@ class LighthouseLink:
         return not member.commit_failures and self.standing.stands(member.step)
 
     def _ask(
-        self, session: SessionClient, member: pb.QuorumMember, init_sync: bool, deadline: Deadline
+        self,
+        session: SessionClient,
+        member: pb.QuorumMember,
+        init_sync: bool,
+        deadline: Deadline,
+        given_up: GivenUp,
     ) -> Answer | None:
         """Asks on the session. None: the group is to go on with what it has."""
         ready = session_pb2.Ready(member=member, init_sync=init_sync)
         ready.uses = self.standing.asks(member.step, member.commit_failures)
         self.calls += 1
-        answer = session.ask(ready, deadline)
+        answer = session.ask(ready, deadline, given_up)
         if answer.go_on:
             member.attempt = random.getrandbits(62) + 1
             return None
@@ -248,23 +262,24 @@ class LighthouseLink:
     def _whole(self, quorum: pb.Quorum) -> Answer:
         return Answer(GroupQuorum(self._replica_id, quorum=types.core_quorum(quorum)), quorum)
 
-    def _has_session(self, session: SessionClient, deadline: Deadline) -> bool:
+    def _has_session(self, session: SessionClient, deadline: Deadline, given_up: GivenUp) -> bool:
         """Waits for the session where one is to be expected. False: there is none, and will be none.
 
         Where a quorum stands it returns after a moment in any case: a question without a session would break it.
 
         Raises:
             TimeoutError: the deadline passed.
+            Withdrawn: it was given up.
         """
         if session.stands:
             return True
         if self.standing.granted:
-            return _within(session, min(self.standing.patience, deadline.remaining())) or (
-                self.standing.can_go_on() or session.wait(deadline)
+            return _within(session, min(self.standing.patience, deadline.remaining()), given_up) or (
+                self.standing.can_go_on() or session.wait(deadline, given_up)
             )
         if self._lighthouses.several:
-            return session.wait(deadline)  # it is what finds the one that leads
-        return _within(session, min(_FIRST_SESSION, deadline.remaining()))
+            return session.wait(deadline, given_up)  # it is what finds the one that leads
+        return _within(session, min(_FIRST_SESSION, deadline.remaining()), given_up)
 
     def tell_timeouts(self, listener: Callable[[timedelta, timedelta], None]) -> None:
         """Calls ``listener`` once with the lighthouse's heartbeat and join timeouts, as soon as they are known."""
@@ -354,10 +369,10 @@ class LighthouseLink:
                 failing = False
 
 
-def _within(session: SessionClient, timeout: float) -> bool:
+def _within(session: SessionClient, timeout: float, given_up: GivenUp) -> bool:
     """Whether the session stands, now or soon."""
     try:
-        return session.wait(Deadline(timeout))
+        return session.wait(Deadline(timeout), given_up)
     except TimeoutError:
         return False
 

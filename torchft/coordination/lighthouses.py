@@ -28,6 +28,7 @@ from torchft.coordination.proto import torchft_pb2 as pb
 from torchft.coordination.proto import torchft_pb2_grpc as pb_grpc
 from torchft.core.election import EpochGuard
 from torchft.runtime.deadline import Deadline
+from torchft.runtime.given_up import GivenUp, Withdrawn
 from torchft.runtime.net import parse_addresses
 from torchft.runtime.retry import Backoff
 
@@ -225,20 +226,34 @@ class Lighthouses:
                 if stop.wait(min(backoff.delay(), deadline.remaining())) or deadline.expired:
                     raise
 
-    def quorum(self, member: pb.QuorumMember, deadline: Deadline, stop: threading.Event | None = None) -> pb.Quorum:
+    def quorum(
+        self,
+        member: pb.QuorumMember,
+        deadline: Deadline,
+        stop: threading.Event | None = None,
+        given_up: GivenUp | None = None,
+    ) -> pb.Quorum:
         """Asks for the next quorum with a call of its own, and waits for it.
 
         Raises:
+            Withdrawn: it was given up; the call is cancelled.
             grpc.RpcError: the call failed.
             RuntimeError: whoever answered was deposed.
         """
         request = pb.LighthouseQuorumRequest(requester=member, epoch=self.epoch)
+        given_up = given_up or GivenUp()
+
+        def ask(place: Place, left: float, wait: bool) -> pb.LighthouseQuorumResponse:
+            call = place.lighthouse.Quorum.future(request, timeout=left, wait_for_ready=wait)
+            given_up.then(call.cancel)
+            try:
+                response: pb.LighthouseQuorumResponse = call.result()
+                return response
+            except grpc.FutureCancelledError:
+                raise Withdrawn("it was given up") from None
+
         while True:
-            response = self.call(
-                lambda place, left, wait: place.lighthouse.Quorum(request, timeout=left, wait_for_ready=wait),
-                deadline,
-                stop,
-            )
+            response = self.call(ask, deadline, stop)
             if self.admit(response.epoch):
                 quorum: pb.Quorum = response.quorum
                 return quorum

@@ -7,6 +7,8 @@ Rules
     - Whatever fails on the way to a quorum is answered to every rank that waits; nobody is left to its deadline.
     - A group with a rank that is no longer there asks for nothing: who comes is told at once, until that rank comes
       itself.
+    - A question for which nobody waits any more, because a rank died or the group leaves, is withdrawn: no quorum is
+      formed for it, and the group's next question does not wait behind it.
     - The lock is never held while anything is waited for.
 """
 
@@ -26,6 +28,7 @@ from torchft.coordination.standing_wire import GroupQuorum
 from torchft.core.assignment import of_group
 from torchft.core.commit import Gather, Gathered
 from torchft.runtime.deadline import Deadline
+from torchft.runtime.given_up import GivenUp
 from torchft.runtime.logs import RankLogger
 from torchft.runtime.worker import Worker, end_with
 
@@ -56,6 +59,14 @@ class Ask:
     def end(self, outcome: GroupQuorum | Exception) -> None:
         """Answers it, if it has not ended."""
         end_with(self.answer, outcome)
+
+
+class _Question:
+    """What all ranks of a group have come to ask the lighthouse."""
+
+    def __init__(self, asks: list[Ask]) -> None:
+        self.asks = asks
+        self.given_up = GivenUp()
 
 
 class QuorumRound:
@@ -98,7 +109,7 @@ class QuorumRound:
         self._log = log
         self._lock = threading.Lock()
         self._gather: Gather[Ask] = Gather(world_size, "quorum")
-        self._asked: list[Ask] = []  # of the round that the lighthouse is asked for
+        self._question: _Question | None = None  # the one that the lighthouse is asked, or was last
         self._checkpoint_metadata: dict[int, str] = {}
         self._dead_ranks: dict[int, str] = {}
         self._seen_step = 0
@@ -113,12 +124,12 @@ class QuorumRound:
             ValueError: there is no such rank in the group.
             RuntimeError: any other failure.
         """
-        complete = self._come(ask)
-        if complete is not None:
+        question = self._come(ask)
+        if question is not None:
             if self._world_size == 1:
-                self._ask_lighthouse(complete)  # in this thread: no hop
+                self._ask_lighthouse(question)  # in this thread: no hop
             else:
-                self._worker.submit(lambda: self._ask_lighthouse(complete))
+                self._worker.submit(lambda: self._ask_lighthouse(question))
         try:
             return ask.answer.result(timeout=ask.deadline.remaining())
         except concurrent.futures.TimeoutError:
@@ -129,9 +140,9 @@ class QuorumRound:
 
     async def wait_on_loop(self, ask: Ask) -> GroupQuorum:
         """As :meth:`wait`, on the loop, without blocking it: for a rank of another process."""
-        complete = self._come(ask)
-        if complete is not None:
-            self._worker.submit(lambda: self._ask_lighthouse(complete))
+        question = self._come(ask)
+        if question is not None:
+            self._worker.submit(lambda: self._ask_lighthouse(question))
         try:
             return await asyncio.wait_for(asyncio.wrap_future(ask.answer), ask.remaining())
         except TimeoutError:
@@ -143,14 +154,18 @@ class QuorumRound:
             raise
 
     def end(self, cause: str) -> None:
-        """Ends what ranks of this group wait for, the lighthouse's answer too, with an error."""
+        """Ends what ranks of this group wait for with an error. What the lighthouse is asked for them is withdrawn."""
         with self._lock:
             waiting = self._gather.values()
             if waiting:
                 self._gather.fail(cause)
-            waiting += self._asked
+            question = self._question
+        if question is not None:
+            waiting += question.asks
         for ask in waiting:
             ask.end(RuntimeError(f"no quorum for this group: {cause}"))
+        if question is not None:
+            question.given_up.say()
 
     def rank_is_there(self, rank: int) -> None:
         """If it was dead, it is no longer."""
@@ -201,8 +216,9 @@ class QuorumRound:
             f"answered. Its log says what it waits for; {LIGHTHOUSE_HINT}"
         )
 
-    def _come(self, ask: Ask) -> dict[int, Ask] | None:
-        """Adds a rank to the open round. Returns the round when it is complete: somebody must ask then."""
+    def _come(self, ask: Ask) -> _Question | None:
+        """Adds a rank to the open round. Returns what somebody must ask now, when it is complete."""
+        question = None
         with self._lock:
             self._dead_ranks.pop(ask.rank, None)
             if self._dead_ranks:
@@ -212,7 +228,7 @@ class QuorumRound:
             got = self._gather.come(ask.rank, ask)
             self._checkpoint_metadata[ask.rank] = ask.request.checkpoint_metadata
             if got.complete is not None:
-                self._asked = list(got.complete.values())
+                self._question = question = _Question(list(got.complete.values()))
                 self._on_complete()
         self._on_come(ask.rank)
         self._log.log(self._level(), "Start quorum for group_rank %d", ask.rank)
@@ -220,7 +236,7 @@ class QuorumRound:
             earlier.end(RuntimeError(f"rank {ask.rank} asked for a quorum again"))
         if got.failed is not None:
             ask.end(RuntimeError(f"no quorum for this group: {got.failed}"))
-        return got.complete
+        return question
 
     def _leave(self, ask: Ask, cause: str) -> tuple[int, ...]:
         """A rank gave up waiting. Returns the ranks that had not come."""
@@ -234,22 +250,23 @@ class QuorumRound:
             waiting[rank].end(RuntimeError(f"no quorum for this group: {got.failed}"))
         return missing
 
-    def _ask_lighthouse(self, asks: dict[int, Ask]) -> None:
+    def _ask_lighthouse(self, question: _Question) -> None:
         """Asks once for all ranks and answers each of them, whatever happens."""
         self._log.log(self._level(), "All workers joined - starting quorum")
         try:
-            quorum = self._call_lighthouse(list(asks.values()))
+            quorum = self._call_lighthouse(question)
         except Exception as e:
             self._loud = True
-            for ask in asks.values():
+            for ask in question.asks:
                 ask.end(e)
             return
         level, self._loud = self._level(), False
-        for ask in asks.values():
+        for ask in question.asks:
             self._log.log(level, "Finished quorum for group_rank %d", ask.rank)
             ask.end(quorum)
 
-    def _call_lighthouse(self, asks: list[Ask]) -> GroupQuorum:
+    def _call_lighthouse(self, question: _Question) -> GroupQuorum:
+        asks = question.asks
         step, lineage = of_group((a.request.step, a.request.lineage) for a in asks)
         member = pb.QuorumMember(
             replica_id=self._replica_id,
@@ -265,7 +282,8 @@ class QuorumRound:
             waits=any(a.request.waits for a in asks),
         )
         init_sync = any(a.request.init_sync for a in asks)
-        answer = self._lighthouse.quorum(member, init_sync, Deadline(max(a.remaining() for a in asks)))
+        deadline = Deadline(max(a.remaining() for a in asks))
+        answer = self._lighthouse.quorum(member, init_sync, deadline, question.given_up)
         quorum = self._remember_progress(answer)
         new = quorum.quorum_id != self._quorum_id
         self._quorum_id = quorum.quorum_id

@@ -35,9 +35,11 @@ from torchft.coordination.proto import session_pb2_grpc as pb_grpc
 from torchft.coordination.silence import Silence
 from torchft.coordination.types import Notice
 from torchft.runtime.deadline import Deadline
+from torchft.runtime.given_up import Flag, GivenUp, Withdrawn
 from torchft.runtime.life import Sign, examine_now
 from torchft.runtime.logs import RankLogger
 from torchft.runtime.retry import Backoff
+from torchft.runtime.worker import end_with
 
 __all__ = ["NotYet", "OneServer", "Servers", "SessionClient", "SessionEvents", "SessionLost"]
 
@@ -158,7 +160,7 @@ class SessionClient:
         self._outbox: queue.SimpleQueue[pb.SessionUp | None] = queue.SimpleQueue()
         self._call: Any = None
         self._stands = threading.Event()
-        self._settled = threading.Event()  # it stands, or never will
+        self._settled = Flag()  # it stands, or never will
         self._left = threading.Event()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="torchft-session", daemon=True)
@@ -169,21 +171,23 @@ class SessionClient:
         """The server has answered, and the stream has not ended since."""
         return self._stands.is_set()
 
-    def wait(self, deadline: Deadline) -> bool:
+    def wait(self, deadline: Deadline, given_up: GivenUp | None = None) -> bool:
         """Waits until the session stands. Returns False if it never will.
 
         Raises:
             TimeoutError: the deadline passed.
+            Withdrawn: it was given up.
         """
-        if not self._settled.wait(deadline.remaining()):
+        if not self._settled.wait(deadline.remaining(), given_up or GivenUp()):
             refused = f": {self._refused}" if self._refused else ""
             raise TimeoutError(f"no {self._server} has answered for {deadline.timeout:g} s{refused}")
         return self.stands
 
-    def ask(self, ready: pb.Ready, deadline: Deadline) -> pb.Answer:
+    def ask(self, ready: pb.Ready, deadline: Deadline, given_up: GivenUp | None = None) -> pb.Answer:
         """Asks for the next quorum and waits for the answer.
 
         Raises:
+            Withdrawn: it was given up, which the server is told.
             NotYet: the deadline passed, and the server has said what it waits for.
             TimeoutError: the deadline passed.
             SessionLost: the session ended meanwhile.
@@ -199,13 +203,19 @@ class SessionClient:
             self._not_yet = ""
             outbox = self._outbox
         ready.request_id = request_id
+        withdraw = pb.SessionUp(withdraw=pb.Withdraw(request_id=request_id))
         outbox.put(pb.SessionUp(ready=ready))
+        if given_up is not None:
+            given_up.then(lambda: end_with(answer, Withdrawn("it was given up")))
         try:
             return answer.result(deadline.remaining())
+        except Withdrawn:
+            outbox.put(withdraw)
+            raise
         except concurrent.futures.TimeoutError:
             if answer.done():
                 return answer.result()
-            outbox.put(pb.SessionUp(withdraw=pb.Withdraw(request_id=request_id)))
+            outbox.put(withdraw)
             if self._not_yet:
                 raise NotYet(f"no answer within {deadline.timeout:.3g} s: {self._not_yet}") from None
             raise TimeoutError(f"no answer within {deadline.timeout:.3g} s") from None
@@ -373,7 +383,7 @@ class SessionClient:
                 self._settled.clear()
             answers, self._answers = self._answers, {}
         for answer in answers.values():
-            answer.set_exception(SessionLost(f"the session with the {self._server} was lost: {cause}"))
+            end_with(answer, SessionLost(f"the session with the {self._server} was lost: {cause}"))
 
     def _answered(self, message: pb.Answer) -> None:
         with self._lock:
@@ -381,14 +391,14 @@ class SessionClient:
         if answer is None:
             return  # nobody waits for it any more
         if message.error:
-            answer.set_exception(RuntimeError(message.error))
+            end_with(answer, RuntimeError(message.error))
             return
         try:
             self._events.answered(message)
         except Exception as e:
-            answer.set_exception(RuntimeError(str(e)))
+            end_with(answer, RuntimeError(str(e)))
         else:
-            answer.set_result(message)
+            end_with(answer, message)
 
     def _lost(self, cause: str) -> None:
         self._silence.failed(time.monotonic())

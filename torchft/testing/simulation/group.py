@@ -338,6 +338,10 @@ class GroupServer:
             self._vote.leave(other, text)
         self._verdict = None
         self.standing.ended(-1, False)
+        if self._asking is not None:
+            waiting += self._asking[0]
+            self._asking = None
+            self.link.withdraw()
         for ask in waiting:
             ask.answer(None, RuntimeError(f"no quorum for this group: {text}"))
         for answer in ballots.values():
