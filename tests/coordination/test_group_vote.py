@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +14,7 @@ from torchft.coordination.standing_wire import grant_to_wire
 from torchft.core.assignment import Seating
 from torchft.core.membership import Member, Quorum
 from torchft.core.standing_member import MayCommit
+from torchft.runtime.deadline import Deadline
 from torchft.runtime.logs import RankLogger
 from torchft.runtime.worker import Worker
 from torchft.testing.wait import wait_until
@@ -43,6 +43,7 @@ class Waiting:
         let_the_lease_run_out(self.link)
         self.vote = GroupVote(RANKS, self.link, worker, LOG)
         self.ballots: list[Ballot] = [self.vote.cast(rank, 0, True) for rank in range(RANKS)]
+        wait_until(lambda: self.link._changed._waiters)  # type: ignore[attr-defined]
 
     def decisions(self, *ranks: int) -> list[bool]:
         return [self.ballots[rank].result(20).commit for rank in ranks]
@@ -61,7 +62,6 @@ def waiting() -> Iterator[Waiting]:
 
 
 def test_the_word_of_the_lighthouse_commits_it(waiting: Waiting) -> None:
-    time.sleep(0.01)
     assert not any(ballot.done() for ballot in waiting.ballots)
     waiting.link.introduce(session_pb2.Hello())
     waiting.link.welcomed(session_pb2.Welcome(lease_ms=300_000, heartbeat_timeout_ms=5000, quorum_id=QUORUM))
@@ -102,3 +102,10 @@ def test_the_next_vote_is_not_touched_by_the_one_that_was_given_up(waiting: Wait
     waiting.link.introduce(session_pb2.Hello())
     waiting.link.welcomed(session_pb2.Welcome(lease_ms=300_000, heartbeat_timeout_ms=5000, quorum_id=QUORUM))
     assert [ballot.result(20).commit for ballot in again] == [True, True, True]
+
+
+def test_who_gave_up_waits_for_no_lease_of_a_later_quorum() -> None:
+    link, deadline = StandingLink("a", RANKS, LOG), Deadline(20)
+    let_the_lease_run_out(link)
+    assert link.wait_to_commit(deadline, lambda: True)
+    assert not deadline.expired
