@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed import ReduceOp, Work
+from torch.futures import Future
 
 from torchft.process_group import (
     ErrorSwallowingProcessGroupWrapper,
@@ -15,8 +16,9 @@ from torchft.process_group import (
     ProcessGroupDummy,
     ProcessGroupError,
     ProcessGroupGloo,
+    managed,
 )
-from torchft.work import CompletedWork
+from torchft.work import CompletedWork, FutureWork
 
 
 def _alone(pg: Any) -> Any:
@@ -124,6 +126,52 @@ def test_the_future_of_a_managed_allreduce_has_a_list_of_tensors() -> None:
     tensor = torch.zeros(1)
     value = ManagedProcessGroup(_Manager(0)).allreduce([tensor]).get_future().wait()
     assert [v.item() for v in value] == [1.0]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_whoever_waits_for_the_future_of_a_managed_allreduce_waits_for_the_stream_of_each(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OnDevice(Future[Any]):
+        """A stream waits for what is to be done on the device when this is waited for on it."""
+
+        def wait(self) -> Any:
+            waited.append(self)
+            return super().wait()
+
+    class OnDevices(_Manager):
+        def allreduce(self, tensor: torch.Tensor, should_quantize: bool = False, reduce_op: Any = ReduceOp.AVG) -> Work:
+            reductions.append((OnDevice(), tensor))
+            return FutureWork(reductions[-1][0])
+
+    waited: list[Any] = []
+    reductions: list[tuple[OnDevice, torch.Tensor]] = []
+    on: list[torch.device] = []
+    monkeypatch.setattr(managed, "Future", lambda devices: on.extend(devices) or Future())
+    tensors = [torch.zeros(1, device="meta") for _ in range(count)]
+    future = ManagedProcessGroup(OnDevices(0)).allreduce_coalesced(tensors).get_future()
+    for reduction, tensor in reductions:
+        assert not future.done()
+        assert not waited
+        reduction.set_result(tensor)
+    assert [id(t) for t in future.value()] == [id(t) for t in tensors]
+    assert waited == [reduction for reduction, _ in reductions]
+    assert on == [torch.device("meta")], "whose streams wait"
+
+
+def test_a_failed_allreduce_fails_the_future_of_several() -> None:
+    class Failing(_Manager):
+        def allreduce(self, tensor: torch.Tensor, should_quantize: bool = False, reduce_op: Any = ReduceOp.AVG) -> Work:
+            self.calls.append(Future())
+            return FutureWork(self.calls[-1])
+
+    manager = Failing(0)
+    future = ManagedProcessGroup(manager).allreduce_coalesced([torch.zeros(1), torch.zeros(1)]).get_future()
+    manager.calls[1].set_exception(ValueError("lost"))
+    assert not future.done(), "the other one still writes to its tensor"
+    manager.calls[0].set_result(None)
+    with pytest.raises(RuntimeError, match="lost"):
+        future.wait()
 
 
 def test_a_managed_group_that_does_not_participate_has_rank_0() -> None:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.distributed import ReduceOp, Work
+from torch.futures import Future
 
 from torchft.process_group.base import ProcessGroupError, reduce_op_of
 from torchft.process_group.wrapper import ProcessGroupWrapper
@@ -69,7 +70,7 @@ class ManagedProcessGroup(ProcessGroupWrapper):
             tensors, opts = args
             reduce_op = reduce_op_of(opts)
             works = [self._manager.allreduce(tensor, reduce_op=reduce_op) for tensor in tensors]
-            return _AllOf(works)
+            return _AllOf(works, {t.device for t in tensors if t.device.type != "cpu"})
         if op in ("broadcast", "barrier"):
             return CompletedWork(result)
         raise self._unsupported(op)
@@ -100,17 +101,22 @@ class ManagedProcessGroup(ProcessGroupWrapper):
 
 
 class _AllOf(CompletedWork):
-    """Several works as one."""
+    """Several works as one.
 
-    def __init__(self, works: list[Work]) -> None:
+    Args:
+        works: one for each tensor.
+        devices: accelerators that the tensors are on.
+    """
+
+    def __init__(self, works: list[Work], devices: set[torch.device]) -> None:
         super().__init__(None)
         self._works = works
-        if len(works) == 1:  # what is chained to one future makes a stream wait as that one does
-            self._future = works[0].get_future().then(lambda done: _as_list(done.value()))
-            return
-        self._future = torch.futures.collect_all([w.get_future() for w in works]).then(
-            lambda done: [value for f in done.value() for value in _as_list(f.value())]
-        )
+        futures = [work.get_future() for work in works]
+        # A future makes the streams of who waits for it wait only for devices that it was made with, and what
+        # collect_all returns knows none. What follows `ended` runs on streams of its own of these devices.
+        ended: Future[Any] = Future(devices=list(devices))
+        self._future = ended.then(lambda _: [value for future in futures for value in _as_list(future.wait())])
+        torch.futures.collect_all(futures).add_done_callback(lambda _: ended.set_result(None))
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         for work in self._works:
