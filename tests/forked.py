@@ -47,6 +47,7 @@ _PRELOAD = [
     "tests.forked",
 ]
 _START_TIMEOUT = 60.0
+_ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _nursery = Nursery(_PRELOAD, "nursery of the tests")
 
@@ -92,6 +93,7 @@ class ForkedProgram:
                 "argv": self.args[1:],
                 "environment": dict(os.environ if env is None else env),
                 "cwd": str(cwd or Path.cwd()),
+                "ignored": [int(n) for n in _ENDING_SIGNALS if signal.getsignal(n) is signal.SIG_IGN],
             }
             self._process = _nursery.spawn("tests.forked:run", arguments, theirs, Deadline(_START_TIMEOUT))
         finally:
@@ -197,9 +199,9 @@ def run(arguments: dict[str, Any], files: list[int]) -> None:
     os.environ.clear()
     os.environ.update(arguments["environment"])
     os.chdir(arguments["cwd"])
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for default in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(default, signal.SIG_DFL)
+    for number in _ENDING_SIGNALS:  # what is ignored here is ignored there, as in a shell's background job
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN if number in arguments["ignored"] else default)
     _exit(_exit_code(arguments["argv"]))
 
 
