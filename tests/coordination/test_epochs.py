@@ -14,6 +14,8 @@ from tests.coordination.standbys import MINUTE, ask, call, member
 from torchft.coordination import LighthouseClient, LighthouseServer
 from torchft.coordination.lighthouses import Lighthouses
 from torchft.core.election import first_id
+from torchft.runtime.deadline import Deadline
+from torchft.testing.wait import wait_until
 
 
 @pytest.fixture
@@ -71,9 +73,14 @@ def test_a_deposed_lighthouse_is_refused(alone: Callable[[str], LighthouseServer
     lone = Lighthouses(old.address())
     lone.admit(4)
     with member(old.address()) as m:
+        session = m._lighthouse._session
+        assert session is not None
+        session.wait(Deadline(60))
         m._lighthouse._lighthouses.admit(4)
+        session._call.cancel()  # as good as a cut: it connects again, and is told what it does not believe
+        wait_until(lambda: session.refused, timeout=60)
         with pytest.raises((RuntimeError, TimeoutError), match="epoch 4 has begun"):
-            m._quorum(0, 3, "", False, timedelta(seconds=2), 0)
+            m._quorum(0, 3, "", False, timedelta(seconds=1), 0)
 
 
 def test_an_epoch_that_cannot_be_is_refused(alone: Callable[[str], LighthouseServer]) -> None:

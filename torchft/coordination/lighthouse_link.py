@@ -220,7 +220,7 @@ class LighthouseLink:
                 address=str(self._lighthouses),
                 call="quorum",
                 timeout=deadline.timeout,
-                hint=LIGHTHOUSE_HINT,
+                hint=self._hint(),
             ) from e
         except Withdrawn:
             raise
@@ -229,10 +229,15 @@ class LighthouseLink:
         except TimeoutError as e:
             raise TimeoutError(
                 f"quorum at the lighthouse {self._lighthouses} did not end within {deadline.timeout:g} s ({e}). "
-                f"{LIGHTHOUSE_HINT}"
+                f"{self._hint()}"
             ) from None
         except RuntimeError as e:
             raise RuntimeError(f"quorum: the lighthouse at {self._lighthouses}: {e}") from e
+
+    def _hint(self) -> str:
+        """For a question without an answer: why the one that came is not believed, or what may be wrong."""
+        refused = "" if self._session is None else self._session.refused
+        return f"{refused[:1].upper()}{refused[1:]}" or LIGHTHOUSE_HINT
 
     def _goes_on(self, member: pb.QuorumMember) -> bool:
         return not member.commit_failures and self.standing.stands(member.step)

@@ -148,7 +148,8 @@ class SessionClient:
         self._events = events
         self._server = server
         self._log = log
-        self._refused = ""
+        self.refused = ""
+        """Why nothing is believed that the server says, if it said something since a session stood."""
         self._interval = 1.0
         self._silence = Silence()
         self._life_address = ""
@@ -179,8 +180,7 @@ class SessionClient:
             Withdrawn: it was given up.
         """
         if not self._settled.wait(deadline.remaining(), given_up or GivenUp()):
-            refused = f": {self._refused}" if self._refused else ""
-            raise TimeoutError(f"no {self._server} has answered for {deadline.timeout:g} s{refused}")
+            raise TimeoutError(f"no {self._server} has answered for {deadline.timeout:g} s")
         return self.stands
 
     def ask(self, ready: pb.Ready, deadline: Deadline, given_up: GivenUp | None = None) -> pb.Answer:
@@ -328,8 +328,8 @@ class SessionClient:
 
     def _refuse(self, epoch: int) -> None:
         why = self._servers.why_refused(epoch)
-        if why != self._refused:
-            self._refused = why
+        if why != self.refused:
+            self.refused = why
             self._log.warning("%s: nothing it says is believed", why)
 
     def _messages(self, outbox: queue.SimpleQueue[pb.SessionUp | None]) -> Iterator[pb.SessionUp]:
@@ -366,6 +366,7 @@ class SessionClient:
                 self._life_address = welcome.life_address if seen else ""
             if self._silence.stands(time.monotonic(), welcome.heartbeat_timeout_ms / 1000):
                 self._tell(self._events.back)
+            self.refused = ""
             self._tell(self._events.welcome, welcome)
             self._stands.set()
             self._settled.set()
