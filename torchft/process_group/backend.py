@@ -165,6 +165,8 @@ class BackendProcessGroup(ProcessGroupWrapper):
                 self._bound(group)
                 session.issue = _collectives(group)
                 session.group = group
+                with session.questions:
+                    client.tidy()
                 store.lift_deadline()
             finally:
                 session.met()

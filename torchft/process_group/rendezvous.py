@@ -10,6 +10,7 @@ group sets a watchdog that shuts down the connections to :func:`store_addresses`
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from torchft.runtime.fork import Registration, close_in_children
 from torchft.runtime.net import is_loopback
 
 __all__ = ["Questions", "RendezvousStore", "StoreClient", "split_store_address", "store_addresses"]
+
+logger = logging.getLogger(__name__)
 
 _FIRST_INTERVAL = 0.0005
 _LAST_INTERVAL = 0.05
@@ -77,12 +80,18 @@ class StoreClient:
 
     That saves the connection, which takes longer than meeting the members: torch's server looks up the name of
     each client. Forked children do not keep it open.
+
+    What a member wrote for a configuration is deleted at the second one after it: the store of a long job would grow
+    with the square of its members at each change. Nobody looks for it by then: whoever is still on its way to that
+    configuration has been left behind twice.
     """
 
     def __init__(self) -> None:
         self._address = ("", 0)
         self._client: TCPStore | None = None
         self._registration: Registration | None = None
+        self._written: list[tuple[str, list[str]]] = []
+        """Prefix and keys of the last configurations in this store, the newest at the end."""
 
     def __del__(self) -> None:
         self.close()
@@ -106,11 +115,26 @@ class StoreClient:
                 f"cannot reach the store at {host}:{port} (of {store_addr!r}) within {deadline.timeout:.3g} s: {e}"
                 f"{_why_not_from_here(host)}"
             ) from e
-        return RendezvousStore(PrefixStore(prefix, client), store_addr, deadline, aborted)
+        self._written.append((prefix, []))
+        return RendezvousStore(PrefixStore(prefix, client), store_addr, deadline, aborted, self._written[-1][1])
+
+    def tidy(self) -> None:
+        """The members have met: deletes what was written for the configurations before the last one."""
+        while self._client is not None and len(self._written) > 2:
+            prefix, keys = self._written.pop(0)
+            if prefix in (later for later, _ in self._written):
+                continue
+            former = PrefixStore(prefix, self._client)
+            try:
+                for key in keys:
+                    former.delete_key(key)
+            except RuntimeError as e:  # the store has ended: the next configuration is in another one
+                logger.debug("what was written to %s stays there: %s", prefix, e)
 
     def close(self) -> None:
         """Forgets the connection; it ends when no backend refers to it any more."""
         self._client = None
+        self._written.clear()
         if self._registration is not None:
             self._registration.forget()
             self._registration = None
@@ -147,15 +171,19 @@ class RendezvousStore(Store):
         address: of the store, ``host:port/prefix``.
         deadline: of all waits together.
         aborted: ends the waits when set.
+        written: gets the keys that are set.
     """
 
-    def __init__(self, store: Store, address: str, deadline: Deadline, aborted: threading.Event) -> None:
+    def __init__(
+        self, store: Store, address: str, deadline: Deadline, aborted: threading.Event, written: list[str]
+    ) -> None:
         super().__init__()
         self._store = store
         self.address = address
         self._timeout = deadline.timeout
         self._deadline: Deadline | None = deadline
         self._aborted = aborted
+        self._written = written
         self.questions = Questions()
         """Open while the store is being asked."""
         self.seen: Callable[[str, bytes], None] = _ignore
@@ -165,6 +193,7 @@ class RendezvousStore(Store):
         if self._deadline is not None and self._aborted.is_set():
             raise self._was_aborted()
         self.seen(key, value.encode() if isinstance(value, str) else value)
+        self._written.append(key)
         with self.questions:
             self._store.set(key, value)  # type: ignore[arg-type]  # the stub forgets bytes
 
