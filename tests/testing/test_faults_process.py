@@ -60,17 +60,19 @@ def test_stopped_for_a_time_goes_on_by_itself(tmp_path: Path) -> None:
 
 def test_a_process_stops_itself_for_a_time(tmp_path: Path) -> None:
     code = """
-    last, longest = [time.monotonic()], [0.0]
+    ticks, longest = [time.monotonic()], [0.0]
     def tick():
         while True:
             now = time.monotonic()
-            longest[0] = max(longest[0], now - last[0])
-            last[0] = now
+            longest[0] = max(longest[0], now - ticks[-1])
+            ticks.append(now)
             time.sleep(0.005)
     threading.Thread(target=tick, daemon=True).start()
     say(ready=True)
     faults.stop(seconds=1.5)
-    time.sleep(0.05)
+    before = len(ticks)
+    while len(ticks) < before + 2:
+        time.sleep(0.01)
     say(longest=longest[0])
     """
     with child(tmp_path, code) as c:
