@@ -20,6 +20,8 @@ GRACE = 0.05
 DEADLINE = 60.0
 LOST = Notice("g:1", "rank 1 of this group is no longer there: its process has ended", ANY_QUORUM)
 
+LEFT = Notice("g:1", "rank 1 of this group left: done", ANY_QUORUM, step=4)
+
 
 class Watched:
     """A process that notes that it would end."""
@@ -69,13 +71,16 @@ def test_between_two_steps_it_waits_for_nobody_and_is_looked_at_again(monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("notice", "level"),
-    [(LOST, logging.ERROR), (Notice("g:1", "rank 1 of this group left: done", ANY_QUORUM, step=4), logging.INFO)],
-    ids=["died", "left"],
+    ("notice", "in_step", "level"),
+    [
+        (LOST, True, logging.ERROR),
+        (LOST, False, logging.ERROR),
+        (LEFT, True, logging.ERROR),  # by an exception, say
+        (LEFT, False, logging.INFO),
+    ],
 )
-@pytest.mark.parametrize("in_step", [True, False])
-def test_a_death_is_an_error_in_the_log_and_an_orderly_end_is_none(
-    notice: Notice, level: int, in_step: bool, caplog: pytest.LogCaptureFixture
+def test_a_loss_is_an_error_in_the_log_unless_a_rank_left_between_two_steps(
+    notice: Notice, in_step: bool, level: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     watched = Watched(grace=600.0)

@@ -163,7 +163,7 @@ def test_a_directory_that_can_not_be_made_is_refused_at_the_first_step(groups: G
 def test_of_a_mistyped_path_nothing_is_made(groups: Groups, tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "mistyped" / "run", every=1)
     a = groups.replica("a", checkpoints=checkpoints)
-    with pytest.raises(CheckpointError, match=r"mistyped/run: No such file.*: the folder above it is not there"):
+    with pytest.raises(CheckpointError, match=r"mistyped/run: No such file.*: a folder of that path is not there"):
         a.step()
     job = checkpoints.save(1, {"user": {}})
     assert job is not None

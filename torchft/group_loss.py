@@ -87,7 +87,7 @@ class GroupLoss:
                 return
             self._notice, self._heard = notice, time.monotonic()
             self._timer = call_later(self._grace, self._due)
-        if notice.step:  # in good order: at the end of a job the ranks go one after the other
+        if notice.step and not self._in_step():  # at the end of a job the ranks go one after the other
             self._log.info("%s", notice.cause)
             return
         self._log.error(

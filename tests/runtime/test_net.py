@@ -149,6 +149,16 @@ def test_a_name_of_this_machine_in_another_network_leads_others_there(monkeypatc
     assert told["node2"] == "node2"
 
 
+def test_the_short_form_of_this_machines_name_is_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(net, "_addresses_of", lambda host: [] if host == "203.0.113.9" else ["192.0.2.9"])
+    monkeypatch.setattr(net, "_is_ours", lambda address: address.endswith(".9"))
+    monkeypatch.setattr(socket, "gethostname", lambda: "node1.lan")
+    monkeypatch.setattr(socket, "getfqdn", lambda: "node1.lan")
+    monkeypatch.setenv("TORCHFT_HOST", "203.0.113.9")
+    assert host_as_told("node1") == "203.0.113.9"
+    assert host_as_told("NODE1.lan") == "203.0.113.9"
+
+
 def test_on_one_machine_the_address_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(net, "local_address_toward", lambda address: "::1")
     assert host_as_told("127.0.0.1") == "127.0.0.1"

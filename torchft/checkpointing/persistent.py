@@ -52,7 +52,7 @@ _HINTS = {
     errno.EROFS: "the file system is read-only: choose another directory",
     errno.EACCES: "this user may not write there: choose another directory, or give it the right",
     errno.EPERM: "this user may not write there: choose another directory, or give it the right",
-    errno.ENOENT: "the folder above it is not there: is the path right, and mounted? If so, make that folder",
+    errno.ENOENT: "a folder of that path is not there: is it right, and mounted? If so, make the folder above it",
     errno.ENOTDIR: "a file is where a folder should be: choose another directory",
 }
 

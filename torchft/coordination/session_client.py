@@ -213,7 +213,7 @@ class SessionClient:
             outbox.put(withdraw)
             raise
         except concurrent.futures.TimeoutError:
-            if answer.done():
+            if answer.done() and not isinstance(answer.exception(), Withdrawn):
                 return answer.result()
             outbox.put(withdraw)
             if self._not_yet:

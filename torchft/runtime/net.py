@@ -119,10 +119,17 @@ def host_as_told(host: str, toward: str | None = None, given: str | None = None)
     if not _is_here(host):
         return host
     chosen = next((a for a in _addresses_of(host) if not _loops(a) and _is_ours(a)), None)
-    if chosen is not None and host not in (socket.gethostname(), socket.getfqdn()):
+    if chosen is not None and not _is_own_name(host):
         return chosen
     told = advertised_host(toward, given)
     return host if is_loopback(told) else told
+
+
+def _is_own_name(host: str) -> bool:
+    """Whether it is what this machine calls itself, with or without the domain."""
+    return any(
+        host.lower() in (own, own.partition(".")[0]) for own in map(str.lower, (socket.gethostname(), socket.getfqdn()))
+    )
 
 
 def is_loopback(host: str) -> bool:
