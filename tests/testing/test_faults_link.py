@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import http.client
 import http.server
@@ -17,6 +18,7 @@ import pytest
 
 from torchft.coordination import LighthouseClient, LighthouseServer
 from torchft.testing.faults import Link
+from torchft.testing.faults.link_connection import Weather
 from torchft.testing.wait import wait_until
 
 
@@ -219,6 +221,32 @@ def test_throttled_connections_share_the_rate(link: Link) -> None:
         assert time.monotonic() - begin >= 0.45  # 100 kB, less the first piece
         link.throttle(None)
         _echoed(a, bytes(1 << 20))
+
+
+def test_a_rate_is_reached_though_timers_wake_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    rate, piece, late, ticks = 1e6, 1000, 0.003, 1000  # a piece takes 1 ms, and who waits wakes after 3
+    now = 100.0
+
+    async def carried() -> int:
+        nonlocal now
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(loop, "time", lambda: now)
+        weather = Weather()
+        weather.change(rate=rate)
+        total = 0
+        for _ in range(ticks):
+            now += late
+            while True:
+                turn = loop.create_task(weather.turn(0, piece))
+                await asyncio.sleep(0)
+                if not turn.done():
+                    turn.cancel()
+                    break
+                weather.sent(0, turn.result())
+                total += turn.result()
+        return total
+
+    assert asyncio.run(carried()) == pytest.approx(rate * late * ticks, rel=0.02)
 
 
 def test_a_target_that_is_not_there_resets() -> None:

@@ -18,6 +18,8 @@ _PIECE = 256 * 1024
 _BOUND = 8 * 1024 * 1024
 _BOUND_LATE = 256 * 1024 * 1024
 """Bytes on their way in one direction of one connection. With a delay it has to hold delay times bandwidth."""
+_BURST = 0.02
+"""Seconds of a limited rate that may pass at once. Timers wake late: what was missed by then is made up for."""
 
 
 class Weather:
@@ -56,7 +58,7 @@ class Weather:
         while self.rate is not None:
             wait = self._free_at[direction] - asyncio.get_running_loop().time()
             if wait <= 0:
-                return min(size, max(1, int(self.rate * 0.02)))
+                return min(size, max(1, int(self.rate * _BURST)))
             await self._wait_for_change(wait)
             await self.unblocked()
         return size
@@ -64,7 +66,7 @@ class Weather:
     def sent(self, direction: int, size: int) -> None:
         if self.rate is not None:
             now = asyncio.get_running_loop().time()
-            self._free_at[direction] = max(now, self._free_at[direction]) + size / self.rate
+            self._free_at[direction] = max(now - _BURST, self._free_at[direction]) + size / self.rate
 
     async def _wait_for_change(self, timeout: float) -> None:
         try:
