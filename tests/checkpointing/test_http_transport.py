@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from http.client import HTTPConnection, HTTPResponse
 from typing import Any
@@ -17,6 +18,7 @@ from torchft.checkpointing import CheckpointError, HTTPTransport, SourceLost, St
 from torchft.checkpointing.chunks import read_hashes, read_manifest
 from torchft.checkpointing.http_probe import MAX_PROBE, rate_of
 from torchft.testing.faults import Link
+from torchft.testing.wait import wait_until
 
 
 def get(source: HTTPTransport[Any], path: str, **headers: str) -> tuple[HTTPResponse, bytes]:
@@ -155,6 +157,28 @@ def test_the_older_argument_num_chunks_is_accepted_and_changes_nothing(num_chunk
         assert torch.equal(received["w"], state["w"])
         assert received["n"] == 7
         assert read_manifest(get(source, "/checkpoint/3/manifest")[1])[2].count == 1
+
+
+def test_a_reader_that_comes_after_a_step_was_withdrawn_is_not_held_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source may have failed the step, and wait for this very reader in the next quorum."""
+    monkeypatch.setattr("torchft.checkpointing.http_server._RETRIED", 0.1)
+    with transport() as source, transport() as receiver:
+        source.send_checkpoint([1], 4, {"x": 1}, TIMEOUT)
+        source.disallow_checkpoint()
+        began = time.monotonic()
+        with pytest.raises(StepNotServed, match="no step is served now; the newest was step 4"):
+            receiver.recv_checkpoint(0, source.metadata(), 4, TIMEOUT)
+        assert time.monotonic() - began < TIMEOUT.total_seconds() / 2
+
+
+def test_a_step_that_is_tried_again_is_waited_for() -> None:
+    with transport() as source, transport() as receiver, ThreadPoolExecutor(1) as pool:
+        source.send_checkpoint([1], 4, {"x": 1}, TIMEOUT)
+        source.disallow_checkpoint()
+        received = pool.submit(receiver.recv_checkpoint, 0, source.metadata(), 4, TIMEOUT)
+        wait_until(lambda: bool(source._server._porter._aside))
+        source.send_checkpoint([1], 4, {"x": 2}, TIMEOUT)
+        assert received.result(60) == {"x": 2}
 
 
 def test_nothing_is_served_after_disallow() -> None:

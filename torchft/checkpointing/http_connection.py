@@ -239,7 +239,8 @@ class Connection:
             raise Refused(400, "HTTP/1.1 requests without a body are served")
         path = _PATH.fullmatch(target)
         wait = _WAIT.search(headers.get("prefer", ""))
-        deadline = Deadline(min(float(wait[1]) if wait else 0.0, _MAX_WAIT))
+        longest = _MAX_WAIT if path is None else min(_MAX_WAIT, self._server.patience(int(path[1])))
+        deadline = Deadline(min(float(wait[1]) if wait else 0.0, longest))
         if path is None:
             return _Request(method, target, headers, -1, "", None, deadline)
         indices = None if path[3] is None else parse_indices(path[3])

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import hmac
 import logging
+import math
 import socket
 import threading
 from collections.abc import Callable
@@ -33,6 +34,8 @@ __all__ = ["SnapshotServer"]
 logger = logging.getLogger("torchft.checkpointing.http_transport")
 
 _MAX_REASON = 1000
+_RETRIED = 2.0
+"""Seconds within which a step that was withdrawn is served again, if the step is tried again at once."""
 
 
 class SnapshotServer:
@@ -172,6 +175,15 @@ class SnapshotServer:
 
     def settled(self, step: int) -> bool:
         return step < self._newest or bool(self._why_declined(step)) or self._readable(step) is not None
+
+    def patience(self, step: int) -> float:
+        """Longest that a request for ``step`` is held until that is served, in seconds.
+
+        A step that was withdrawn comes again if it failed and is tried again. If it does not soon, the source may be
+        waiting for this very reader to give it up.
+        """
+        with self._changed:
+            return _RETRIED if step == self._newest and self._readable(step) is None else math.inf
 
     def ended(self, connection: Connection) -> None:
         with self._changed:
