@@ -107,7 +107,9 @@ class _Request:
     indices: list[int] | None
     """Of the chunks whose hashes are asked for, where that are not all."""
     deadline: Deadline
-    """Until when the source may hold it."""
+    """Until when it is to be answered."""
+    hold: Deadline
+    """Until when the source may hold it for a step that is not there yet."""
 
 
 class Connection:
@@ -170,7 +172,7 @@ class Connection:
     @property
     def waits_for(self) -> tuple[int, Deadline] | None:
         """The step that is not there yet, and until when the request waits for it."""
-        return None if self._request is None else (self._request.step, self._request.deadline)
+        return None if self._request is None else (self._request.step, self._request.hold)
 
     def await_request(self, limit: float) -> bool:
         """Whether a further request comes within so many seconds.
@@ -239,14 +241,15 @@ class Connection:
             raise Refused(400, "HTTP/1.1 requests without a body are served")
         path = _PATH.fullmatch(target)
         wait = _WAIT.search(headers.get("prefer", ""))
-        longest = _MAX_WAIT if path is None else min(_MAX_WAIT, self._server.patience(int(path[1])))
-        deadline = Deadline(min(float(wait[1]) if wait else 0.0, longest))
+        deadline = Deadline(min(float(wait[1]) if wait else 0.0, _MAX_WAIT))
         if path is None:
-            return _Request(method, target, headers, -1, "", None, deadline)
+            return _Request(method, target, headers, -1, "", None, deadline, deadline)
         indices = None if path[3] is None else parse_indices(path[3])
         if path[3] is not None and indices is None:
             raise Refused(400, f"chunks= takes at most {MAX_SAMPLE} indices, ascending, with commas between")
-        return _Request(method, target, headers, int(path[1]), path[2], indices, deadline)
+        step = int(path[1])
+        hold = Deadline(min(deadline.timeout, self._server.patience(step)))
+        return _Request(method, target, headers, step, path[2], indices, deadline, hold)
 
     def _answer_to(self, request: _Request) -> None:
         if request.method not in ("GET", "HEAD"):
@@ -266,7 +269,7 @@ class Connection:
         self.receiver = request.headers.get("receiver", self._peer)[:64]
         if request.document in ("manifest", "data"):
             self.comparing = False
-        offer = self._server.find(request.step, self, request.deadline)
+        offer = self._server.find(request.step, self, request.hold)
         try:
             if request.document == "manifest":
                 self._document(offer, offer.document, request.method)
