@@ -18,11 +18,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.checkpointing.loopback import address_of
 from tests.forked import ForkedProgram
 from torchft.checkpointing import CheckpointTransport, HTTPTransport, PGTransport
 from torchft.checkpointing.http_download import Download
 from torchft.checkpointing.transport import TransferAborted
 from torchft.process_group.gloo import ProcessGroupGloo
+from torchft.testing.faults import Link
 
 LONG = timedelta(seconds=60)
 SIZE = 512 << 20  # takes long enough to be stopped in the middle
@@ -195,7 +197,7 @@ def test_a_failed_step_ends_the_wait_for_who_never_offers_it(
     silent: HTTPTransport[Any] = HTTPTransport(LONG, hostname="127.0.0.1")
     try:
         receiving = pool.submit(receiver.recv_checkpoint, 0, silent.metadata(), 7, LONG)
-        wait_until(lambda: receiver._waiting)
+        wait_until(lambda: receiver._download)
         receiver.expect_no_offer("the step failed: a member died")
         with pytest.raises(TransferAborted, match="no source had offered step 7 when the step failed: a member died"):
             receiving.result(SOON)
@@ -213,11 +215,36 @@ def test_a_failed_step_does_not_end_a_transfer_that_has_begun(
         source.send_signal(signal.SIGSTOP)
         source.wait_until_stopped()
         receiving = pool.submit(receiver.recv_checkpoint, 0, metadata, 7, LONG)
-        wait_until(lambda: receiver._waiting)
+        wait_until(lambda: receiver._download)
         source.send_signal(signal.SIGCONT)
-        wait_until(lambda: not receiver._waiting)
+        wait_until(lambda: receiver.last_receive and receiver.last_receive.total)
         receiver.expect_no_offer("the step failed: a member died")
         assert int(receiving.result(50)["w"][-1]) == 1
+
+
+def test_a_failed_step_ends_a_transfer_whose_other_sources_have_left_it(
+    receiver: HTTPTransport[Any], pool: ThreadPoolExecutor
+) -> None:
+    """They hold a request for a step that they gave up, and wait for this receiver in the next quorum."""
+    dying: HTTPTransport[Any] = HTTPTransport(LONG, hostname="127.0.0.1")
+    left: HTTPTransport[Any] = HTTPTransport(LONG, hostname="127.0.0.1")
+    try:
+        dying.send_checkpoint([1], 7, {"w": torch.ones(64 << 20, dtype=torch.uint8)}, LONG)
+        with Link(address_of(dying)) as link:
+            link.throttle(40e6)
+            sources = [(0, f"torchft-http/1 http://{link.address}"), (1, left.metadata())]
+            receiving = pool.submit(receiver.recv_from_many, sources, 7, LONG)
+            wait_until(lambda: receiver.last_receive and receiver.last_receive.done)
+            wait_until(lambda: left._server._porter._aside)
+            receiver.expect_no_offer("the step failed: a member died")
+            link.refuse()
+            link.cut()
+            with pytest.raises(TransferAborted, match=r"step 7 does not come any more .* since the step failed: a mem"):
+                receiving.result(SOON)
+        assert_receives(receiver, pool)
+    finally:
+        dying.shutdown()
+        left.shutdown()
 
 
 @pytest.mark.parametrize("local_from", [0, sys.maxsize], ids=["local", "group"])

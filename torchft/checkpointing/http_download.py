@@ -60,6 +60,8 @@ _PATIENCE = 0.5
 """Seconds that the assigned source has for its manifest before the others are asked as well."""
 _SOON = 0.3
 """Seconds: what one source will have sent by then needs no other."""
+_OFFERED = 0.25
+"""Seconds of silence after which sources are believed to have left a step that failed."""
 
 
 class Download:
@@ -115,7 +117,7 @@ class Download:
         self._plan: TransferPlan | None = None
         self._differences = differences or Differences()
         self._workers: Workers | None = None
-        self._unoffered: str | None = None
+        self._unoffered: tuple[str, float] | None = None
         self.progress = FetchProgress(step)
         self.progress.bad_sources += sorted(outvoted) if compare != "unlike" else []
         self.comparison = Comparison(compare, step, self.progress)
@@ -146,7 +148,8 @@ class Download:
     def expect_no_offer(self, reason: str) -> None:
         """A source that has not offered the step by now will not: ends the wait for it, but no transfer under way."""
         with self._changed:
-            self._unoffered = reason
+            if self._unoffered is None:
+                self._unoffered = reason, time.monotonic()
             self._changed.notify_all()
 
     # ------------------------------------------------------- the calling thread
@@ -172,7 +175,7 @@ class Download:
                 self._open(self._sources if lost or late else self._sources[:1])
                 self._check()
                 if self._unoffered is not None:
-                    raise TransferAborted(f"no source had offered step {self._step} when {self._unoffered}")
+                    raise TransferAborted(f"no source had offered step {self._step} when {self._unoffered[0]}")
                 self._changed.wait(min(_QUIET, self._deadline.remaining()) if late else _TICK)
             cut, body, _ = self._layout
         self._manifest = parse_manifest(body, cut, allow_pickle)
@@ -230,6 +233,7 @@ class Download:
                     return seal
                 self._check()
                 if not plan.finished:
+                    self._check_offered()
                     self._workers.go_on()
                 self._changed.wait(_IDLE if plan.finished else _TICK)
                 self._learn()
@@ -268,6 +272,20 @@ class Download:
             if self._layout is not None:
                 self.comparison.judge_layouts(final=True)
             raise failure_of(self._sources, self._step)
+
+    def _check_offered(self) -> None:
+        """Sources that have left a step hold whom they do not know to have left it too, and wait for this receiver in
+        the next one.
+
+        Raises:
+            TransferAborted: nothing comes any more of a step that failed.
+        """
+        if self._unoffered is None:
+            return
+        reason, since = self._unoffered
+        asked = max(since, *(s.opened for s in self._sources))
+        if min(time.monotonic() - asked, self.progress.silent_for(self._received())) > _OFFERED:
+            raise TransferAborted(f"step {self._step} does not come any more ({self.progress}) since {reason}")
 
     def _more_sources_pay(self) -> bool:
         if not any(s.state == "idle" for s in self._sources):

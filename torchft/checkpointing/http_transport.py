@@ -29,7 +29,8 @@ import math
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Literal, TypeVar, cast
@@ -145,7 +146,7 @@ class HTTPTransport(CheckpointTransport[T]):
         """How the newest receive goes, or went: bytes that were fetched, kept, bad, retries."""
         self._partial: Partial | None = None
         self._differences = Differences()
-        self._waiting: Download | None = None  # for a source to offer anything
+        self._download: Download | None = None  # under way
         self._outlived: Offer | None = None  # it was offered in a step that has ended
         self._live = False  # what is offered is the caller's own memory
         self._worker: Worker | None = None
@@ -334,15 +335,10 @@ class HTTPTransport(CheckpointTransport[T]):
                 outvoted=outvoted,
                 differences=self._differences,
             )
-            self.last_receive = download.progress
-            with download:
-                self._waiting = download
-                try:
-                    download.ask()
-                    live = look_at(self._state_dict)
-                    manifest, cut = download.begin(self._allow_pickle)
-                finally:
-                    self._waiting = None
+            with self._under_way(download):
+                download.ask()
+                live = look_at(self._state_dict)
+                manifest, cut = download.begin(self._allow_pickle)
                 destination, kept = self._continue(manifest, cut, live())
                 try:
                     seal = download.run(destination.run, kept)
@@ -368,6 +364,15 @@ class HTTPTransport(CheckpointTransport[T]):
             seal.root,
         )
         return cast(T, state)
+
+    @contextmanager
+    def _under_way(self, download: Download) -> Iterator[None]:
+        self._download, self.last_receive = download, download.progress
+        try:
+            with download:
+                yield
+        finally:
+            self._download = None
 
     def _continue(self, manifest: Manifest, cut: Cut, into: LiveTensors) -> tuple[Destination, dict[int, bytes]]:
         """Memory for what comes, and which chunks are in it from an attempt that failed."""
@@ -407,9 +412,9 @@ class HTTPTransport(CheckpointTransport[T]):
         self._server.drop_readers()
 
     def expect_no_offer(self, reason: str) -> None:
-        waiting = self._waiting
-        if waiting is not None:
-            waiting.expect_no_offer(reason)
+        download = self._download
+        if download is not None:
+            download.expect_no_offer(reason)
 
     def decline(self, step: int, reason: str, dst_ranks: Sequence[int] = ()) -> None:
         self._server.decline(step, reason)

@@ -205,7 +205,7 @@ class CheckpointTransport(ABC, Generic[T]):
 
     def expect_no_offer(self, reason: str) -> None:
         """The step has failed: sources that have not offered it by now will not, and a ``recv_checkpoint`` that waits
-        for them raises soon. A transfer that has begun goes on: what it brings is as good as before.
+        for them raises soon. A transfer that has begun goes on as long as something comes: that is as good as before.
 
         From any thread; idempotent; returns at once. Without it, such a wait lasts until its timeout.
 
