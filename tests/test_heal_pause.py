@@ -85,11 +85,11 @@ def test_a_slow_way_is_taken_when_ten_times_as_long_was_waited(caplog: pytest.Lo
 
     def measure() -> float:
         now[0] += 1.0
-        return 1.0 * MB
+        return 4.0 * MB
 
     with caplog.at_level("INFO"), pause_of(measure, timeout=60.0, bound=None, clock=lambda: now[0]) as pause:
         assert pause.allowance == 2.0
-        pause.hopeless(TooSlow("too slow", 16 * MB))
+        pause.hopeless(TooSlow("too slow", 64 * MB))
         assert ended(pause)
         assert pause.waited == 160.0
         assert pause.allowance == 16.0
@@ -100,10 +100,35 @@ def test_a_slow_way_is_taken_when_ten_times_as_long_was_waited(caplog: pytest.Lo
         assert (pause.waited, pause.allowance) == (0.0, 2.0)
     told = warnings(caplog)
     assert len(told) == 1
-    assert "1.0 MB/s, so 16 MB would take 16 s" in told[0]
+    assert "4.0 MB/s, so 64 MB would take 16 s" in told[0]
     assert "takes the state in about 159 s" in told[0]
     assert "heal_pause (TORCHFT_HEAL_PAUSE_SEC)" in told[0]
-    assert "comes at 1.0 MB/s, in 16.0 s, which is fast enough after 160 s of waiting: healing" in caplog.text
+    assert "comes at 4.0 MB/s, in 16.0 s, which is fast enough after 160 s of waiting: healing" in caplog.text
+
+
+def test_no_waiting_pays_for_a_way_that_must_be_a_fault_until_that_is_mended(caplog: pytest.LogCaptureFixture) -> None:
+    may_go, measured, now = threading.Event(), threading.Semaphore(0), [100.0]
+
+    def measure() -> float:
+        now[0] += 1000.0
+        measured.release()
+        return 4.0 * MB if may_go.is_set() else 1.0 * MB
+
+    with pause_of(measure, timeout=60.0, bound=None, clock=lambda: now[0]) as pause:
+        pause.hopeless(TooSlow("too slow", 16 * MB))
+        for _ in range(5):
+            assert measured.acquire(timeout=60)
+        assert pause.waits
+        may_go.set()
+        assert ended(pause)
+    told = warnings(caplog)
+    assert len(told) == 1
+    assert (
+        "1.0 MB/s, so 16 MB would take 16 s, and the other groups would stand that long, where 2 s are allowed"
+        in told[0]
+    )
+    assert "Less than 2 MB/s is taken for a fault" in told[0]
+    assert "TORCHFT_HEAL_PAUSE_SEC=20 lets this group heal all the same" in told[0]
 
 
 def test_a_heal_no_longer_than_a_step_of_the_others_is_made_once_their_steps_were_timed(

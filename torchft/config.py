@@ -141,7 +141,8 @@ HEAL_PAUSE_SEC = Setting(
     "seconds",
     _none_seconds,
     "Longest that a heal may hold the other groups up: one that would take longer is not begun. Unset: 2 s, a step of "
-    "theirs, or a tenth of the time that was waited for it. Wins over `Manager(heal_pause=)`.",
+    "theirs, or, over a way of 2 MB/s or more, a tenth of the time that was waited for it. Wins over "
+    "`Manager(heal_pause=)`.",
     _seconds,
 )
 QUORUM_RETRIES = Setting(

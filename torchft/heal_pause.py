@@ -7,8 +7,9 @@ The idea
     after a fraction of a second if it is hopeless, and if that was a mistake the measurement says so a second later.
 
     What may be called soon grows with the time that it has waited (:mod:`torchft.core.heal_allowance`), so that a slow
-    way costs the others a small share of their time, and this group is not shut out. Where the others can do nothing
-    without this group, or nobody has done anything yet, a heal may take as long as any transfer.
+    way costs the others a small share of their time, and this group is not shut out, unless the way is so slow that
+    it must be a fault. Where the others can do nothing without this group, or nobody has done anything yet, a heal may
+    take as long as any transfer.
 
 States
     *trying* (nothing is known, or all is well) → ``hopeless`` → *waiting*: measured again and again, soon at first, →
@@ -27,13 +28,14 @@ States
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
 
 from torchft.checkpointing import TooSlow, Unauthorized
 from torchft.coordination import QuorumResult
-from torchft.core.heal_allowance import allowance, seconds_until_allowed
+from torchft.core.heal_allowance import SLOWEST, allowance, seconds_until_allowed
 from torchft.runtime.logs import RankLogger
 from torchft.runtime.loop import Timer, call_later
 from torchft.runtime.retry import Backoff, doubled
@@ -120,8 +122,12 @@ class HealPause:
 
     @property
     def allowance(self) -> float:
-        """Seconds that a heal may hold the others up now."""
-        return self._timeout if self._exempt else allowance(self.waited, self._timeout, self._bound, self._step)
+        """Seconds that a heal may hold the others up now, over a sound way."""
+        return self._allowed(math.inf)
+
+    def _allowed(self, rate: float) -> float:
+        """The same where so many bytes a second come."""
+        return self._timeout if self._exempt else allowance(self.waited, self._timeout, self._bound, self._step, rate)
 
     def step(self, quorum: QuorumResult) -> None:
         """A step begins, with a heal if one is needed and not waited for."""
@@ -261,7 +267,7 @@ class HealPause:
                 self._log.debug("the way to the sources cannot be measured: %s", e)
                 rate = 0.0
             needed = nbytes / rate if rate > 0 else 0.0
-            if rate > 0 and needed <= self.allowance:
+            if rate > 0 and needed <= self._allowed(rate):
                 self._log.info(
                     "the state comes at %.1f MB/s, in %.1f s, which is fast enough after %.0f s of waiting: healing",
                     rate / 1e6,
@@ -274,7 +280,7 @@ class HealPause:
                 break
             pause = min(_SELDOM, max(_SOON, 2 * pause))
             if rate > 0:
-                wait = seconds_until_allowed(needed, self.waited, self._timeout, self._bound, self._step)
+                wait = seconds_until_allowed(needed, self.waited, self._timeout, self._bound, self._step, rate)
                 if wait is not None:
                     pause = min(pause, max(_SOON, wait))
                 if not told:
@@ -291,7 +297,7 @@ class HealPause:
     def _tell(self, nbytes: int, rate: float, wait: float | None) -> None:
         """What is wrong, when it will be over, and what can be done."""
         needed = nbytes / rate
-        limit = f"and the other groups would stand that long, where {self.allowance:.0f} s are allowed now"
+        limit = f"and the other groups would stand that long, where {self._allowed(rate):.0f} s are allowed now"
         if wait is not None:
             then = (
                 f"If it stays as it is, this group takes the state in about {wait:.0f} s: a heal may hold the others "
@@ -303,6 +309,13 @@ class HealPause:
                 f"and a heal may hold the other groups up for {self._bound:g} s (heal_pause, TORCHFT_HEAL_PAUSE_SEC)"
             )
             then = "If it stays as it is, only a longer heal_pause lets this group heal"
+        elif needed <= self._timeout:
+            then = (
+                f"Less than {SLOWEST / 1e6:g} MB/s is taken for a fault, for which nobody is made to stand: look at "
+                "the network, and at the interface that the sources name (TORCHFT_HOST there chooses it). "
+                f"TORCHFT_HEAL_PAUSE_SEC={math.ceil(1.2 * needed)} lets this group heal all the same, in one pause of "
+                "all"
+            )
         else:
             limit = f"and the other groups wait {self._timeout:.0f} s for a transfer (timeout)"
             then = "If it stays as it is, a longer timeout in all groups lets this one heal"

@@ -109,8 +109,9 @@ class Manager:
         timeouts: all of them at once, instead of ``timeout``, ``quorum_timeout``, ``connect_timeout`` and
             ``heartbeat_interval``; :func:`torchft.timeouts.suggest` makes them.
         heal_pause: longest that this group's heal may hold the others up, where they could go on without it. One that
-            would take longer is not begun. None: 2 s, a step of theirs, or a tenth of the time that this group has
-            waited for it. As long as ``timeout``: whatever a transfer may take (docs/transfer.md).
+            would take longer is not begun. None: 2 s, a step of theirs, or, over a way of 2 MB/s or more, a tenth of
+            the time that this group has waited for it. As long as ``timeout``: whatever a transfer may
+            take (docs/transfer.md).
 
     The environment wins over arguments for ``TORCHFT_TIMEOUT_SEC``, ``TORCHFT_QUORUM_TIMEOUT_SEC``,
     ``TORCHFT_CONNECT_TIMEOUT_SEC``, ``TORCHFT_HEAL_PAUSE_SEC``, ``TORCHFT_QUORUM_RETRIES`` and ``TORCHFT_DRAIN``.

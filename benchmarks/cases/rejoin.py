@@ -91,16 +91,16 @@ def _slow_joiner(run: Run) -> Figures:
 
 
 def _slow_heal(run: Run, sources: int) -> Figures:
-    """A group joins whose state comes at 1 MB/s from each source, and is healed all the same."""
+    """A group joins whose state comes at 3 MB/s from each source, and is healed all the same."""
     with Cluster() as cluster:
         lighthouse = cluster.lighthouse(run.impl)
-        args = ("--state-mb", 3 if run.quick else 16, "--link")
+        args = ("--state-mb", 8 if run.quick else 16, "--link")
         others = [train(cluster, run.impl, i, lighthouse, *args) for i in range(sources)]
         for child in others:
             child.hello()
         together(others, sources)
         for child in others:
-            child.tell("limit 1000000")
+            child.tell("limit 3000000")
         joiner = train(cluster, run.impl, sources, lighthouse, *args)
         joiner.hello()
         asked = joiner.wait("quorum", 60)["t"]
@@ -171,7 +171,7 @@ CASES = (
     *(
         Case(
             f"slow-heal-{sources}",
-            f"a group joins whose 16 MiB of state come at 1 MB/s from {word}, and is healed all the same",
+            f"a group joins whose 16 MiB of state come at 3 MB/s from {word}, and is healed all the same",
             lambda run, sources=sources: _slow_heal(run, sources),
             only_ours=True,
         )

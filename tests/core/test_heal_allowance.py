@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchft.core.heal_allowance import FREE, allowance, hopeless, seconds_until_allowed
+from torchft.core.heal_allowance import FREE, SLOWEST, allowance, hopeless, seconds_until_allowed
 
 SECONDS = st.floats(0.0, 1e5)
 POSITIVE = st.floats(1e-3, 1e5)
 BOUND = st.none() | POSITIVE
+RATE = st.floats(1.0, 1e10)
 
 
 @pytest.mark.parametrize(
@@ -34,20 +35,37 @@ def test_what_is_allowed_grows_with_the_waiting_unless_a_bound_is_set(
     assert allowance(waited, timeout, bound, step) == allowed
 
 
-@given(needed=SECONDS, waited=SECONDS, timeout=POSITIVE, bound=BOUND, step=SECONDS)
+@given(needed=SECONDS, waited=SECONDS, timeout=POSITIVE, bound=BOUND, step=SECONDS, rate=RATE)
 def test_the_time_that_is_told_is_when_it_is_allowed(
-    needed: float, waited: float, timeout: float, bound: float | None, step: float
+    needed: float, waited: float, timeout: float, bound: float | None, step: float, rate: float
 ) -> None:
-    wait = seconds_until_allowed(needed, waited, timeout, bound, step)
+    wait = seconds_until_allowed(needed, waited, timeout, bound, step, rate)
     if wait is None:
-        assert needed > allowance(1e12, timeout, bound, step), "not even after any time"
+        assert needed > allowance(1e12, timeout, bound, step, rate), "not even after any time"
     else:
-        assert needed <= allowance(waited + wait, timeout, bound, step) * (1 + 1e-9)
-        assert wait == 0 or needed > allowance(waited + 0.99 * wait, timeout, bound, step)
+        assert needed <= allowance(waited + wait, timeout, bound, step, rate) * (1 + 1e-9)
+        assert wait == 0 or needed > allowance(waited + 0.99 * wait, timeout, bound, step, rate)
+
+
+@pytest.mark.parametrize(
+    ("rate", "bound", "step", "allowed"),
+    [
+        (SLOWEST, None, 0.0, 16.0),
+        (0.99 * SLOWEST, None, 0.0, FREE),
+        (0.99 * SLOWEST, None, 15.0, 15.0),
+        (0.99 * SLOWEST, 30.0, 0.0, 30.0),
+    ],
+)
+def test_no_waiting_pays_for_a_way_that_is_so_slow_that_it_must_be_a_fault(
+    rate: float, bound: float | None, step: float, allowed: float
+) -> None:
+    assert allowance(160.0, 60.0, bound, step, rate) == allowed
+    never = seconds_until_allowed(40.0, 160.0, 60.0, bound, step, rate) is None
+    assert never == (rate < SLOWEST or bound is not None)
 
 
 @given(needed=POSITIVE, timeout=POSITIVE)
-def test_without_a_bound_whatever_fits_the_timeout_is_taken_for_a_tenth_of_the_time(
+def test_without_a_bound_and_over_a_sound_way_whatever_fits_the_timeout_is_taken_for_a_tenth_of_the_time(
     needed: float, timeout: float
 ) -> None:
     wait = seconds_until_allowed(needed, 0.0, timeout)
