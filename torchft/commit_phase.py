@@ -21,7 +21,8 @@ from torchft.checkpointing import CheckpointTransport
 from torchft.group import Group
 from torchft.persistence import Persistence
 from torchft.process_group import ProcessGroup
-from torchft.quorum_phase import Progress, QuorumPhase
+from torchft.progress import Progress
+from torchft.quorum_phase import QuorumPhase
 from torchft.reduction import StepFutures
 from torchft.runtime.logs import RankLogger
 from torchft.step_error import StepError, waited_in_vain

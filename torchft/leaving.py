@@ -12,7 +12,7 @@ from datetime import timedelta
 
 from torchft.departure import drain_requested
 from torchft.group import Group
-from torchft.quorum_phase import Progress
+from torchft.progress import Progress
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.logs import RankLogger
 

@@ -39,7 +39,8 @@ from torchft.leaving import Leaving
 from torchft.persistence import Persistence
 from torchft.process_group import ProcessGroup, Reduction
 from torchft.process_group.claim import Claim
-from torchft.quorum_phase import NOBODY, Progress, QuorumPhase
+from torchft.progress import Progress
+from torchft.quorum_phase import NOBODY, QuorumPhase
 from torchft.recovery import Recovery, default_transport
 from torchft.reduction import StepFutures, contribute_nothing
 from torchft.restoring import Restoring

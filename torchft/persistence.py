@@ -9,7 +9,8 @@ Rules
 from __future__ import annotations
 
 from torchft.lost_state import StateLost
-from torchft.quorum_phase import Progress, QuorumPhase
+from torchft.progress import Progress
+from torchft.quorum_phase import QuorumPhase
 from torchft.restoring import Restoring
 from torchft.runtime.logs import RankLogger
 

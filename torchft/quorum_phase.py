@@ -26,7 +26,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -39,6 +38,7 @@ from torchft.group import Group
 from torchft.heal_pause import HealPause, Pausing
 from torchft.lost_state import Holders, StateLost, check_not_lost
 from torchft.process_group import ProcessGroup
+from torchft.progress import Progress
 from torchft.recovery import Recovery
 from torchft.runtime.deadline import Deadline, seconds
 from torchft.runtime.logs import RankLogger
@@ -48,39 +48,12 @@ from torchft.step_error import StepError, waited_in_vain
 from torchft.telemetry import RankTelemetry
 from torchft.together import Together, TogetherError
 
-__all__ = ["NOBODY", "Progress", "QuorumPhase"]
+__all__ = ["NOBODY", "QuorumPhase"]
 
 NOBODY = Participation(None, 0)
 """Takes part while there is no quorum."""
 _NO_STATE = -1
 _MAX_PAUSE = 2.0
-
-
-@dataclass
-class Progress:
-    """How far a replica is."""
-
-    step: int = 0
-    """Steps committed, and the index of the one under way."""
-    batches_committed: int = 0
-    """Over all participants."""
-    failures: int = 0
-    """Steps in a row that were not committed."""
-    breaks: int = 0
-    """Of these, from the last that was not only this group's own heal: so often did a quorum break."""
-    timed_out: bool = False
-    """In the last step it waited for the other groups in vain."""
-    lineage: int = 0
-    """The quorum in which the newest step was committed, here or where this state was healed from; 0: not known."""
-
-    def state_dict(self) -> dict[str, int]:
-        """What a healing replica takes over."""
-        return {"step": self.step, "batches_committed": self.batches_committed}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.step = int(state_dict["step"])
-        self.batches_committed = int(state_dict["batches_committed"])
-        self.lineage = 0
 
 
 class QuorumPhase:

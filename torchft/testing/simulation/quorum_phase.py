@@ -61,7 +61,7 @@ class QuorumPhase:
         self._invariants: Invariants = job.invariants
         self._chance = random.Random(f"{self.world.seed} {process.name} {process.life}")
         self.recovery = Recovery(job, process, rank, self._chance)
-        # the replica's state (state.py, quorum_phase.Progress)
+        # the replica's state (state.py, progress.py)
         self.step = 0
         self.state = hash((number if job.settings.init_sync else 0, rank))
         self.lineage = 0
