@@ -120,7 +120,7 @@ def test_a_step_fails_as_such_also_where_the_other_ranks_cannot_be_told(
     def gone(*_: object) -> None:
         raise RuntimeError("the group's store is gone")
 
-    monkeypatch.setattr(a.manager._begin._together, "refuse", gone)
+    monkeypatch.setattr(a.manager._healing._together, "refuse", gone)
     pg.report_configure_error(RuntimeError("injected"))
     a.step()
     assert "injected" in str(a.manager.errored())

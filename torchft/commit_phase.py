@@ -19,6 +19,7 @@ from typing import Any
 
 from torchft.checkpointing import CheckpointTransport
 from torchft.group import Group
+from torchft.healing import Healing
 from torchft.persistence import Persistence
 from torchft.process_group import ProcessGroup
 from torchft.progress import Progress
@@ -39,6 +40,7 @@ class CommitPhase:
         pg: aborted where a collective does not end in time.
         transport: offers the state until the vote.
         begin: how the step began.
+        healing: what became of the states in it.
         works: its collectives.
         progress: of this replica.
         error: of the step.
@@ -57,6 +59,7 @@ class CommitPhase:
         pg: ProcessGroup,
         transport: CheckpointTransport[dict[str, Any]],
         begin: QuorumPhase,
+        healing: Healing,
         works: StepFutures,
         progress: Progress,
         error: StepError,
@@ -72,6 +75,7 @@ class CommitPhase:
         self._pg = pg
         self._transport = transport
         self._begin = begin
+        self._healing = healing
         self._works = works
         self._progress = progress
         self._error = error
@@ -110,7 +114,7 @@ class CommitPhase:
 
     def errored(self) -> Exception | None:
         """The step's error, or why this group is not healed in it."""
-        return self._error.current or self._begin.unhealed
+        return self._error.current or self._healing.unhealed
 
     def run(self, timeout: timedelta) -> bool:
         """Ends the step, which has begun. Returns whether it is committed.
@@ -124,8 +128,8 @@ class CommitPhase:
         self._ending = True
         reduced = self._works.begun
         self._works.wait(self._timeout, self._pg.abort, self._pg.errored)
-        if self._begin.loads:
-            self._begin.apply_healed_state()
+        if self._healing.loads:
+            self._healing.apply()
         if (broken := self._pg.errored()) is not None:
             self._error.report(broken)
         self._begin.watch.exit()  # all it had to say is said: who dies or leaves from now on is no matter of this step
@@ -143,8 +147,8 @@ class CommitPhase:
         self.over = True
         if commit:
             self._committed(participants, reduced)
-        elif self._begin.waits and self._error.current is None:
-            self._log.debug("the step is not committed: %s", self._begin.unhealed)  # as was announced: no failure
+        elif self._healing.sits_out and self._error.current is None:
+            self._log.debug("the step is not committed: %s", self._healing.unhealed)  # as was announced: no failure
             self._persistence.settle_loss()
         else:
             self._failed(participants, few)
@@ -173,7 +177,7 @@ class CommitPhase:
 
     def _failed(self, participants: int, few: bool) -> None:
         self._progress.failures += 1
-        if self._error.current is not None or not self._begin.only_unhealed:
+        if self._error.current is not None or not self._healing.only_unhealed:
             self._progress.breaks += 1
         if not self._begin.failed:
             self._progress.timed_out = waited_in_vain(self._error.current)

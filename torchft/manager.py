@@ -35,6 +35,7 @@ from torchft.coordination.types import Notice
 from torchft.departure import Drained, forget, leave_at_the_end, listen_for_sigterm
 from torchft.group import join_group
 from torchft.group_loss import GroupLoss
+from torchft.healing import Healing
 from torchft.leaving import Leaving
 from torchft.persistence import Persistence
 from torchft.process_group import ProcessGroup, Reduction
@@ -232,11 +233,7 @@ class Manager:
                     max(seconds(self._timeout), seconds(self._timeouts.connect)),
                     self._log,
                 )
-            self._begin = QuorumPhase(
-                group=self._group,
-                pg=pg,
-                transport=self._transport,
-                state=self._state,
+            self._healing = Healing(
                 recovery=Recovery(
                     self._transport,
                     self._state,
@@ -247,24 +244,38 @@ class Manager:
                     self._log,
                 ),
                 together=together,
+                state=self._state,
+                progress=self._progress,
+                error=self._error,
+                log=self._log,
+                telemetry=self._telemetry,
+                alone=self._group.world_size == 1,
+                use_async_quorum=use_async_quorum,
+                min_replica_size=min_replica_size,
+                heal_pause=self._timeouts.heal_pause,
+            )
+            self._begin = QuorumPhase(
+                group=self._group,
+                pg=pg,
+                transport=self._transport,
+                healing=self._healing,
                 progress=self._progress,
                 error=self._error,
                 log=self._log,
                 telemetry=self._telemetry,
                 use_async_quorum=use_async_quorum,
-                min_replica_size=min_replica_size,
                 fixed_world_size=min_replica_size if world_size_mode is WorldSizeMode.FIXED_WITH_SPARES else None,
                 init_sync=init_sync,
                 allow_restart=allow_restart if config.ALLOW_RESTART.read() is None else config.ALLOW_RESTART.read(),
                 saved=(lambda _: 0) if restoring is None else restoring.newest,
-                heal_pause=self._timeouts.heal_pause,
             )
-            self._persistence = Persistence(restoring, self._progress, self._begin, self._log)
+            self._persistence = Persistence(restoring, self._progress, self._begin, self._healing, self._log)
             self._commit = CommitPhase(
                 group=self._group,
                 pg=pg,
                 transport=self._transport,
                 begin=self._begin,
+                healing=self._healing,
                 works=self._works,
                 progress=self._progress,
                 error=self._error,
@@ -444,9 +455,8 @@ class Manager:
         if draining:
             self._leave_drained()
         self._start.run(begin)
-        if not self._use_async_quorum and self._begin.loads:
-            self._begin.apply_healed_state()
-            self._begin.healing = self._begin.loads = False
+        if not self._use_async_quorum:
+            self._healing.apply_at_once()
 
     def _begin_again(self, begin: Callable[[], None]) -> bool:
         """A member of the standing quorum is lost. If this step has not used it yet, it asks for another one."""
@@ -461,7 +471,7 @@ class Manager:
 
         def run() -> None:
             begin()
-            if self._begin.healing:
+            if self._healing.heals:
                 self.report_error(RuntimeError("this group fell behind in mid-step and has healed: the step is lost"))
 
         return run
@@ -481,8 +491,8 @@ class Manager:
         self._start.wait()
         if self._error.current is not None and self._begin.failed:
             raise self._error.current
-        if self._begin.unhealed is not None:
-            raise self._begin.unhealed
+        if self._healing.unhealed is not None:
+            raise self._healing.unhealed
 
     # --------------------------------------------------------- the reduction
 
@@ -574,7 +584,7 @@ class Manager:
         self._log.warning("error in this step: %s: %s", type(e).__name__, e)
         self._log.debug("where it came from", exc_info=e)
         self._telemetry.error(e)
-        self._begin.step_failed(e)
+        self._healing.step_failed(e)
         if self._proactive:
             # Others wait for what this group will not send any more: tell them now, not after their timeout.
             self._begin.invalidate()
@@ -600,7 +610,7 @@ class Manager:
     def participating_rank(self) -> int | None:
         """This group's index among the participants; None: it contributes zeros. Waits for the quorum."""
         self._start.wait()
-        return None if self._begin.healing else self._begin.participation.rank
+        return None if self._healing.heals else self._begin.participation.rank
 
     def num_participants(self) -> int:
         """Participants of this step, 0 when its quorum failed. Waits for the quorum."""
@@ -659,13 +669,14 @@ class Manager:
         """
         self.leave("manager.shutdown() was called")
         self._begin.stop()
+        self._healing.stop()
         if wait:
             self._start.await_end(seconds(self._quorum_timeout))
         self._group.close()
         self._persistence.close(wait)
         self._transport.shutdown(wait=wait)
         if wait:
-            self._begin.close()
+            self._healing.close()
         self._start.shutdown(timeout=5.0 if wait else 0.0)
         if self._claim.held:  # or else it may be another Manager's by now
             self._pg.shutdown()

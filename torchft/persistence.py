@@ -8,6 +8,7 @@ Rules
 
 from __future__ import annotations
 
+from torchft.healing import Healing
 from torchft.lost_state import StateLost
 from torchft.progress import Progress
 from torchft.quorum_phase import QuorumPhase
@@ -23,14 +24,23 @@ class Persistence:
     Args:
         restoring: saves and restores; None: there are no checkpoints.
         progress: of this replica; a restored state moves it.
-        begin: knows what became of the last step.
+        begin: knows how the last step began.
+        healing: knows whether a peer's state was taken in it.
         log: of the manager.
     """
 
-    def __init__(self, restoring: Restoring | None, progress: Progress, begin: QuorumPhase, log: RankLogger) -> None:
+    def __init__(
+        self,
+        restoring: Restoring | None,
+        progress: Progress,
+        begin: QuorumPhase,
+        healing: Healing,
+        log: RankLogger,
+    ) -> None:
         self._restoring = restoring
         self._progress = progress
         self._begin = begin
+        self._healing = healing
         self._log = log
         self._restored = False
 
@@ -76,7 +86,7 @@ class Persistence:
             self._restored = True
             if self._progress.step == 0:  # else the program has loaded a state of its own
                 self.restore()
-        elif self._progress.failures == 0 and not self._begin.healing:
+        elif self._progress.failures == 0 and not self._healing.heals:
             self._restoring.save(self._progress.step, self._begin.participation.rank, self._progress.state_dict())
 
     def close(self, wait: bool) -> None:

@@ -1,6 +1,7 @@
 """How a step begins: quorum, process group, and the state, for those who give it and those who need it.
 
-Mirrors ``quorum_phase.py``, the first half of ``manager.py`` (``start_quorum``), ``lost_state.py`` and ``state.py``.
+Mirrors ``quorum_phase.py``, ``healing.py``, the first half of ``manager.py`` (``start_quorum``), ``lost_state.py`` and
+``state.py``.
 Who participates is decided by ``core/participation.py``, whether a death concerns this step by ``failure_watch.py``.
 """
 
