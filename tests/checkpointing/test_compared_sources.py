@@ -20,7 +20,7 @@ from torchft.checkpointing import chunks, http_agreement, http_comparison, http_
 from torchft.checkpointing.chunks import Sample
 from torchft.checkpointing.fetch_progress import FetchProgress
 from torchft.checkpointing.http_comparison import Comparing, Comparison
-from torchft.checkpointing.http_download import Download
+from torchft.checkpointing.http_discovery import Discovery
 from torchft.checkpointing.http_source import HTTPSource
 from torchft.checkpointing.offer import Offer
 from torchft.runtime.deadline import Deadline
@@ -280,20 +280,20 @@ def test_states_that_differ_on_purpose_are_not_compared(caplog: pytest.LogCaptur
 def _all_asked_at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """As if the assigned source were slow, and yet the first to answer. The list tells who has answered."""
     monkeypatch.setattr(http_download, "_PATIENCE", -1.0)
-    ask, first, answered = Download._ask_once_for_manifest, threading.Event(), list[int]()
+    ask, first, answered = Discovery._ask_once, threading.Event(), list[int]()
 
-    def in_turn(self: Download, source: HTTPSource) -> float | None:
+    def in_turn(self: Discovery, source: HTTPSource) -> float | None:
         if source.index:
             first.wait(60)
         else:
-            wait_until(lambda: all(s.state != "idle" for s in self._sources))
+            wait_until(lambda: all(s.state != "idle" for s in self.sources))
         try:
             return ask(self, source)
         finally:
             answered.append(source.index)
             first.set()
 
-    monkeypatch.setattr(Download, "_ask_once_for_manifest", in_turn)
+    monkeypatch.setattr(Discovery, "_ask_once", in_turn)
     return answered
 
 

@@ -1,38 +1,37 @@
 """One state, fetched over HTTP from as many sources as it takes, and verified.
 
 The idea
-    The assigned source is asked first, and is enough where the rest would come within ``_SOON``. Otherwise, or if it
-    is slow to answer, lost, or sends bad bytes, the other sources are asked as well. Threads, one to a connection and
-    two connections to a source, take their work from a :class:`torchft.core.transfer_plan.TransferPlan`
-    (:mod:`torchft.checkpointing.http_workers`); the calling thread watches, engages sources, and judges.
+    The assigned source is asked first (:mod:`torchft.checkpointing.http_discovery`), and is enough where the rest
+    would come within ``_SOON``. Otherwise, or if it is slow to answer, lost, or sends bad bytes, the other sources
+    are asked as well. Threads, one to a connection and two connections to a source, take their work from a
+    :class:`torchft.core.transfer_plan.TransferPlan` (:mod:`torchft.checkpointing.http_workers`); the calling thread
+    watches, engages sources, and judges.
 
 Rules
     - A chunk is verified when it lands, by the hash that its source sent right after it.
     - Where chunks came from more than one source, or were kept from an earlier attempt, the sources must agree on all
       of them before the state is handed out: :mod:`torchft.checkpointing.http_agreement`. Sources that give nothing
       are asked for a sample beside the transfer: :mod:`torchft.checkpointing.http_comparison`.
-    - A connection that cannot be made, or is refused, ends its source; one that has no place for it yet is asked again.
-      With all sources out, the fetch fails with the names of all.
+    - With all sources out, the fetch fails with the names of all.
     - When ``run`` or ``close`` has returned, no thread writes the memory any more.
 """
 
 from __future__ import annotations
 
 import math
-import random
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from torchft.checkpointing.chunks import ByteRun, Cut, Sample, Seal, digest, parse_manifest
+from torchft.checkpointing.chunks import ByteRun, Cut, Sample, Seal, parse_manifest
 from torchft.checkpointing.differences import differing_values
 from torchft.checkpointing.fetch_progress import FetchProgress
 from torchft.checkpointing.http_agreement import Agreement
-from torchft.checkpointing.http_client import SourceBusy, SourceConnection
 from torchft.checkpointing.http_comparison import Comparing, Comparison, Outvoted
 from torchft.checkpointing.http_differences import Differences, look_closer
+from torchft.checkpointing.http_discovery import Discovery, Layout
 from torchft.checkpointing.http_source import HTTPSource, failure_of
 from torchft.checkpointing.http_threads import FetchThreads
 from torchft.checkpointing.http_workers import Workers
@@ -46,11 +45,8 @@ from torchft.checkpointing.transport import (
 )
 from torchft.core.transfer_plan import TransferPlan
 from torchft.runtime.deadline import Deadline
-from torchft.runtime.logs import SpeakerLogger
 
 __all__ = ["Download"]
-
-logger = SpeakerLogger("torchft.checkpointing.http_transport")
 
 _TICK = 0.05
 _QUIET = 0.25
@@ -98,30 +94,34 @@ class Download:
         outvoted: frozenset[str] = frozenset(),
         differences: Differences | None = None,
     ) -> None:
-        self._look = sources
-        self._seen = 0
-        self._outvoted = outvoted
-        self._token = token
         self._step = step
         self._deadline = deadline
         self._transfer = transfer
         self._connections = connections
         self._allowance = allowance
         self._unmeasured = unmeasured
-        self._receiver = receiver or uuid.uuid4().hex
         self._changed = threading.Condition()
-        self._sources: list[HTTPSource] = []
         self._threads = FetchThreads(self._changed)
-        self._layout: tuple[Cut, bytes, bytes] | None = None  # how it is cut, the manifest's body, its hash
         self._manifest: Manifest | None = None
         self._plan: TransferPlan | None = None
         self._differences = differences or Differences()
-        self._workers: Workers | None = None
         self._unoffered: tuple[str, float] | None = None
         self.progress = FetchProgress(step)
         self.progress.bad_sources += sorted(outvoted) if compare != "unlike" else []
         self.comparison = Comparison(compare, step, self.progress)
         self.agreement = Agreement(step, self.progress, self.comparison.alike)
+        self._discovery = Discovery(
+            sources,
+            outvoted,
+            token,
+            receiver or uuid.uuid4().hex,
+            step,
+            deadline,
+            transfer,
+            self._threads,
+            self.comparison,
+        )
+        self._sources = self._discovery.sources
 
     def __enter__(self) -> Download:
         return self
@@ -134,16 +134,15 @@ class Download:
         with self._changed:
             self._threads.over = True
             self._changed.notify_all()
-            unused = [s.first for s in self._sources if s.first is not None]
-            for source in self._sources:
-                source.first = None
+            unused = self._discovery.unused()
         self._transfer.finish()
         for connection in unused:
             connection.close()
         try:
             self._threads.join()
         finally:
-            self._workers = None  # they know this fetch, and the memory, which would stay until cycles are looked for
+            # They know this fetch, and the memory, which would stay until cycles are looked for.
+            self._discovery.workers = None
 
     def expect_no_offer(self, reason: str) -> None:
         """A source that has not offered the step by now will not: ends the wait for it, but no transfer under way."""
@@ -157,8 +156,8 @@ class Download:
     def ask(self) -> None:
         """Asks the assigned source what it has, and returns at once: ``begin`` waits for the answer."""
         with self._changed:
-            self._learn()
-            self._open(self._sources[:1])
+            self._discovery.learn()
+            self._discovery.ask(self._sources[:1])
 
     def begin(self, allow_pickle: bool) -> tuple[Manifest, Cut]:
         """Waits until a source offers the step: what will arrive, and how it is cut.
@@ -168,18 +167,17 @@ class Download:
         """
         patience = time.monotonic() + _PATIENCE
         with self._changed:
-            while self._layout is None:
-                self._learn()
+            while (layout := self._discovery.layout) is None:
+                self._discovery.learn()
                 lost = any(s.state == "out" for s in self._sources)
                 late = time.monotonic() > patience
-                self._open(self._sources if lost or late else self._sources[:1])
+                self._discovery.ask(self._sources if lost or late else self._sources[:1])
                 self._check()
                 if self._unoffered is not None:
                     raise TransferAborted(f"no source had offered step {self._step} when {self._unoffered[0]}")
                 self._changed.wait(min(_QUIET, self._deadline.remaining()) if late else _TICK)
-            cut, body, _ = self._layout
-        self._manifest = parse_manifest(body, cut, allow_pickle)
-        return self._manifest, cut
+        self._manifest = parse_manifest(layout.body, layout.cut, allow_pickle)
+        return self._manifest, layout.cut
 
     def run(self, run: ByteRun, kept: Mapping[int, bytes]) -> Seal:
         """Receives the data into ``run``; returns when all of it is verified.
@@ -203,27 +201,26 @@ class Download:
         return seal
 
     def _run(self, run: ByteRun, kept: Mapping[int, bytes]) -> Seal:
-        assert self._layout is not None
-        cut = self._layout[0]
+        cut = self._layout.cut
         with self._changed:
             self._plan = plan = TransferPlan([cut.length(i) for i in range(cut.count)], kept)
             self.agreement.begin(kept, cut)
             self.progress.begin(cut.total, sum(cut.length(i) for i in kept))
-            self._workers = Workers(
+            self._discovery.workers = workers = Workers(
                 self._step,
                 cut,
                 run,
                 plan,
                 self._sources,
                 self._connections,
-                self._connect,
+                self._discovery.connect,
                 self._threads,
                 self.progress,
                 self._landed,
             )
             for source in self._sources:
                 if source.usable:
-                    self._workers.staff(source)
+                    workers.staff(source)
             while True:
                 self._compare()
                 if plan.finished and (seal := self._settled()) is not None:
@@ -234,29 +231,25 @@ class Download:
                 self._check()
                 if not plan.finished:
                     self._check_offered()
-                    self._workers.go_on()
+                    workers.go_on()
                 self._changed.wait(_IDLE if plan.finished else _TICK)
-                self._learn()
+                self._discovery.learn()
                 if self._more_sources_pay():
-                    self._open(self._sources)
+                    self._discovery.ask(self._sources)
                 self._ask_for_seals()
                 received, left = self._received(), self._deadline.remaining()
                 self.progress.check_pace(received, left, self._allowance, self._unmeasured, self._sources)
                 self.progress.tell(received, sum(s.usable for s in self._sources))
 
+    @property
+    def _layout(self) -> Layout:
+        """Of what is received, when some source has answered."""
+        layout = self._discovery.layout
+        assert layout is not None
+        return layout
+
     def _received(self) -> int:
         return sum(s.received for s in self._sources)
-
-    def _learn(self) -> None:
-        new = self._look(self._seen)
-        self._seen += len(new)
-        for name, addresses in new:
-            if name in self._outvoted:
-                continue
-            source = HTTPSource(len(self._sources), name, addresses)
-            if not addresses:
-                source.end(CheckpointError("it uses another transport"))
-            self._sources.append(source)
 
     def _check(self) -> None:
         """Raises what makes it useless to wait."""
@@ -269,7 +262,7 @@ class Download:
                 f"{', '.join(map(str, self._sources))}. A source is slow or hangs; a longer timeout allows for more"
             )
         if self._sources and all(s.state == "out" for s in self._sources):
-            if self._layout is not None:
+            if self._discovery.layout is not None:
                 self.comparison.judge_layouts(final=True)
             raise failure_of(self._sources, self._step)
 
@@ -307,13 +300,12 @@ class Download:
 
     def _settled(self) -> Seal | None:
         """The hashes of a state that is all there, when those who take part agree on it."""
-        assert self._layout is not None
         assert self._plan is not None
         if self.agreement.of_several:
             self._ask_for_seals()
             seal = self.agreement.reached(self._sources, self._plan)
         else:
-            seal = self.agreement.whole(self._layout[2])
+            seal = self.agreement.whole(self._layout.digest)
         if seal is None or self.comparison.waits:
             return None
         self.comparison.judge_layouts(final=True)
@@ -328,14 +320,14 @@ class Download:
         self.comparison.judge_layouts(final=False)
         if self.comparison.disputed:
             self.agreement.disputed = True
-            self._open(self._sources)
+            self._discovery.ask(self._sources)
 
     def _tell_other_trees(self) -> None:
         """One line on those with another tree or layout, where nobody can say whose is right."""
         sides = self.comparison.undecided
-        if sides is not None and self._layout is not None:
+        if sides is not None:
             bodies = [b for s in (sides.believed, *sides.others) if (b := self.comparison.bodies.get(s)) is not None]
-            paths = dict.fromkeys(path for body in bodies for path in differing_values(self._layout[1], body))
+            paths = dict.fromkeys(path for body in bodies for path in differing_values(self._layout.body, body))
             self._differences.tell(self._step, sides, list(paths))
 
     def _tell_other_states(self, run: ByteRun, seal: Seal) -> None:
@@ -346,78 +338,34 @@ class Download:
         other, cut = sides.others[0], seal.cut
         assert other.seal is not None
         chunks = [i for i in range(cut.count) if other.seal.digest_of(i) != seal.digest_of(i)]
-        what = look_closer(partial(self._connect, other), self._step, manifest, cut, run, chunks)
+        what = look_closer(partial(self._discovery.connect, other), self._step, manifest, cut, run, chunks)
         self._differences.tell(self._step, sides, *what)
 
     # -------------------------------------------------------------- the threads
-
-    def _open(self, sources: Sequence[HTTPSource]) -> None:
-        for source in sources:
-            if source.state == "idle":
-                source.state, source.opened = "opening", time.monotonic()
-                self._threads.start("open", self._ask_for_manifest, source)
-
-    def _connect(self, source: HTTPSource, deadline: Deadline | None = None) -> SourceConnection:
-        deadline = deadline or self._deadline
-        return SourceConnection(source.addresses, self._token, deadline, self._transfer, self._receiver)
 
     def _landed(self, source: HTTPSource, index: int, value: bytes) -> None:
         self.agreement.landed(index, value, source)
         self.comparison.landed(index, value)
 
     def _ask_to_compare(self, source: HTTPSource) -> None:
-        assert self._layout is not None
         answer: Sample | Seal | CheckpointError
         manifest = None
         try:
-            answer, manifest = self.comparison.ask(partial(self._connect, source), self._layout[0], self._deadline)
+            connect = partial(self._discovery.connect, source)
+            answer, manifest = self.comparison.ask(connect, self._layout.cut, self._deadline)
         except CheckpointError as e:
             answer = e
         with self._changed:
             self.comparison.told(source, answer, manifest)
 
-    def _ask_for_manifest(self, source: HTTPSource) -> None:
-        while (pause := self._ask_once_for_manifest(source)) is not None:
-            until = Deadline(min(pause * random.uniform(0.5, 1.0), self._deadline.remaining()))
-            with self._changed:
-                if self._changed.wait_for(lambda: self._threads.over or source.state == "out", until.remaining()):
-                    return
-
-    def _ask_once_for_manifest(self, source: HTTPSource) -> float | None:
-        """Seconds after which to ask again; None: it is not to be asked again."""
-        connection = self._connect(source)
-        handed_on = False
-        try:
-            cut, body = connection.manifest(self._step)
-            layout = cut, body, digest([memoryview(body)])
-            with self._changed:
-                if self._threads.over or source.state == "out":
-                    return None
-                source.address = connection.address
-                if self._layout is None:
-                    self._layout = layout
-                if not self.comparison.laid_out(source, cut, layout[2], body):
-                    raise IntegrityError(f"{source} offers another tree or layout as step {self._step}")
-                source.state, source.first, handed_on = "ready", connection, True
-                if self._workers is not None:
-                    self._workers.staff(source)
-            return None
-        except SourceBusy as e:
-            logger.debug("%s; asking again", e)
-            return e.pause
-        finally:
-            if not handed_on:
-                connection.close()
-
     def _fetch_seal(self, source: HTTPSource) -> None:
-        connection = self._connect(source)
+        connection = self._discovery.connect(source)
         try:
             seal = connection.hashes(self._step)
         finally:
             connection.close()
-        assert self._layout is not None
         with self._changed:
-            if (seal.cut, seal.body) != (self._layout[0], self._layout[2]):
+            if (seal.cut, seal.body) != (self._layout.cut, self._layout.digest):
                 raise IntegrityError(f"{source} replaced its state of step {self._step} while it was read: try again")
             assert source.asked_for_seal is not None
             source.seal, source.seal_took = seal, time.monotonic() - source.asked_for_seal
