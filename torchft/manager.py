@@ -338,7 +338,6 @@ class Manager:
                 thread-safe. It is then called on the training thread where that waits for the quorum (at the
                 step's first allreduce, or at :meth:`wait_quorum`), on all ranks of a group in the same step; and
                 so is ``load``. What it returns is never received into in place.
-
             alike: all groups at the same step hold the same, bit by bit. With False, on all groups, a healing one takes
                 its state from one source alone and does not compare it with others': for what each group has for
                 itself, as an inner optimizer of local SGD, or statistics of batch norm.
