@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,7 @@ def test_sigterm_ends_the_block_as_ctrl_c_does(tmp_path: Path) -> None:
     ):
         child = stubborn(children, tmp_path / "log")
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
+        wait_until(lambda: False, 5, "the end of this block")
     assert child.tree() == []
     assert signal.getsignal(signal.SIGTERM) == before
 

@@ -107,7 +107,7 @@ def test_waiting_for_a_nursery_ends_when_nobody_wants_the_child_and_at_the_deadl
 
 
 _OWNER = """
-import os, sys, time
+import os, sys
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.nursery import Nursery
 nursery = Nursery(["tests.runtime.test_nursery"], "nursery of the owner")
@@ -118,7 +118,7 @@ print(nursery._process.pid, child.pid, flush=True)
 if os.fork() == 0:  # a data-loader worker, which lives on
     sys.stdin.read()
     os._exit(0)
-time.sleep(100)
+sys.stdin.read()  # until it is killed
 """
 
 
