@@ -189,6 +189,15 @@ COMPARE_SOURCES: Setting[Literal["sample", "all", "none"]] = Setting(
     "of a few chunks drawn at random, all hashes, or nothing. `HTTPTransport(compare_sources=)` wins.",
     _comparing,
 )
+CROSS_MEMORY = Setting(
+    "TORCHFT_CROSS_MEMORY",
+    "0 or 1",
+    True,
+    "Let a healing group copy the state straight out of the memory of a source of the same machine and user, where the "
+    "system lets it (`process_vm_readv`). With 0 it comes over a Unix socket, as where the system does not let it: for "
+    "sandboxes that end a process which tries.",
+    _flag,
+)
 STATE_DIR = Setting(
     "TORCHFT_STATE_DIR",
     "folder",

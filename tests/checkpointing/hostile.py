@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+import struct
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -96,6 +97,8 @@ def indices(draw: random.Random) -> bytes:
 _HEADS = (
     b"GET /checkpoint/7/manifest HTTP/1.1\r\nHost: a\r\nPrefer: wait=0.5\r\nReceiver: me\r\n\r\n",
     b"GET /checkpoint/7/data HTTP/1.1\r\nHost: a\r\nRange: bytes=0-99\r\nAccept: application/x-torchft-hashed\r\n\r\n",
+    b"GET /checkpoint/7/data HTTP/1.1\r\nRange: bytes=0-1048575\r\nAccept: application/x-torchft-hashed\r\n"
+    b"Prefer: wait=0.5, lend\r\n\r\n\x01\x00",
     b'GET /checkpoint/7/hashes HTTP/1.1\r\nAuthorization: Bearer s3cret\r\nIf-Match: "00"\r\n\r\n',
     b"GET /checkpoint/7/hashes?chunks=0,1 HTTP/1.1\r\nHost: a\r\nPrefer: wait=0.5\r\n\r\n",
     b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-99/100\r\nContent-Length: 116\r\n\r\n",
@@ -113,7 +116,7 @@ _HEADER_LINES = (
         for v in (b"bytes=" + b"9" * 400 + b"-", b"bytes=\xb2-3", b"lines=0-1", b"bytes=0-18446744073709551616")
     ),
     *(b"Content-Range: bytes " + v for v in (b"0-99/*", b"99-0/100", b"*/100", b"0-" + b"9" * 19 + b"/1")),
-    *(b"Prefer: wait=" + v for v in (b"0", b"-1", b"nan", b"1e9", b"0.000001", b"inf")),
+    *(b"Prefer: wait=" + v for v in (b"0", b"-1", b"nan", b"1e9", b"0.000001", b"inf", b"1, lend", b"1,lend,lend")),
     *(b"X: " + b"y" * n for n in (1, 1000, 20000)),
     *(b"Connection: close", b"Connection: upgrade", b"Transfer-Encoding: chunked", b"Expect: 100-continue", b"A" * 500),
     *(
@@ -203,8 +206,16 @@ def stream(draw: random.Random) -> bytes:
     return mutated_bytes(whole, draw) if draw.random() < 0.3 else whole
 
 
+def loan(draw: random.Random) -> bytes:
+    """What a source says of where 1000 bytes are in its memory; where, nobody knows."""
+    lengths = draw.choice(([1000], [999, 1], [250] * 4, [1] * 1000, [999], [1000, 0], [], [1 << 63, 1 << 63, 1000]))
+    addresses = (0, 8, 1 << 46, (1 << 47) - 1, 1 << 63, (1 << 64) - 1, (1 << 64) - 1000)
+    data = b"".join(struct.pack("<QQ", draw.choice(addresses), length) for length in lengths)
+    return mutated_bytes(data, draw) if data and draw.random() < 0.5 else data
+
+
 CASES: dict[str, Callable[[random.Random], bytes]] = {
-    f.__name__: f for f in (manifest, document, hashes, sample, indices, head, span, prologue, stream)
+    f.__name__: f for f in (manifest, document, hashes, sample, indices, head, span, prologue, stream, loan)
 }
 
 if __name__ == "__main__":

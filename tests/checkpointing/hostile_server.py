@@ -6,16 +6,28 @@ import socket
 import threading
 from collections.abc import Callable
 
+from torchft.checkpointing.http_local import listen_locally
+
 __all__ = ["HostileServer"]
 
 
 class HostileServer:
-    """Answers each connection's requests with what ``answer`` makes of them, then closes it."""
+    """Answers each connection's requests with what ``answer`` makes of them, then closes it.
 
-    def __init__(self, answer: Callable[[bytes], list[bytes] | None]) -> None:
+    Args:
+        answer: the parts of an answer, an empty one closes; None: closes at once.
+        local: listens on a Unix socket, as a source on the receiver's machine does.
+    """
+
+    def __init__(self, answer: Callable[[bytes], list[bytes] | None], local: bool = False) -> None:
         self._answer = answer
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
+        listening = listen_locally(1, 64) if local else None
+        if listening is not None:
+            self._listener, self.address = listening
+        else:
+            self._listener = socket.create_server(("127.0.0.1", 0))
+            self.port: int = self._listener.getsockname()[1]
+            self.address = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._accept, daemon=True)
         self._thread.start()
 

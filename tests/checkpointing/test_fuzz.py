@@ -6,6 +6,7 @@ Each failure names the case; ``python -m tests.checkpointing.hostile NAME NUMBER
 from __future__ import annotations
 
 import gc
+import os
 import time
 import tracemalloc
 import warnings
@@ -21,8 +22,9 @@ from tests.checkpointing.hostile import CASES
 from tests.checkpointing.hostile_manifest import STATES, random_for
 from torchft.checkpointing import CheckpointError, PGTransport, pg_transport
 from torchft.checkpointing import destination as destinations
-from torchft.checkpointing.chunks import open_manifest, parse_manifest, read_hashes, read_sample
+from torchft.checkpointing.chunks import DIGEST_BYTES, open_manifest, parse_manifest, read_hashes, read_sample
 from torchft.checkpointing.destination import Destination
+from torchft.checkpointing.http_lent import Borrower, Loan, is_lent
 from torchft.checkpointing.http_wire import MAX_SAMPLE, HeadReader, WireError, content_range, parse_indices, parse_range
 from torchft.checkpointing.manifest import Manifest
 from torchft.checkpointing.pg_stream import Prologue
@@ -208,6 +210,17 @@ def test_ranges() -> None:
         assert answered is None or all(n >= 0 for n in answered)
 
     run("span", range(16_000), attack, (), 60)
+
+
+def test_loans() -> None:
+    """Those of the right number of bytes are tried, in this process's own memory; most of it is not there."""
+    me, target = Borrower(os.getpid()), bytearray(1000)
+
+    def attack(data: bytes) -> None:
+        if is_lent(len(data) + DIGEST_BYTES, 1):
+            me.copy(Loan(data, 1000), [memoryview(target)], lambda _: None)
+
+    run("loan", range(6_000), attack, (ManifestError, OSError), 60)
 
 
 def test_prologues() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -22,19 +24,26 @@ from tests.checkpointing.hostile_server import HostileServer
 from torchft.checkpointing import CheckpointError, HTTPTransport, http_porter
 from torchft.checkpointing.chunks import Cut, Seal, digest, write_hashes, write_manifest, write_sample
 from torchft.checkpointing.description import describe
+from torchft.checkpointing.http_lent import LENT, write_spans
+from torchft.checkpointing.http_local import local_socket
+from torchft.checkpointing.http_wire import HASHED
 from torchft.testing.wait import wait_until
 
 LONG = timedelta(seconds=60)
 SHORT = timedelta(seconds=0.3)
 ANSWERS = 600
+_KEPT: dict[bytes, bytearray] = {}
+"""What a server in this process lends."""
 WORKERS = 4
 REQUESTS = 3000
 
 
-def _framed(body: bytes, draw: random.Random, status: str = "200 OK", more: str = "") -> list[bytes]:
+def _framed(
+    body: bytes, draw: random.Random, status: str = "200 OK", more: str = "", kind: str = HASHED
+) -> list[bytes]:
     """An answer whose frame is right in most cases."""
     length = len(body) if draw.random() < 0.8 else draw.choice((0, len(body) - 1, len(body) + 1, 1 << 40, 1 << 63))
-    head = f"HTTP/1.1 {status}\r\nContent-Type: application/x-torchft-hashed\r\n{more}Content-Length: {length}\r\n\r\n"
+    head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\n{more}Content-Length: {length}\r\n\r\n"
     data = head.encode()
     if draw.random() < 0.1:
         data = mutated_bytes(data, draw)
@@ -53,6 +62,8 @@ def hostile_answer(request: bytes, draw: random.Random) -> list[bytes] | None:
         return None
     described, sources = describe(draw.choice(STATES))
     data = b"".join(bytes(s.view()) for s in sources)
+    if (wanted := re.search(rb"Range: bytes=0-(\d+)\r", request)) and draw.random() < 0.8:
+        data = (data + bytes(1 << 10))[: int(wanted[1]) + 1]  # as many as were asked for, if not always the right ones
     chunks = digest([memoryview(data)]) if data else b""
     seal = Seal(Cut(len(data)), chunks, digest([memoryview(described.body)]))
     if b"/manifest" in request:
@@ -65,6 +76,14 @@ def hostile_answer(request: bytes, draw: random.Random) -> list[bytes] | None:
         good = write_hashes(7, seal)
         return _framed(good if draw.random() < 0.5 else CASES["hashes"](draw), draw)
     more = f"Content-Range: bytes 0-{len(data) - 1}/{len(data)}\r\n"
+    if b"lend" in request and draw.random() < 0.7:
+        memory = _KEPT.setdefault(data, bytearray(data))
+        views = [memoryview(memory)[:7], memoryview(memory)[7:]] if len(data) > 7 else [memoryview(memory)]
+        spans = write_spans(views) if data else b""
+        if draw.random() < 0.4:
+            nowhere = struct.pack("<QQ", draw.choice((0, 8, 1 << 46, 1 << 63, (1 << 64) - 1)), len(data))
+            spans = draw.choice((nowhere, CASES["loan"](draw)))
+        return _framed(spans + chunks, draw, "206 Partial Content", more, LENT)
     return _framed(data + (chunks if draw.random() < 0.7 else draw.randbytes(16)), draw, "206 Partial Content", more)
 
 
@@ -77,7 +96,7 @@ def _no_tracebacks(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert not bad, f"{bad[0].getMessage()}: {bad[0].exc_info}"
 
 
-def _receive_from_hostile_servers(numbers: range, into: object) -> int:
+def _receive_from_hostile_servers(numbers: range, into: object, local: bool) -> int:
     """How many of the transfers ended with a state; the others ended with an error of ours, soon."""
     draw = random_for("server", 0)
     lock = threading.Lock()
@@ -86,11 +105,11 @@ def _receive_from_hostile_servers(numbers: range, into: object) -> int:
         with lock:
             return hostile_answer(request, draw)
 
-    server = HostileServer(answer)
+    server = HostileServer(answer, local)
     receiver: HTTPTransport[Any] = HTTPTransport(
         LONG, state_dict=None if into is None else lambda: into, hostname="127.0.0.1"
     )
-    metadata = f"torchft-http/1 http://127.0.0.1:{server.port}"
+    metadata = f"torchft-http/1 {server.address}"
     got = 0
     try:
         for number in numbers:
@@ -111,12 +130,13 @@ def _receive_from_hostile_servers(numbers: range, into: object) -> int:
     return got
 
 
-def test_receiver_survives_a_hostile_server(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("local", [False, True], ids=["tcp", "this machine"])
+def test_receiver_survives_a_hostile_server(local: bool, caplog: pytest.LogCaptureFixture) -> None:
     live = (None, {"w": torch.zeros(5)}, STATES[3], None)
     before = threading.active_count()
     with _no_tracebacks(caplog), ThreadPoolExecutor(WORKERS) as pool:
         parts = [range(i, ANSWERS, WORKERS) for i in range(WORKERS)]
-        assert sum(pool.map(_receive_from_hostile_servers, parts, live)) > 5
+        assert sum(pool.map(_receive_from_hostile_servers, parts, live, [local] * WORKERS)) > 5
     wait_until(lambda: threading.active_count() <= before + 4, what="the threads of the transfers have ended")
 
 
@@ -132,13 +152,19 @@ def test_source_survives_hostile_clients(caplog: pytest.LogCaptureFixture) -> No
     receiver: HTTPTransport[Any] = HTTPTransport(LONG, hostname="127.0.0.1")
     state = {"w": torch.arange(3 << 20, dtype=torch.float32)}
     port = int(source.metadata().rpartition(":")[2])
+    address = source._server.local_address
     held: list[socket.socket] = []
     try:
         source.send_checkpoint([1], 7, state, LONG)
         with _no_tracebacks(caplog):
             for number in range(REQUESTS):
                 draw = random_for("client", number)
-                sock = socket.create_connection(("127.0.0.1", port), 60)
+                if number % 2 and address is not None:
+                    sock, target = local_socket(address)
+                    sock.settimeout(60)
+                    sock.connect(target)
+                else:
+                    sock = socket.create_connection(("127.0.0.1", port), 60)
                 try:
                     sock.sendall(_request(draw)[: draw.choice((1 << 30, 1 << 30, 50))])
                     if draw.random() < 0.1:

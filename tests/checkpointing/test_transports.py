@@ -77,6 +77,18 @@ class TestHTTPTransportWithoutSnapshot(_HTTPSuite):
     test_more_than_2_gib_in_one_tensor = pytest.mark.slow(_HTTPSuite.test_more_than_2_gib_in_one_tensor)
 
 
+class TestHTTPTransportOverAUnixSocket(_HTTPSuite):
+    """Where a receiver may not read the source's memory itself."""
+
+    snapshot = "lock"
+    local = True
+    test_more_than_2_gib_in_one_tensor = pytest.mark.slow(_HTTPSuite.test_more_than_2_gib_in_one_tensor)
+
+    @pytest.fixture(autouse=True)
+    def _not_lent(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TORCHFT_CROSS_MEMORY", "0")
+
+
 class _DamagedWork:
     """A receive whose last bit is wrong."""
 

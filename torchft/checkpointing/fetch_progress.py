@@ -44,6 +44,8 @@ class FetchProgress:
         """Bytes of the state."""
         self.done = 0
         """Bytes that are there and verified."""
+        self.borrowed = 0
+        """Bytes that were copied out of a source's memory, on this machine."""
         self.kept = 0
         """Bytes that were kept from an earlier attempt."""
         self.received = 0

@@ -6,10 +6,13 @@ Rules
     - What the source answers beyond the data becomes an error that says what it said.
     - What is fetched is hashed as it arrives, piece by piece; what it should be comes right after each chunk. Judging
       is left to whoever asked.
+    - From a source of this machine and user data is copied out of its memory (:mod:`torchft.checkpointing.http_lent`).
+      Where that fails the connection asks for bytes from then on, and nobody is judged by it.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +29,7 @@ from torchft.checkpointing.chunks import (
     read_hashes,
     read_sample,
 )
+from torchft.checkpointing.http_lent import LENT, NOT_TAKEN, TAKEN, Borrower, Loan, is_lent, tell_unreadable
 from torchft.checkpointing.http_local import is_local, local_socket
 from torchft.checkpointing.http_probe import MAX_PROBE, rate_of, sample
 from torchft.checkpointing.http_wire import HASHED, BodyReader, HeadReader, WireError, content_range, set_timeout
@@ -41,6 +45,8 @@ from torchft.checkpointing.transport import (
 )
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.net import parse_address
+
+logger = logging.getLogger("torchft.checkpointing.http_transport")
 
 __all__ = ["ChunksGone", "Landed", "SourceBusy", "SourceConnection"]
 
@@ -89,14 +95,19 @@ class SourceConnection:
         self._receiver = receiver
         self.received = 0
         """Bytes of data so far."""
+        self.borrowed = 0
+        """Those of them that were copied out of the source's memory."""
         self._token = token
         self._transfer = transfer
         self._sock, self.address = _connect(addresses, deadline, transfer)
+        self._borrower = Borrower.of(self._sock)
+        self._cut = False
         self._reader = HeadReader(self._sock)
         self._body = BodyReader(self._sock, self._reader, deadline)
 
     def cut(self) -> None:
         """Makes every call on it fail now, from any thread."""
+        self._cut = True
         self._transfer.cut(self._sock)
 
     def close(self) -> None:
@@ -153,19 +164,30 @@ class SourceConnection:
         Raises:
             StepNotServed, SourceLost, CheckpointTimeout
         """
+        while first < last:  # what cannot be read where it is, is asked for once more
+            first = self._fetch(step, cut, run, first, last, landed)
+
+    def _fetch(self, step: int, cut: Cut, run: ByteRun, first: int, last: int, landed: Landed) -> int:
+        """Returns the first chunk that has not come."""
         start, stop = cut.span(first)[0], cut.span(last - 1)[1]
         fields = {"Range": f"bytes={start}-{stop - 1}", "Accept": HASHED, **self._patience()}
+        if self._borrower is not None:
+            fields["Prefer"] += ", lend"
         status, headers, length = self._ask(f"/checkpoint/{step}/data", fields)
         if status != 206:
             raise self._refusal(status, headers, length, step)
         whole = stop - start + DIGEST_BYTES * (last - first)
-        if headers.get("content-type") != HASHED or length != whole:
+        kind = headers.get("content-type")
+        lent = kind == LENT and self._borrower is not None and is_lent(length, last - first)
+        if not lent and (kind != HASHED or length != whole):
             raise CheckpointError(
-                f"the source {self.address} answered {headers.get('content-type')!r}, {length} bytes, where {HASHED}, "
+                f"the source {self.address} answered {kind!r}, {length} bytes, where {HASHED}, "
                 f"{whole} bytes, was asked for: run the same torchft on both sides"
             )
         if content_range(headers.get("content-range", "")) != (start, stop):
             raise CheckpointError(f"the source {self.address} answered with another range than it was asked for")
+        if lent:
+            return self._borrow(cut, run, first, last, length, landed)
         announced = bytearray(DIGEST_BYTES)
         for index in range(first, last):
             hasher = xxhash.xxh3_128()
@@ -177,6 +199,55 @@ class SourceConnection:
             self._receive(run.views(*cut.span(index)), arrived)
             self._receive([memoryview(announced)])
             landed(index, hasher.digest(), bytes(announced))
+        return last
+
+    def _borrow(self, cut: Cut, run: ByteRun, first: int, last: int, length: int, landed: Landed) -> int:
+        """Copies chunks out of the source's memory. Returns the first one that could not be had that way."""
+        data = bytearray(length - DIGEST_BYTES * (last - first))
+        self._receive([memoryview(data)])
+        loan = Loan(data, cut.span(last - 1)[1] - cut.span(first)[0])
+        announced, end = bytearray(DIGEST_BYTES), last
+        for index in range(first, last):
+            self._receive([memoryview(announced)])
+            if end == last and not self._take(loan, run.views(*cut.span(index)), announced):
+                self._borrower, end = None, index  # the rest is not read, but the source is heard out
+            self._answer(TAKEN if end == last else NOT_TAKEN)
+            if end == last:
+                landed(index, bytes(announced), bytes(announced))
+        return end
+
+    def _take(self, loan: Loan, views: Sequence[memoryview], announced: bytearray) -> bool:
+        """Whether the next chunk of a loan could be read, and is what it is to be."""
+        assert self._borrower is not None
+        try:
+            if self._borrower.copy(loan, views, self._copied) == announced:
+                return True
+        except CheckpointError:  # a timeout of ours is an OSError too
+            raise
+        except OSError as e:
+            tell_unreadable(e)
+        else:
+            logger.info(
+                "the memory of the source %s is not what it offered any more: its bytes are asked for", self.address
+            )
+        return False
+
+    def _copied(self, count: int) -> None:
+        self.received += count
+        self.borrowed += count
+        if self._cut or self._transfer.over:
+            raise self._lost(WireError("the connection was given up"))
+        if self._deadline.expired:
+            raise self._late()
+
+    def _answer(self, said: bytes) -> None:
+        try:
+            set_timeout(self._sock, self._deadline)
+            self._sock.sendall(said)
+        except TimeoutError as e:
+            raise self._late() from e
+        except OSError as e:
+            raise self._lost(e) from e
 
     def probe(self, nbytes: int = MAX_PROBE) -> float:
         """Bytes a second that come from this source now; takes about a second at most.

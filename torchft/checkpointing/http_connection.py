@@ -4,7 +4,8 @@ Requests
     - ``GET /checkpoint/{step}/manifest``, as soon as the snapshot is begun.
     - ``GET /checkpoint/{step}/data`` with ``Range: bytes=a-b``, sent as fast as it is copied. With ``Accept:
       application/x-torchft-hashed`` the range must consist of whole chunks, and the body has the 16 bytes of each
-      chunk's hash right after the chunk: it is hashed as it is sent.
+      chunk's hash right after the chunk: it is hashed as it is sent. With ``Prefer: lend`` besides, a process of this
+      machine and user gets the loan of the memory where that is, if it can be (:mod:`torchft.checkpointing.http_lent`).
     - ``GET /checkpoint/{step}/hashes``, when all is hashed; asking makes the source hash what it has not yet.
     - ``GET /checkpoint/{step}/hashes?chunks=3,17,40``: the hashes of these chunks and of the manifest's body, at once.
       Indices ascend, ``MAX_SAMPLE`` of them at most (400 otherwise); those that the state does not have are passed
@@ -23,8 +24,7 @@ Requests
 Rules
     - A connection has no thread of its own: :mod:`torchft.checkpointing.http_porter` gives it one for a request that
       can be answered. What is asked for and is not there yet is put aside (:class:`NotYet`) and served later.
-    - Bodies go out of the snapshot's memory in pieces that stay in the cache between hashing and sending.
-    - No call on the socket takes longer than ``_TICK`` while a lease is held, so that the memory can be had back.
+    - No call on the socket takes longer than ``_TICK``: the memory can be had back soon.
 """
 
 from __future__ import annotations
@@ -33,22 +33,19 @@ import logging
 import re
 import socket
 import threading
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import xxhash
-
+from torchft.checkpointing.http_body import Body, LentBody
+from torchft.checkpointing.http_lent import LENT
 from torchft.checkpointing.http_probe import MAX_PROBE, noise
 from torchft.checkpointing.http_wire import (
     HASHED,
     MAX_SAMPLE,
-    PIECE,
     HeadReader,
     limit_calls,
     parse_indices,
     parse_range,
-    send_some,
     send_views,
 )
 from torchft.checkpointing.offer import Gone, Offer
@@ -67,6 +64,7 @@ _MAX_WAIT = 3600.0
 _TICK = 0.02
 _PATH = re.compile(r"/checkpoint/(\d{1,18})/(manifest|data|hashes(?:\?chunks=(.*))?)")
 _PROBE = re.compile(r"/probe/(\d{1,18})")
+_LEND = re.compile(r"(?:^|,) *lend *(?:,|$)")
 _WAIT = re.compile(r"wait=(\d{1,9}(?:\.\d{1,6})?)")
 _REASONS = {
     200: "OK",
@@ -328,69 +326,20 @@ class Connection:
             fields["Content-Type"] = HASHED
             length += 16 * (last - first)
         offer.check_held(first, last)
+        if hashed and method == "GET" and self._server.lends and _LEND.search(headers.get("prefer", "")):
+            lent = LentBody.of(self._sock, self, self._reader, offer, self._server.stall, first, last)
+            if lent is not None:
+                fields["Content-Type"] = LENT
+                send_views(self._sock, [memoryview(_head(status, fields, lent.length))], self._server.stall)
+                lent.send()
+                return
         send_views(self._sock, [memoryview(_head(status, fields, length))], self._server.stall)
         if method == "GET":
-            _Body(self._sock, self, offer, self._server.stall).send(start, stop, hashed)
+            Body(self._sock, self, offer, self._server.stall).send(start, stop, hashed)
 
     def _answer(self, status: int, fields: dict[str, str], body: bytes) -> None:
         head = _head(status, {**fields, "Content-Type": "text/plain"}, len(body))
         send_views(self._sock, [memoryview(head + body)], self._server.stall)
-
-
-class _Body:
-    """Sends a range of an offer's data."""
-
-    def __init__(self, sock: socket.socket, reader: Connection, offer: Offer, stall: float) -> None:
-        self._sock = sock
-        self._reader = reader
-        self._offer = offer
-        self._stall = stall
-        self._tail = b""
-
-    def send(self, start: int, stop: int, hashed: bool) -> None:
-        size = self._offer.cut.chunk_size
-        while start < stop:
-            index = start // size
-            end = min(stop, (index + 1) * size)
-            known = self._offer.digest_of(index) if hashed else None
-            hasher = xxhash.xxh3_128() if hashed and known is None else None
-            while start < end:
-                there = self._offer.await_bytes(start + 1, self._stall, self._reader)
-                until = min(end, start + PIECE, there)
-                self._piece(start, until, hasher)
-                start = until
-            if hashed:
-                if hasher is not None:
-                    known = hasher.digest()
-                    self._offer.hashed(index, known)
-                assert known is not None
-                self._tail = known
-                self._offer.sent(self._reader, index)
-        if self._tail:
-            send_views(self._sock, [memoryview(self._tail)], self._stall)
-
-    def _piece(self, start: int, stop: int, hasher: xxhash.xxh3_128 | None) -> None:
-        """Sends bytes of one chunk, after the hash of the chunk before, hashing them first."""
-        moved_on = time.monotonic()
-        fresh = True
-        while start < stop:
-            with self._offer.reading(self._reader.lease, start, stop) as views:
-                if fresh and hasher is not None:
-                    for view in views:
-                        hasher.update(view)
-                fresh = False
-                tail = len(self._tail)
-                sent = send_some(self._sock, [memoryview(self._tail), *views] if tail else views)
-            if sent:
-                self._tail = self._tail[sent:]
-                start += max(0, sent - tail)
-            elif time.monotonic() - moved_on > self._stall:
-                raise TimeoutError("the reader takes nothing")
-            else:
-                self._offer.await_bytes(start, None, self._reader)  # ends with the offer
-                continue
-            if start < stop:
-                moved_on = time.monotonic()
 
 
 def _etag(offer: Offer) -> dict[str, str]:

@@ -19,7 +19,7 @@ import socket
 import struct
 import sys
 
-__all__ = ["is_local", "listen_locally", "local_socket", "peer_name"]
+__all__ = ["is_local", "listen_locally", "local_socket", "peer_name", "peer_process"]
 
 _UCRED = struct.Struct("3i")
 _PEERCRED = getattr(socket, "SO_PEERCRED", -1)  # Linux
@@ -78,8 +78,21 @@ def peer_name(sock: socket.socket, peer: object) -> str:
         assert isinstance(peer, tuple)
         return f"{peer[0]}:{peer[1]}"
     number = next(_numbers)
-    try:
-        pid, _, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, _PEERCRED, _UCRED.size))
-    except OSError:
+    process = peer_process(sock)
+    if process is None:
         return f"connection {number} of this machine"  # a sandbox may not tell
-    return f"connection {number} of this machine's process {pid}"
+    return f"connection {number} of this machine's process {process[0]}"
+
+
+def peer_process(sock: socket.socket) -> tuple[int, int] | None:
+    """Process and effective user at the other end of a connection; of the end that listened, as it was then.
+
+    None: the connection is none of this machine, or who that is cannot be seen from here (another container).
+    """
+    if sock.family != getattr(socket, "AF_UNIX", None):
+        return None
+    try:
+        pid, user, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, _PEERCRED, _UCRED.size))
+    except OSError:
+        return None
+    return (pid, user) if pid > 0 else None

@@ -22,6 +22,7 @@ import socket
 import threading
 from collections.abc import Callable
 
+from torchft import config
 from torchft.checkpointing.http_connection import Connection, NotYet, Refused
 from torchft.checkpointing.http_local import listen_locally, peer_name
 from torchft.checkpointing.http_porter import BACKLOG, Porter
@@ -49,11 +50,14 @@ class SnapshotServer:
 
     Raises:
         OSError: it cannot listen.
+        ConfigError: ``TORCHFT_CROSS_MEMORY`` is neither 0 nor 1.
     """
 
     def __init__(self, token: str | None = None, stall: float = 60.0, port: int | None = 0, local: bool = True) -> None:
         self._token = token
         self._stall = stall
+        self.lends = config.CROSS_MEMORY.read()
+        """Whether a receiver of this machine and user is told where the bytes are."""
         self._changed = threading.Condition()
         self._offer: Offer | None = None
         self._declined: tuple[int, str] | None = None

@@ -352,13 +352,14 @@ class HTTPTransport(CheckpointTransport[T]):
         took = time.perf_counter() - started
         metrics.RECEIVED_SECONDS.inc(took)
         logger.info(
-            "received step %d from %s: %d bytes, %d of them in place, %d kept from before, in %.3fs, %.2f GB/s, "
-            "verified, root %s",
+            "received step %d from %s: %d bytes, %d of them in place, %d kept from before, %d copied out of a source's "
+            "memory, in %.3fs, %.2f GB/s, verified, root %s",
             step,
             ", ".join(map(str, download.agreement.givers)) or f"replica rank {sources[0][0]}",
             manifest.total,
             destination.bytes_in_place,
             download.progress.kept,
+            download.progress.borrowed,
             took,
             manifest.total / took / 1e9,
             seal.root,

@@ -22,6 +22,7 @@ __all__ = [
     "HASHED",
     "MAX_SAMPLE",
     "PIECE",
+    "SCATTERED",
     "BodyReader",
     "HeadReader",
     "WireError",
@@ -29,6 +30,8 @@ __all__ = [
     "limit_calls",
     "parse_indices",
     "parse_range",
+    "pieces",
+    "scatter",
     "send_some",
     "send_views",
     "set_timeout",
@@ -38,7 +41,7 @@ MAX_HEAD = 16 << 10
 MAX_HEADERS = 64
 _TIMEVAL = struct.Struct("@ll")
 _IOV = 256
-_SCATTERED = 16
+SCATTERED = 16
 """Views of one piece that are received into as they are: smaller ones cost less to copy than to hand to the kernel."""
 _CHECK = 0.1
 _QUICK = 10e6
@@ -206,8 +209,8 @@ class BodyReader:
             WireError: the connection was closed early.
             TimeoutError: the deadline passed.
         """
-        for piece in _pieces(views):
-            if len(piece) <= _SCATTERED:
+        for piece in pieces(views):
+            if len(piece) <= SCATTERED:
                 self._fill_piece(piece, arrived)
             else:
                 self._fill_scattered(piece, arrived)
@@ -242,12 +245,10 @@ class BodyReader:
             self._bounce = memoryview(bytearray(PIECE))
         data = self._bounce[: sum(map(len, piece))]
         self._fill_piece([data], arrived)
-        for view in piece:
-            view[:] = data[: len(view)]
-            data = data[len(view) :]
+        scatter(data, piece)
 
 
-def _pieces(views: Sequence[memoryview]) -> Iterator[list[memoryview]]:
+def pieces(views: Sequence[memoryview]) -> Iterator[list[memoryview]]:
     """The same bytes, ``PIECE`` at a time, wherever one view ends and the next begins."""
     piece: list[memoryview] = []
     room = PIECE
@@ -262,6 +263,13 @@ def _pieces(views: Sequence[memoryview]) -> Iterator[list[memoryview]]:
             room -= len(rest)
     if piece:
         yield piece
+
+
+def scatter(data: memoryview, views: Sequence[memoryview]) -> None:
+    """Copies bytes into as many of several views."""
+    for view in views:
+        view[:] = data[: len(view)]
+        data = data[len(view) :]
 
 
 def _split(views: list[memoryview], count: int) -> tuple[list[memoryview], list[memoryview]]:

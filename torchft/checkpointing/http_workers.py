@@ -117,6 +117,7 @@ class Workers:
                     source.workers.pop(name, None)
                     source.closed += connection.received
                     self._progress.received += connection.received
+                    self._progress.borrowed += connection.borrowed
                     self._changed.notify_all()
                 connection.close()
                 connection = None

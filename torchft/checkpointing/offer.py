@@ -192,6 +192,21 @@ class Offer:
         """A chunk's hash, if it is known."""
         return self._digests[index]
 
+    def hash_of(self, index: int, reader: Reader, limit: float) -> bytes:
+        """A chunk's hash, made now if nobody has made it.
+
+        Args:
+            index: of the chunk.
+            reader: who wants it.
+            limit: seconds that its bytes may take to be there.
+
+        Raises:
+            Withdrawn: they will not be, or ``reader`` was dropped.
+            Gone: they are not there any more.
+            TimeoutError: they were not in time.
+        """
+        return self._hash(index, reader.lease, limit, reader)
+
     def hashed(self, index: int, value: bytes) -> None:
         """A chunk's hash is known."""
         with self._changed:

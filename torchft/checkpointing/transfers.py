@@ -78,6 +78,11 @@ class Transfer:
     def aborted(self) -> bool:
         return self._reason is not None
 
+    @property
+    def over(self) -> bool:
+        """It was aborted, or is finished: nothing is to be moved any more."""
+        return self._finished or self._reason is not None
+
     def check(self) -> None:
         """
         Raises:
