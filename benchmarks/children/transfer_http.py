@@ -1,16 +1,18 @@
 """One end of state transfers over HTTP, and of the same bytes over bare TCP.
 
 The state is `--count` tensors of `--mib` MiB in all. It is moved in every way that the implementation has: where
-`HTTPTransport` takes a `state_dict`, into the receiver's own tensors, by the way that it takes between two processes of
-one machine (a state of many tensors: in turns with one of few), and by TCP; then into fresh memory, without and with
-`num_chunks`. What is in place takes turns with `recv_into` of 1 MiB from one and from two TCP streams into those same
-tensors, checked by nobody: what the kernel gives; and from two whose congestion control does not pace (`reno`), where
-the default one may. Each other way has its rounds after that: gigabytes that are given back keep the system busy for a
-while. The receiver tells the seconds of each, from when the source may begin until everything is there, and both what
-their memory peaked at beyond what they held before.
+`HTTPTransport` takes a `state_dict`, into the receiver's own tensors, by the way that it takes between two processes
+of one machine (a state of many tensors: in turns with one of few), by TCP, and by the Unix socket that is used where
+no process may read another's memory; then into fresh memory, without and with `num_chunks`. What is in place takes
+turns with `recv_into` of 1 MiB from one and from two TCP streams into those same tensors, checked by nobody: what the
+kernel gives; and from two whose congestion control does not pace (`reno`), where the default one may. Each other way
+has its rounds after that: gigabytes that are given back keep the system busy for a while. The receiver tells the
+seconds of each, from when the source may begin until everything is there, and both what their memory peaked at beyond
+what they held before.
 """
 
 import inspect
+import os
 import socket
 import threading
 import time
@@ -71,6 +73,9 @@ def transports(end: End) -> dict[str, HTTPTransport]:
             place("place, few")
     if "local" in options:
         place("place, tcp", local=False)
+        os.environ["TORCHFT_CROSS_MEMORY"] = "0"  # read when a source is made
+        place("place, socket")
+        del os.environ["TORCHFT_CROSS_MEMORY"]
     return out
 
 
@@ -85,6 +90,11 @@ def phases(ways: dict[str, HTTPTransport]) -> list[tuple[list[str], list[str]]]:
     return [(place, list(RAW)), *(([way], []) for way in ways if way not in place)]
 
 
+def in_turn(ways: list[str], n: int) -> list[str]:
+    """The ways of one round. Who comes first, after the bare streams, is the slower for it: they change places."""
+    return ways[::-1] if n % 2 else ways
+
+
 def serve(end: End) -> None:
     store = end.store
     ways = transports(end)
@@ -97,7 +107,7 @@ def serve(end: End) -> None:
     for moved, raw in phases(ways):
         beyond = dict.fromkeys(moved, 0)
         for n in range(end.rounds):
-            for way in moved:
+            for way in in_turn(moved, n):
                 step += 1
                 state = moved_by(way, end)
                 mark(state, float(step))
@@ -123,7 +133,7 @@ def receive(end: End) -> None:
     for moved, raw in phases(ways):
         beyond = dict.fromkeys(moved, 0)
         for n in range(end.rounds):
-            for way in moved:
+            for way in in_turn(moved, n):
                 step += 1
                 store.wait([f"metadata{step}"], TIMEOUT)
                 metadata = store.get(f"metadata{step}").decode()

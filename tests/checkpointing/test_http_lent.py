@@ -59,9 +59,10 @@ def quiet(receiver: HTTPTransport[Any]) -> bool:
 
 @pytest.fixture(autouse=True)
 def _nothing_told() -> Iterator[None]:
-    http_lent._told.clear()
+    told = set(http_lent._told)
+    http_lent._told -= {errno.EPERM, errno.EFAULT}
     yield
-    http_lent._told.clear()
+    http_lent._told |= told
 
 
 SOURCE = """

@@ -17,8 +17,8 @@ Rules
       connection's end is all that the reader hears of it. What was read has the announced hash, or is not what was
       offered: then, and where it cannot be read at all, the reader asks for the bytes as anybody else does, on the
       same connection, and what comes is judged by that.
-    - A chunk counts as sent when it was taken. At most ``AHEAD`` further ones are hashed
-      meanwhile: they are in a cache that the two share when the reader comes to them.
+    - A chunk counts as sent when it was taken. At most ``AHEAD`` further ones are hashed meanwhile: they are in a cache
+      that the two share when the reader comes to them.
     - What a source says is its memory is read of the process that the kernel says is at the other end, of the same
       user, and of no other.
 """
@@ -61,10 +61,10 @@ LENT = "application/x-torchft-lent"
 TAKEN, NOT_TAKEN = b"\x01", b"\x00"
 MAX_SPANS = 4096
 """Runs of memory in one answer: with more of them the bytes are sent."""
-_told: set[int | None] = set()
 AHEAD = 1
 """Chunks that a source hashes while the reader copies the one before."""
 _SPAN = struct.Struct("<QQ")
+_told: set[int | None] = {errno.ESRCH}  # that the source has ended is told by the connection
 
 
 def tell_unreadable(error: OSError) -> None:
