@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 import weakref
+from contextlib import closing
 from http.client import HTTPConnection
 from typing import Any
 
@@ -14,13 +15,14 @@ import pytest
 import torch
 
 from tests.checkpointing.loopback import TIMEOUT, port_of, transport
-from torchft.checkpointing import CheckpointError, HTTPTransport, SourceLost
+from torchft.checkpointing import CheckpointError, HTTPTransport, SourceLost, http_server
 from torchft.checkpointing.chunks import CHUNK_SIZE, ByteRun
 from torchft.checkpointing.description import Description
 from torchft.checkpointing.manifest import Manifest
 from torchft.checkpointing.offer import Offer
 from torchft.checkpointing.snapshot import Arena
 from torchft.runtime.deadline import Deadline
+from torchft.testing.wait import wait_until
 
 
 class SlowReader:
@@ -89,6 +91,30 @@ def test_what_many_receivers_of_many_chunks_need_is_found_at_once() -> None:
     assert offer.needed() == set(range(count)) - {0, 5, count - 1}
     offer.readers = {readers[7]}
     assert offer.needed() == set()
+
+
+def test_who_waits_has_the_manifest_when_the_state_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "_GREETED", 60.0)
+    with transport() as source, closing(HTTPConnection("127.0.0.1", port_of(source), timeout=60)) as waiting:
+        waiting.request("GET", "/checkpoint/1/manifest", headers={"Prefer": "wait=60"})
+        wait_until(lambda: list(source._server._held.values()) == [1], what="the request is held")
+        source.send_checkpoint([1], 1, {"w": torch.ones(1000)}, TIMEOUT)
+        waiting.sock.settimeout(0.0)  # what is there, is there now
+        assert waiting.getresponse().status == 200
+        assert not source._server._held
+
+
+def test_who_waits_and_does_not_read_does_not_keep_a_state_from_being_offered() -> None:
+    with transport() as source, socket.socket() as waiting:
+        waiting.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        waiting.connect(("127.0.0.1", port_of(source)))
+        waiting.sendall(b"GET /checkpoint/1/manifest HTTP/1.1\r\nPrefer: wait=60\r\n\r\n")
+        wait_until(lambda: bool(source._server._held), what="the request is held")
+        began = time.monotonic()
+        source.send_checkpoint([1], 1, {"text": "x" * (32 << 20)}, TIMEOUT)
+        assert time.monotonic() - began < 30, "as long as a reader may take nothing"
+        assert source._server._held, "it has not been sent all of it"
+    wait_until(lambda: not source._server._held, what="it has gone")
 
 
 def test_copied_state_survives_writes_and_a_slow_reader_blocks_nobody() -> None:

@@ -220,6 +220,7 @@ class Connection:
         except Refused as e:
             self._answer(e.status, {"Retry-After": "1"} if e.status == 503 else {}, f"{e}\n".encode())
         self._request = None
+        self._server.answered(self)
         return request is not None and request.headers.get("connection", "").lower() != "close"
 
     def _read(self) -> _Request:

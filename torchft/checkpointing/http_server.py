@@ -35,6 +35,8 @@ __all__ = ["SnapshotServer"]
 logger = logging.getLogger("torchft.checkpointing.http_transport")
 
 _MAX_REASON = 1000
+_GREETED = 0.01
+"""Seconds that an offer waits for the manifest's being sent to those that wait for it."""
 _RETRIED = 2.0
 """Seconds within which a step that was withdrawn is served again, if the step is tried again at once."""
 
@@ -62,6 +64,7 @@ class SnapshotServer:
         self._offer: Offer | None = None
         self._declined: tuple[int, str] | None = None
         self._newest = -1
+        self._held: dict[Connection, int] = {}  # requests for steps that are not there yet
         listeners = [] if port is None else [_listen(port)]
         self.port: int = listeners[0].getsockname()[1] if listeners else 0
         self.local_address: str | None = None
@@ -74,7 +77,9 @@ class SnapshotServer:
         self._porter = Porter(listeners, self, self._changed)
 
     def offer(self, step: int, manifest: Manifest) -> Offer:
-        """Serves a snapshot, as far as it is told to ``advance``. The one before must have been withdrawn."""
+        """Serves a snapshot, as far as it is told to ``advance``. The one before must have been withdrawn. Readers that
+        have asked for the step already mostly have its manifest when this returns.
+        """
         offer = Offer(step, manifest, self._changed)
         with self._changed:
             self._offer = offer
@@ -82,6 +87,8 @@ class SnapshotServer:
             self._newest = max(self._newest, step)
             self._changed.notify_all()
         self._porter.stir()
+        with self._changed:  # who computes on keeps the threads from running that send the manifest
+            self._changed.wait_for(lambda: step not in self._held.values(), _GREETED)
         return offer
 
     def decline(self, step: int, reason: str) -> None:
@@ -193,7 +200,15 @@ class SnapshotServer:
         with self._changed:
             if self._offer is not None:
                 self._offer.readers.discard(connection)
+            self._held.pop(connection, None)
             self._changed.notify_all()
+
+    def answered(self, connection: Connection) -> None:
+        """What a connection asked for was sent, or refused."""
+        if connection in self._held:
+            with self._changed:
+                self._held.pop(connection, None)
+                self._changed.notify_all()
 
     def allows(self, headers: dict[str, str]) -> bool:
         if self._token is None:
@@ -219,6 +234,7 @@ class SnapshotServer:
             if connection.dropped:  # whoever dropped it waits for it to end
                 raise Withdrawn("this reader was dropped")
             if not self.settled(step) and not deadline.expired:
+                self._held[connection] = step
                 raise NotYet
             offer = self._readable(step)
             if offer is None:
