@@ -69,7 +69,6 @@ def test_a_process_that_has_ended_is_an_error() -> None:
 
 
 def test_more_or_less_than_there_is_room_for_is_not_read() -> None:
-
     memory, target = memoryview(bytearray(b"x" * 16)), memoryview(bytearray(16))
     for spans in ([(address_of(memory), 15)], [(address_of(memory), 17)], [], [(address_of(memory), 1)] * 1025):
         with pytest.raises(OSError, match="runs of memory into 1"):

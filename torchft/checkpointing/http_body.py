@@ -14,7 +14,7 @@ import time
 import xxhash
 
 from torchft.checkpointing.chunks import DIGEST_BYTES
-from torchft.checkpointing.http_lent import AHEAD, MAX_SPANS, TAKEN, own_process, write_spans
+from torchft.checkpointing.http_lent import AHEAD, MAX_SPANS, TAKEN, write_spans
 from torchft.checkpointing.http_wire import PIECE, HeadReader, WireError, send_some, send_views
 from torchft.checkpointing.offer import Offer, Reader
 
@@ -102,7 +102,7 @@ class LentBody:
         offer: whose data.
         stall: seconds after which a reader that takes nothing is given up.
         first: index of a chunk.
-        stop: end.
+        stop: end, beyond it.
     """
 
     def __init__(
@@ -120,15 +120,10 @@ class LentBody:
         with offer.reading(reader.lease, start, end) as views:
             self._spans = write_spans(views) if len(views) <= MAX_SPANS else b""
 
-    @classmethod
-    def of(
-        cls, sock: socket.socket, reader: Reader, heads: HeadReader, offer: Offer, stall: float, first: int, stop: int
-    ) -> LentBody | None:
-        """None where nothing is lent to that reader, or the memory is in too many places."""
-        if first == stop or own_process(sock) is None:
-            return None
-        body = cls(sock, reader, heads, offer, stall, first, stop)
-        return body if body._spans else None
+    @property
+    def possible(self) -> bool:
+        """Whether the memory is in few enough places to be named."""
+        return bool(self._spans)
 
     @property
     def length(self) -> int:

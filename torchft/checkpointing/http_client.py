@@ -206,14 +206,16 @@ class SourceConnection:
         data = bytearray(length - DIGEST_BYTES * (last - first))
         self._receive([memoryview(data)])
         loan = Loan(data, cut.span(last - 1)[1] - cut.span(first)[0])
-        announced, end = bytearray(DIGEST_BYTES), last
+        announced, end = bytearray(DIGEST_BYTES), first
         for index in range(first, last):
-            self._receive([memoryview(announced)])
-            if end == last and not self._take(loan, run.views(*cut.span(index)), announced):
-                self._borrower, end = None, index  # the rest is not read, but the source is heard out
-            self._answer(TAKEN if end == last else NOT_TAKEN)
-            if end == last:
+            self._receive([memoryview(announced)])  # all of them: after one that failed the source is only heard out
+            taken = end == index and self._take(loan, run.views(*cut.span(index)), announced)
+            self._answer(TAKEN if taken else NOT_TAKEN)
+            if taken:
+                end = index + 1
                 landed(index, bytes(announced), bytes(announced))
+        if end < last:
+            self._borrower = None
         return end
 
     def _take(self, loan: Loan, views: Sequence[memoryview], announced: bytearray) -> bool:

@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torchft.checkpointing.http_body import Body, LentBody
-from torchft.checkpointing.http_lent import LENT
+from torchft.checkpointing.http_lent import LENT, own_process
 from torchft.checkpointing.http_probe import MAX_PROBE, noise
 from torchft.checkpointing.http_wire import (
     HASHED,
@@ -327,9 +327,10 @@ class Connection:
             fields["Content-Type"] = HASHED
             length += 16 * (last - first)
         offer.check_held(first, last)
-        if hashed and method == "GET" and self._server.lends and _LEND.search(headers.get("prefer", "")):
-            lent = LentBody.of(self._sock, self, self._reader, offer, self._server.stall, first, last)
-            if lent is not None:
+        borrows = hashed and method == "GET" and _LEND.search(headers.get("prefer", "")) is not None
+        if borrows and first < last and self._server.lends and own_process(self._sock) is not None:
+            lent = LentBody(self._sock, self, self._reader, offer, self._server.stall, first, last)
+            if lent.possible:
                 fields["Content-Type"] = LENT
                 send_views(self._sock, [memoryview(_head(status, fields, lent.length))], self._server.stall)
                 lent.send()

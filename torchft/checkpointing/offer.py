@@ -235,7 +235,7 @@ class Offer:
                 break
             if self._digests[index] is None and reader.gone():
                 raise Withdrawn("who wanted to compare has gone")
-            chunks.append(self._hash(index, reader.lease, deadline.remaining(), reader))
+            chunks.append(self.hash_of(index, reader, deadline.remaining()))
         return write_sample(self.step, self.cut, self._body, chunks)
 
     def await_seal(self, deadline: Deadline, reader: Reader | None = None) -> Seal | None:

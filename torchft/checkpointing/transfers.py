@@ -81,7 +81,7 @@ class Transfer:
     @property
     def over(self) -> bool:
         """It was aborted, or is finished: nothing is to be moved any more."""
-        return self._finished or self._reason is not None
+        return self._finished or self.aborted
 
     def check(self) -> None:
         """
