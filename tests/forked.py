@@ -22,7 +22,8 @@ import subprocess
 import sys
 import threading
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,7 +32,7 @@ from torchft.runtime.nursery import Nursery
 from torchft.runtime.ready import readable
 from torchft.testing.process_state import wait_until_stopped
 
-__all__ = ["ForkedProgram"]
+__all__ = ["ForkedProgram", "child"]
 
 _PRELOAD = [
     "sklearn.datasets",
@@ -242,3 +243,16 @@ def _exit(code: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     ctypes.pythonapi.Py_Exit(code)
+
+
+@contextmanager
+def child(code: str, *args: str) -> Iterator[ForkedProgram]:
+    """A program that is written to and read from by pipes, and killed at the end."""
+    process = ForkedProgram(
+        [sys.executable, "-c", code, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()

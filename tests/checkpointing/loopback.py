@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import torch
+
 from torchft.checkpointing import HTTPTransport
 from torchft.checkpointing.offer import Offer
 
-__all__ = ["SHORT", "TIMEOUT", "address_of", "offered", "over_tcp", "port_of", "transport"]
+__all__ = ["SHORT", "TIMEOUT", "address_of", "offered", "over_tcp", "port_of", "same", "transport"]
 
 TIMEOUT = timedelta(seconds=60)
 SHORT = timedelta(seconds=1)
@@ -42,3 +44,8 @@ def offered(source: HTTPTransport[Any]) -> Offer:
 def over_tcp(metadata: str) -> str:
     """What a receiver on another machine can use of a source's metadata."""
     return " ".join(word for word in metadata.split(" ") if not word.startswith("unix:"))
+
+
+def same(got: dict[str, torch.Tensor], sent: dict[str, torch.Tensor]) -> bool:
+    """Whether all that was sent has come."""
+    return all(torch.equal(got[name], tensor) for name, tensor in sent.items())

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -19,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from tests.checkpointing.loopback import address_of
-from tests.forked import ForkedProgram
+from tests.forked import child
 from torchft.checkpointing import CheckpointTransport, HTTPTransport, PGTransport
 from torchft.checkpointing.http_download import Download
 from torchft.checkpointing.transport import TransferAborted
@@ -67,18 +65,6 @@ threading.Thread(target=stop_when_bytes_came, daemon=True).start()
 t = HTTPTransport(timedelta(seconds=60), state_dict=lambda: {"w": live}, hostname="127.0.0.1")
 t.recv_checkpoint(0, sys.argv[2], 7, timedelta(seconds=60))
 """
-
-
-@contextmanager
-def child(code: str, *args: str) -> Iterator[ForkedProgram]:
-    process = ForkedProgram(
-        [sys.executable, "-c", code, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def wait_until(happened: Callable[[], object]) -> None:

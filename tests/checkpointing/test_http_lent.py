@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpointing.loopback import TIMEOUT, offered, over_tcp, transport
-from tests.forked import ForkedProgram
+from tests.checkpointing.loopback import TIMEOUT, offered, over_tcp, same, transport
+from tests.forked import ForkedProgram, child
 from torchft import config
 from torchft.checkpointing import CheckpointTimeout, HTTPTransport, SourceLost, TransferAborted, http_lent, http_local
 from torchft.checkpointing.chunks import CHUNK_SIZE
@@ -39,10 +39,6 @@ def state() -> dict[str, torch.Tensor]:
     sizes = [BYTES // 3, 5 * CHUNK_SIZE + 4096, *([70 << 10] * 40)]
     sizes.append(BYTES - sum(sizes))
     return {f"w{i}": torch.randint(0, 256, (size,), dtype=torch.uint8) for i, size in enumerate(sizes)}
-
-
-def same(got: dict[str, torch.Tensor], sent: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(got[name], tensor) for name, tensor in sent.items())
 
 
 def borrowed(receiver: HTTPTransport[Any]) -> int:
@@ -96,15 +92,9 @@ print("borrowed", t.last_receive.borrowed)
 
 @contextmanager
 def source_process(*arguments: str) -> Iterator[str]:
-    process = ForkedProgram(
-        [sys.executable, "-c", SOURCE, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
+    with child(SOURCE, *arguments) as process:
         assert process.stdout is not None
         yield process.stdout.readline().strip()
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.mark.parametrize("snapshot", ["copy", "lock"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +13,7 @@ import pytest
 import torch
 
 from tests.checkpointing.loopback import SHORT, TIMEOUT, address_of, over_tcp, port_of, transport
-from tests.forked import ForkedProgram
+from tests.forked import ForkedProgram, child
 from torchft.checkpointing import CheckpointTimeout, SourceLost
 from torchft.checkpointing.chunks import CHUNK_SIZE
 from torchft.checkpointing.fetch_progress import FetchProgress
@@ -59,15 +57,9 @@ sys.stdin.read()
 
 @contextmanager
 def source_process(size: int) -> Iterator[tuple[ForkedProgram, str]]:
-    process = ForkedProgram(
-        [sys.executable, "-c", SOURCE, str(size)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
+    with child(SOURCE, str(size)) as process:
         assert process.stdout is not None
         yield process, process.stdout.readline().strip()
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.mark.parametrize("local", [True, False], ids=["local", "tcp"])

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.checkpointing.loopback import same
 from tests.checkpointing.test_pg_transport import CPU, LOCAL, TIMEOUT, groups
 from torchft.checkpointing import CheckpointError, ManifestError, PGTransport, pg_transport
 from torchft.checkpointing.description import describe
@@ -34,10 +35,6 @@ WAY = LocalOffer.way
 
 def state() -> dict[str, torch.Tensor]:
     return {"w": torch.randn(1 << 20), "small": torch.arange(7)}
-
-
-def same(got: dict[str, torch.Tensor], sent: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(got[name], tensor) for name, tensor in sent.items())
 
 
 @contextmanager

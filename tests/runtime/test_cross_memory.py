@@ -6,14 +6,12 @@ import ctypes
 import errno
 import mmap
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
-from tests.forked import ForkedProgram
+from tests.forked import ForkedProgram, child
 from torchft.runtime.cross_memory import address_of, can_read_others, read_memory
 
 pytestmark = pytest.mark.skipif(not can_read_others(), reason="this system has no process_vm_readv")
@@ -30,13 +28,9 @@ sys.stdin.read()
 @contextmanager
 def holder() -> Iterator[tuple[ForkedProgram, int]]:
     """A process and where it holds a megabyte: 0 to 255, again and again."""
-    process = ForkedProgram([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
+    with child(HOLDER) as process:
         assert process.stdout is not None
         yield process, int(process.stdout.readline())
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_bytes_of_another_process_arrive_however_they_are_cut() -> None:
