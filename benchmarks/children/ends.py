@@ -1,7 +1,8 @@
 """What both ends of a measured transfer share: the state, the store they meet at, and what their memory peaked at."""
 
 import argparse
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -34,15 +35,38 @@ class End:
         return self.rank == 0
 
 
+def in_turn(ways: list[str], n: int) -> list[str]:
+    """The ways of round ``n``. Where one stands tells in its time, and what came before it: all change places."""
+    first = n // 2 % len(ways)
+    turned = [*ways[first:], *ways[:first]]
+    return turned[::-1] if n % 2 else turned
+
+
 def mark(state: State, value: float) -> None:
     """Makes the state one that was not sent before."""
     for tensor in state.values():
         tensor[0] = tensor[-1] = value
 
 
-def zeros(mib: int, count: int) -> State:
-    """So many MiB in so many tensors of one size."""
-    return {f"tensor{i}": torch.zeros(mib * MIB // count // 4) for i in range(count)}
+def zeros(mib: int, count: int) -> tuple[State, State]:
+    """A state of so many MiB in so many tensors of one size, and the same in few if these are many.
+
+    The two are made a piece at a time, in turns: memory that the system gives first is up to a tenth slower to read
+    and write than what it gives later, and neither state is to have more of it.
+    """
+    state: State = {}
+    few: State = {}
+    rest = _tensors(mib, count)
+    if count > FEW:
+        for name, tensor in _tensors(mib, FEW):
+            few[name] = tensor
+            state.update(itertools.islice(rest, count // FEW))
+    state.update(rest)
+    return state, few
+
+
+def _tensors(mib: int, count: int) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((f"tensor{i}", torch.zeros(mib * MIB // count // 4)) for i in range(count))
 
 
 def held() -> int:
@@ -85,9 +109,9 @@ def run(about: str | None, move: Callable[[End], None]) -> None:
     store = TCPStore("127.0.0.1", args.port, is_master=args.rank == 0, wait_for_workers=False)
     if args.rank == 0:
         say("store", port=store.port)
-    state = zeros(args.mib, args.count)
+    state, few = zeros(args.mib, args.count)
     total = sum(t.nbytes for t in state.values())
-    move(End(args.rank, store, state, zeros(args.mib, FEW) if args.count > FEW else {}, args.rounds))
+    move(End(args.rank, store, state, few, args.rounds))
     say("over", total=total)
     stop.wait()
 

@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 
-from ends import MIB, TIMEOUT, End, State, check, mark, peak, peak_anew, run
+from ends import MIB, TIMEOUT, End, State, check, in_turn, mark, peak, peak_anew, run
 from report import say
 
 from torchft.checkpointing import HTTPTransport
@@ -88,11 +88,6 @@ def phases(ways: dict[str, HTTPTransport]) -> list[tuple[list[str], list[str]]]:
     """The ways that alternate, with a transport and without. The transports end with their phase, and free memory."""
     place = [way for way in ways if way.startswith("place")]
     return [(place, list(RAW)), *(([way], []) for way in ways if way not in place)]
-
-
-def in_turn(ways: list[str], n: int) -> list[str]:
-    """The ways of one round. Who comes first, after the bare streams, is the slower for it: they change places."""
-    return ways[::-1] if n % 2 else ways
 
 
 def serve(end: End) -> None:

@@ -1,16 +1,16 @@
 """One end of state transfers over a process group, and of the same bytes over gloo alone.
 
-The state is `--count` tensors of `--mib` MiB in all. Each round moves it twice: with `PGTransport` into the receiver's
-own tensors (a state of many tensors: in turns with one of few), and with bare `send` and `recv` of torch's gloo, one
-message a tensor, checked by nobody: what the processes, the sockets and the memory give. The receiver tells the seconds
-of both, from when the source may begin until everything is there, and what its memory peaked at beyond what it held
-before the first round.
+The state is `--count` tensors of `--mib` MiB in all. Each round moves it twice, in an order that changes: with
+`PGTransport` into the receiver's own tensors (a state of many tensors: in turns with one of few), and with bare `send`
+and `recv` of torch's gloo, one message a tensor, checked by nobody: what the processes, the sockets and the memory
+give. The receiver tells the seconds of both, from when the source may begin until everything is there, and what its
+memory peaked at beyond what it held before the first round.
 """
 
 import time
 
 import torch
-from ends import TIMEOUT, End, check, mark, peak, peak_anew, run
+from ends import TIMEOUT, End, check, in_turn, mark, peak, peak_anew, run
 from report import say
 from torch.distributed import PrefixStore
 from torch.distributed import ProcessGroupGloo as Gloo
@@ -29,7 +29,7 @@ def move(end: End) -> None:
     transport = PGTransport(pg, timeout=TIMEOUT, device=torch.device("cpu"), state_dict=lambda: state)
     before = peak_anew()
     for n in range(end.rounds):
-        for way in ways:
+        for way in in_turn(ways, n):
             state = states[way]
             value = float(-n - 1 if way == "bare" else n + 1)
             if end.sends:
