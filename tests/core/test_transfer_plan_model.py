@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from torchft.core.transfer_plan import MAX_BAD, MAX_RUN, Hopeless, TakeOver, TransferPlan, Work
+from torchft.core.transfer_plan import MAX_BAD, MAX_RUN, SHORT, SLOW_RUN, Hopeless, TakeOver, TransferPlan, Work
 
 LENGTH = 1000
 """Bytes of a chunk."""
@@ -186,6 +186,28 @@ def simulate(count: int, paces: list[float], stops: dict[int, float] | None = No
         if held[worker] and now + paces[worker] < stops.get(worker, until):
             heapq.heappush(events, (now + paces[worker], worker, held[worker][0]))
     raise AssertionError("nobody works any more")
+
+
+@pytest.mark.parametrize(
+    ("pace", "run"), [(SHORT, SLOW_RUN), (SHORT / 20.5, 20), (SHORT / 1000, MAX_RUN)], ids=["slow", "faster", "fast"]
+)
+def test_who_is_fast_gets_longer_runs(pace: float, run: int) -> None:
+    plan = TransferPlan([LENGTH] * 1000)
+    plan.add(0, 0)
+    assert plan.ask(0, 0.0) == Work(0, 1)
+    plan.arrived(0, pace)
+    plan.verified(0, 0)
+    assert plan.ask(0, pace) == Work(1, 1 + run)
+
+
+def test_who_is_fast_leaves_others_their_share() -> None:
+    plan = TransferPlan([LENGTH] * 41)
+    for worker in range(2):
+        plan.add(worker, worker)
+    assert plan.ask(0, 0.0) == Work(0, 1)
+    plan.arrived(0, SHORT / 1000)
+    plan.verified(0, 0)
+    assert plan.ask(0, SHORT / 1000) == Work(1, 11)
 
 
 @settings(max_examples=30, deadline=None)

@@ -59,7 +59,7 @@ __all__ = [
 
 LENT = "application/x-torchft-lent"
 TAKEN, NOT_TAKEN = b"\x01", b"\x00"
-MAX_SPANS = 4096
+MAX_SPANS = 8192
 """Runs of memory in one answer: with more of them the bytes are sent."""
 AHEAD = 1
 """Chunks that a source hashes while the reader copies the one before."""

@@ -19,7 +19,7 @@ Rules
       never comes, keeps nobody out, and nobody who means well fails for others: it waits, as long as its own deadline
       lets it.
     - The porter waits for nothing but :meth:`_watch`. Only it touches the selector.
-    - Requests are served in the order in which they came: a reader of many chunks queues for each eight of them.
+    - Requests are served in the order in which they came: a reader of many chunks queues for each run of them.
 """
 
 from __future__ import annotations

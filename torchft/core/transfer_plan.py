@@ -27,10 +27,14 @@ import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["MAX_BAD", "MAX_RUN", "Hopeless", "TakeOver", "TransferPlan", "Work"]
+__all__ = ["MAX_BAD", "MAX_RUN", "SHORT", "SLOW_RUN", "Hopeless", "TakeOver", "TransferPlan", "Work"]
 
-MAX_RUN = 8
-"""Chunks in one request, at most: 64 MiB of 8 MiB each, of which a request's own cost is nothing."""
+SLOW_RUN = 8
+"""Chunks in one request, at most: 64 MiB of 8 MiB each, of which a request's own cost is nothing over a network."""
+MAX_RUN = 32
+"""The same of a worker that is so fast that they come within ``SHORT``: on one machine a request's cost shows."""
+SHORT = 0.1
+"""Seconds."""
 MAX_BAD = 2
 """Chunks of a source that may be bad before it is distrusted."""
 MAX_TRIES = 3
@@ -110,6 +114,7 @@ class TransferPlan:
     def __init__(self, lengths: Sequence[int], done: Iterable[int] = ()) -> None:
         self.count = count = len(lengths)
         self._lengths = lengths
+        self._largest = max(lengths, default=1)
         self._done = set(done)
         self._free: list[tuple[int, int]] = []
         self._workers: dict[int, _Worker] = {}
@@ -249,7 +254,7 @@ class TransferPlan:
 
     def _take(self, asking: _Worker) -> Work | None:
         free = sum(stop - first for first, stop in self._free)
-        longest = min(MAX_RUN, max(1, free // (2 * max(1, len(self._workers))))) if asking.arrived else 1
+        longest = min(self._longest(asking), max(1, free // (2 * max(1, len(self._workers)))))
         for i, (first, stop) in enumerate(self._free):
             start = first
             while start < stop and not self._may_take(asking.source, start):
@@ -261,6 +266,13 @@ class TransferPlan:
                 self._free[i : i + 1] = [p for p in ((first, start), (end, stop)) if p[0] < p[1]]
                 return Work(start, end)
         return None
+
+    def _longest(self, asking: _Worker) -> int:
+        """Chunks that a worker may have at once, however many are left."""
+        if not asking.arrived:
+            return 1
+        soon = int((asking.rate or 0.0) * SHORT / self._largest)
+        return min(MAX_RUN, max(SLOW_RUN, soon))
 
     def _slowest(self, asking: _Worker, now: float) -> TakeOver | None:
         mine = asking.rate or max((w.rate or 0.0 for w in self._workers.values()), default=0.0)
