@@ -61,6 +61,7 @@ class Agreement:
         self.undecided: Undecided | None = None
         """Who was found to differ, where as many are on the other side: it is for the fetch to say so."""
         self._givers: dict[int, HTTPSource] = {}
+        self._gave: Counter[HTTPSource] = Counter()  # how many of these each one is
         self.verified: dict[int, bytes] = {}
         """The chunks that are there, and their hashes."""
 
@@ -70,25 +71,24 @@ class Agreement:
         self._kept = bool(kept)
         self.verified = dict(kept)
 
-    def landed(self, index: int, computed: bytes, source: HTTPSource) -> None:
-        """A chunk is there, and is what its source announced."""
+    def landed(self, index: int, computed: bytes, source: HTTPSource) -> bool:
+        """A chunk that was missing is there, and is what its source announced. Whether it is the first from there."""
         self.verified[index] = computed
         self._givers[index] = source
-        self._progress.sources = len(self._used())
+        self._gave[source] += 1
+        self._progress.sources = len(self._gave)
+        return self._gave[source] == 1
 
     @property
     def givers(self) -> list[HTTPSource]:
         """Who gave what was received."""
-        return sorted(self._used(), key=lambda s: s.index)
-
-    def _used(self) -> set[HTTPSource]:
-        return set(self._givers.values())
+        return sorted(self._gave, key=lambda s: s.index)
 
     @property
     def of_several(self) -> bool:
         """Whether only the hashes of all tell: what is there came from more than one, was kept, or is disputed."""
         disputed = self.disputed and not self._taken_as_it_is
-        return self._kept or disputed or len(self._used()) > 1
+        return self._kept or disputed or len(self._gave) > 1
 
     def whole(self, body: bytes) -> Seal:
         """Of a state that is there and came from one source."""
@@ -166,8 +166,7 @@ class Agreement:
         asked = [now if s.asked_for_seal is None else s.asked_for_seal for s in usable]
         if not usable or now - max(self._there, *asked) <= patience:
             return
-        used = self._used()
-        one = min(usable, key=lambda s: (s not in used, s.index))
+        one = min(usable, key=lambda s: (s not in self._gave, s.index))
         again = [i for i in self.verified if self._givers.get(i) is not one]
         logger.warning(
             "no source of step %d told its hashes within %.1fs: %s is believed, with nothing to compare it to, and "
@@ -186,7 +185,9 @@ class Agreement:
     def _forget(self, chunks: Sequence[int], plan: TransferPlan) -> None:
         """They are missing again."""
         for index in chunks:
-            self._givers.pop(index, None)
+            giver = self._givers.pop(index, None)
+            if giver is not None:
+                self._gave -= Counter([giver])  # who has nothing left is gone
             self._progress.lost(self._cut.length(index))
             del self.verified[index]
         plan.revoke(chunks)

@@ -344,8 +344,10 @@ class Download:
     # -------------------------------------------------------------- the threads
 
     def _landed(self, source: HTTPSource, index: int, value: bytes) -> None:
-        self.agreement.landed(index, value, source)
+        first = self.agreement.landed(index, value, source)
         self.comparison.landed(index, value)
+        if first or self.comparison.disputed:
+            self._changed.notify_all()
 
     def _ask_to_compare(self, source: HTTPSource) -> None:
         answer: Sample | Seal | CheckpointError

@@ -42,7 +42,8 @@ class Workers:
         connect: makes one.
         threads: of the fetch.
         progress: of the fetch.
-        landed: told, under the condition, of each chunk that came and is what its source announced.
+        landed: told, under the condition, of each chunk that came and is what its source announced. It notifies who
+            waits if that is news.
     """
 
     def __init__(
@@ -185,4 +186,5 @@ class Workers:
                 self._progress.bad_sources.append(source.name)
                 logger.error("%s sends bytes that are not what it announces, and is not used any more", source)
                 source.end(IntegrityError(f"{source} sent bytes that are not what it announced"))
-        self._changed.notify_all()
+        if self._plan.finished or computed != announced:
+            self._changed.notify_all()  # not for each: to wake who watches costs a twentieth of the time of a fast way
