@@ -18,7 +18,7 @@ from torchft.checkpointing.manifest import MAX_MANIFEST_BYTES, Manifest, SpecRea
 from torchft.checkpointing.memory import StorageBytes
 from torchft.checkpointing.mesh import MeshSpec, placements_json
 from torchft.checkpointing.transport import UnsafeStateError
-from torchft.checkpointing.tree import JSON, MAX_PATHS, Encoder, dtype_name
+from torchft.checkpointing.tree import JSON, MAX_PATHS, PLAIN, Encoder, dtype_name
 from torchft.dtensor import dtensor_class
 from torchft.runtime.collection import collection_put_off
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:  # here only: see torchft.dtensor
     from torch.distributed.tensor import DTensor
 
 __all__ = ["Description", "describe"]
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def describe(state: object, allow_pickle: bool = False) -> tuple[Manifest, list[StorageBytes]]:
@@ -138,7 +136,7 @@ class _Collector:
 
     def _plain(self, tensor: torch.Tensor, path: str) -> list[JSON]:
         name = dtype_name(tensor.dtype)
-        plain = type(tensor) in _PLAIN and tensor.layout == torch.strided and not tensor.is_nested
+        plain = type(tensor) in PLAIN and tensor.layout == torch.strided and not tensor.is_nested
         if not plain or tensor.is_meta or not name:
             raise UnsafeStateError(
                 f"{path} holds a tensor that cannot be sent: {type(tensor).__name__}, {tensor.dtype}, "

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterable
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -146,7 +145,7 @@ class Destination:
                 arrived.set_(storage, spec.offset // spec.dtype.itemsize, spec.shape, spec.stride)
         by_copy = self._by_copy.get(spec.path)
         if by_copy is not None and by_copy.in_its_place:
-            by_copy.local.copy_(arrived)
+            by_copy.local.detach().copy_(arrived)
             return by_copy.given
         if spec.dtensor is None:
             return arrived.to(self._device)
@@ -219,17 +218,19 @@ def _fresh(length: int) -> torch.Tensor:
 class _Intervals:
     """Address ranges that do not overlap."""
 
-    def __init__(self, taken: Iterable[tuple[int, int]] = ()) -> None:
-        self._taken = sorted(taken)
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._stops: list[int] = []
 
     def add(self, start: int, length: int) -> bool:
         """Takes a range, unless part of it is taken."""
         if not length:
             return True
-        i = bisect.bisect_right(self._taken, (start, 1 << 62))
-        if i and self._taken[i - 1][1] > start:
+        i = bisect.bisect_right(self._starts, start)
+        if i and self._stops[i - 1] > start:
             return False
-        if i < len(self._taken) and self._taken[i][0] < start + length:
+        if i < len(self._starts) and self._starts[i] < start + length:
             return False
-        self._taken.insert(i, (start, start + length))
+        self._starts.insert(i, start)
+        self._stops.insert(i, start + length)
         return True

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from torchft.checkpointing.manifest import span
 from torchft.checkpointing.memory import memory_view
-from torchft.checkpointing.tree import tensors_by_path
+from torchft.checkpointing.tree import PLAIN, tensors_by_path
 from torchft.dtensor import dtensor_class
 from torchft.runtime.collection import collection_put_off
 
@@ -32,7 +32,7 @@ class LiveTensor(NamedTuple):
     """As it stands in the tree."""
     dtensor: DTensor | None
     local: torch.Tensor
-    """Without gradient; of a DTensor what this process has of it."""
+    """Itself; of a DTensor what this process has of it."""
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -91,32 +91,34 @@ def look_at(state_dict: Callable[[], object] | None) -> Callable[[], LiveTensors
 
 
 def _look_at(given: torch.Tensor, kind: type[DTensor] | None) -> LiveTensor:
-    local = given.detach()
+    local = given
     dtensor: DTensor | None = None
-    if kind is not None and isinstance(local, kind):
-        dtensor, local = local, local.to_local()
-    usable = type(local) is torch.Tensor and local.layout == torch.strided and not local.is_meta
+    if type(given) not in PLAIN:
+        local = given.detach()
+        if kind is not None and isinstance(local, kind):
+            dtensor, local = local, local.to_local()
+    usable = type(local) in PLAIN and local.layout == torch.strided and not local.is_meta
     usable = usable and not local.is_conj() and not local.is_neg()
-    shape, stride = tuple(local.shape), tuple(local.stride()) if usable else ()
+    shape, stride = tuple(local.shape), local.stride() if usable else ()
     view = None
     address = 0
     if usable:
-        storage, start, dense = local.untyped_storage(), int(local.storage_offset()) * local.itemsize, _is_dense(local)
-        reach = local.nbytes if dense else span(shape, stride) * local.itemsize
-        usable = not local.numel() or start + reach <= storage.nbytes()  # sharding frees what it gathers again
+        dense = local.is_contiguous() or _is_dense(shape, stride)
+        size = local.itemsize
+        storage, start = local.untyped_storage(), int(local.storage_offset()) * size
+        reach = local.nbytes if dense else span(shape, stride) * size
+        usable = start + reach <= storage.nbytes() or not local.numel()  # sharding frees what it gathers again
         if usable:
             address = local.data_ptr()
-            if local.is_cpu and dense:
+            if dense and local.is_cpu:
                 view = memory_view(storage, start, reach)
     return LiveTensor(given, dtensor, local, local.dtype, shape, stride, usable, address, view)
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether each byte from the first to the last of its elements belongs to exactly one element."""
-    if tensor.is_contiguous():
-        return True
+def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether each byte from the first to the last element belongs to exactly one element."""
     step = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+    for stride, size in sorted(zip(strides, shape, strict=True)):
         if size != 1:
             if stride != step:
                 return False

@@ -42,6 +42,7 @@ __all__ = [
     "MAX_DEPTH",
     "MAX_PATH",
     "MAX_PATHS",
+    "PLAIN",
     "Decoder",
     "Encoder",
     "dtype_name",
@@ -88,6 +89,9 @@ DTYPES: dict[str, torch.dtype] = {n: getattr(torch, n) for n in _DTYPE_NAMES if 
 _NAME_OF_DTYPE = {d: n for n, d in DTYPES.items()}
 _NAMED_DTYPES = {n: d for n, d in vars(torch).items() if isinstance(d, torch.dtype)}
 """All that torch has. Its attributes are not looked up by a name from the network: some import a module."""
+
+PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+"""The types of tensors that are nothing but memory."""
 
 _NUMPY_SCALARS: dict[str, Any] = {
     "bool_": np.bool_,
@@ -236,7 +240,8 @@ class Encoder:
                 )
             if type(key) is int and key.bit_length() > _MAX_INT_BITS:
                 raise UnsafeStateError(f"{path} has a key of more than {_MAX_INT_BITS} bits, which cannot be sent")
-            out += [key, self.encode(item, f"{path}[{key!r}]", depth + 1)]
+            out.append(key)
+            out.append(self.encode(item, f"{path}[{key!r}]", depth + 1))
         return out
 
     def _refuse(self, value: object, path: str) -> JSON:
@@ -277,6 +282,8 @@ class Decoder:
         """
         if len(path) > MAX_PATH:
             raise ManifestError(f"{path[:200]}… is a path of more than {MAX_PATH} characters")
+        if isinstance(node, list) and node and node[0] in ("T", "D"):
+            return self._tensor(node, path)
         if node is None or isinstance(node, (bool, int, float, str)):
             return node
         if depth > MAX_DEPTH:
@@ -284,8 +291,6 @@ class Decoder:
         if not isinstance(node, list) or not node or not isinstance(node[0], str):
             raise ManifestError(f"{path} is neither a value nor a tagged array")
         tag = node[0]
-        if tag in ("T", "D"):
-            return self._tensor(node, path)
         if tag == "d":
             return self._items(node, 1, path, depth, {})
         if tag in ("l", "t"):
