@@ -1,0 +1,58 @@
+"""Where the bytes of a state that arrives go: which live tensors are written, and which are left alone."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from torchft.checkpointing.description import describe
+from torchft.checkpointing.destination import Destination
+from torchft.checkpointing.manifest import Manifest
+
+ELEMENTS = 8
+
+
+def arrive(sent: object, into: object) -> tuple[Destination, object]:
+    """The state as the receiver has it then, and where it went."""
+    manifest, sources = describe(sent)
+    destination = Destination(Manifest.parse(manifest.body), into)
+    data = b"".join(bytes(s.view()) for s in sources)
+    for view in destination.run.views(0, manifest.total):
+        view[:], data = data[: len(view)], data[len(view) :]
+    return destination, destination.finish()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=12))
+@example([50, 40, 30, 20, 10, 0])
+@example([0, 8, 16, 16, 24])
+@example([3, 0, 8, 11])
+def test_no_memory_is_written_twice(starts: list[int]) -> None:
+    sent = {str(i): torch.full((ELEMENTS,), float(i + 1)) for i in range(len(starts))}
+    buffer = torch.zeros(60 + ELEMENTS)
+    live = {str(i): buffer[start : start + ELEMENTS] for i, start in enumerate(starts)}
+    expected, taken = torch.zeros_like(buffer), set[int]()
+    for i, start in enumerate(starts):
+        if taken.isdisjoint(range(start, start + ELEMENTS)):
+            taken.update(range(start, start + ELEMENTS))
+            expected[start : start + ELEMENTS] = float(i + 1)
+    destination, got = arrive(sent, live)
+    assert torch.equal(buffer, expected)
+    assert destination.bytes_in_place == 4 * len(taken)
+    assert isinstance(got, dict)
+    for key, tensor in sent.items():
+        assert torch.equal(got[key], tensor)
+        in_place = bool((expected[starts[int(key)] : starts[int(key)] + ELEMENTS] == tensor).all())
+        assert (got[key] is live[key]) == in_place
+
+
+def test_parameters_of_other_strides_get_the_values_and_keep_their_gradient() -> None:
+    sent = {"weight": torch.randn(3, 4)}
+    weight = torch.nn.Parameter(torch.zeros(4, 3).t())
+    destination, got = arrive(sent, {"weight": weight})
+    assert destination.bytes_in_place == 0
+    assert got == {"weight": weight}
+    assert torch.equal(weight.detach(), sent["weight"])
+    assert weight.requires_grad
+    assert weight.stride() == (1, 3)
