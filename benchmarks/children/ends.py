@@ -37,7 +37,7 @@ class End:
 
 def in_turn(ways: list[str], n: int) -> list[str]:
     """The ways of round ``n``. Where one stands tells in its time, and what came before it: all change places."""
-    first = n // 2 % len(ways)
+    first = n // 2 % max(1, len(ways))
     turned = [*ways[first:], *ways[:first]]
     return turned[::-1] if n % 2 else turned
 
