@@ -14,6 +14,8 @@ __all__ = ["CASES"]
 
 PATIENCE = 75.0
 """Longer than every default timeout, which is 60 s."""
+_MIDDLE = 0.1
+"""Seconds after its source was asked for it at which 2 GiB are on their way."""
 
 
 def _rejoin(run: Run, mib: int, transport: str) -> Figures:
@@ -137,8 +139,9 @@ def _kill_source(run: Run) -> Figures:
         together([source, survivor], 2)
         joiner = train(cluster, run.impl, 2, lighthouse, *args)
         joiner.hello()
-        joiner.wait("quorum", 60)
-        time.sleep(0.3)  # two gigabytes take longer
+        asked = joiner.wait("quorum", 60)["t"]
+        source.wait("state", 60, lambda e: e["t"] > asked)
+        time.sleep(_MIDDLE)
         hit = source.kill()  # the first of the names is the source of the only joiner
         if any(e["committed"] for e in joiner.all("step")):
             raise RuntimeError("the heal was over before its source was killed")

@@ -3,7 +3,7 @@
 A step computes for `--step-ms` (asleep, as a CPU is that waits for its GPU) and averages the gradients of a tiny
 model: with `manager.allreduce` parameter by parameter, or with `--ddp` through DistributedDataParallel. The state that
 a joiner must receive is `--state-mb` of tensors. Says `quorum` when it first asks for one, and `step` after every step:
-the manager's step, whether it committed and with how many participants.
+the manager's step, whether it committed and with how many participants. Says `state` when it is asked for its state.
 
 Each process has data of its own, so groups are equal only if what they exchange makes them equal.
 
@@ -43,6 +43,7 @@ class State:
         self.ballast = {f"layer{i}": torch.ones(mib * MIB // count // 4) for i in range(count if mib else 0)}
 
     def save(self) -> dict[str, object]:
+        say("state")
         return {"model": self.model.state_dict(), "ballast": self.ballast}
 
     def load(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
