@@ -14,7 +14,8 @@ import torchft
 
 def say(event: str, t: float | None = None, **fields: object) -> None:
     """Writes one event, a JSON object, on a line of its own."""
-    print(json.dumps({"event": event, "t": time.monotonic() if t is None else t, **fields}), flush=True)
+    line = json.dumps({"event": event, "t": time.monotonic() if t is None else t, **fields})
+    print(line + "\n", end="", flush=True)  # at once: other threads may speak as well
 
 
 def hello(heard: Callable[[str], object] | None = None) -> threading.Event:

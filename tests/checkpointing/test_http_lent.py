@@ -21,7 +21,7 @@ from tests.forked import ForkedProgram, child
 from torchft import config
 from torchft.checkpointing import CheckpointTimeout, HTTPTransport, SourceLost, TransferAborted, http_lent, http_local
 from torchft.checkpointing.chunks import CHUNK_SIZE
-from torchft.checkpointing.http_lent import MAX_SPANS, Borrower, Loan, is_lent, write_spans
+from torchft.checkpointing.http_lent import ACCEPTED_SPANS, Borrower, Loan, is_lent, write_spans
 from torchft.checkpointing.transport import ManifestError
 from torchft.runtime.cross_memory import address_of, can_read_others
 from torchft.runtime.deadline import Deadline
@@ -357,6 +357,6 @@ def test_a_loan_of_other_bytes_than_were_asked_for_is_none(spans: list[tuple[int
 
 def test_the_length_of_an_answer_says_how_many_runs_of_memory_it_names() -> None:
     assert is_lent(16 + 16, 1)
-    assert is_lent(16 * MAX_SPANS + 8 * 16, 8)
-    for length, chunks in ((16, 1), (0, 1), (31, 1), (33, 1), (16 * (MAX_SPANS + 1) + 16, 1), (1 << 62, 8)):
+    assert is_lent(16 * ACCEPTED_SPANS + 8 * 16, 8)
+    for length, chunks in ((16, 1), (0, 1), (31, 1), (33, 1), (16 * (ACCEPTED_SPANS + 1) + 16, 1), (1 << 62, 8)):
         assert not is_lent(length, chunks)

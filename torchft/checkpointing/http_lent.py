@@ -44,6 +44,7 @@ from torchft.runtime.cross_memory import address_of, can_read_others, read_memor
 logger = logging.getLogger("torchft.checkpointing.http_transport")
 
 __all__ = [
+    "ACCEPTED_SPANS",
     "AHEAD",
     "LENT",
     "MAX_SPANS",
@@ -59,8 +60,10 @@ __all__ = [
 
 LENT = "application/x-torchft-lent"
 TAKEN, NOT_TAKEN = b"\x01", b"\x00"
-MAX_SPANS = 8192
-"""Runs of memory in one answer: with more of them the bytes are sent."""
+MAX_SPANS = 16384
+"""Runs of memory in one answer: with more of them the bytes are sent. In 256 MiB so many have 16 KiB each."""
+ACCEPTED_SPANS = 65536
+"""The same that a receiver takes: another version of a source may lend more."""
 AHEAD = 1
 """Chunks that a source hashes while the reader copies the one before."""
 _SPAN = struct.Struct("<QQ")
@@ -86,7 +89,7 @@ def write_spans(views: Sequence[memoryview]) -> bytes:
 def is_lent(length: int, chunks: int) -> bool:
     """Whether a body of so many bytes may be the loan of so many chunks."""
     spans, rest = divmod(length - DIGEST_BYTES * chunks, _SPAN.size)
-    return not rest and 0 < spans <= MAX_SPANS
+    return not rest and 0 < spans <= ACCEPTED_SPANS
 
 
 def own_process(sock: socket.socket) -> int | None:

@@ -32,7 +32,7 @@ class LiveTensor(NamedTuple):
     """As it stands in the tree."""
     dtensor: DTensor | None
     local: torch.Tensor
-    """Itself; of a DTensor what this process has of it."""
+    """Where its values are: itself, if it is nothing but memory; of a DTensor what this process has of it."""
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -40,6 +40,8 @@ class LiveTensor(NamedTuple):
     """Values may be copied into it."""
     address: int
     """Of its first byte."""
+    storage: torch.UntypedStorage | None
+    """Where it is. It lives as long as this, so that nothing else gets its address."""
     view: memoryview | None
     """All of its bytes in CPU memory, if each from the first to the last is of exactly one element."""
 
@@ -100,7 +102,7 @@ def _look_at(given: torch.Tensor, kind: type[DTensor] | None) -> LiveTensor:
     usable = type(local) in PLAIN and local.layout == torch.strided and not local.is_meta
     usable = usable and not local.is_conj() and not local.is_neg()
     shape, stride = tuple(local.shape), local.stride() if usable else ()
-    view = None
+    storage = view = None
     address = 0
     if usable:
         dense = local.is_contiguous() or _is_dense(shape, stride)
@@ -112,7 +114,7 @@ def _look_at(given: torch.Tensor, kind: type[DTensor] | None) -> LiveTensor:
             address = local.data_ptr()
             if dense and local.is_cpu:
                 view = memory_view(storage, start, reach)
-    return LiveTensor(given, dtensor, local, local.dtype, shape, stride, usable, address, view)
+    return LiveTensor(given, dtensor, local, local.dtype, shape, stride, usable, address, storage, view)
 
 
 def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

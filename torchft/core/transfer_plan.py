@@ -32,7 +32,7 @@ __all__ = ["MAX_BAD", "MAX_RUN", "SHORT", "SLOW_RUN", "Hopeless", "TakeOver", "T
 SLOW_RUN = 8
 """Chunks in one request, at most: 64 MiB of 8 MiB each, of which a request's own cost is nothing over a network."""
 MAX_RUN = 32
-"""The same of a worker that is so fast that they come within ``SHORT``: on one machine a request's cost shows."""
+"""The same of a worker that has been so fast that they come within ``SHORT``: on one machine a request's cost shows."""
 SHORT = 0.1
 """Seconds."""
 MAX_BAD = 2
