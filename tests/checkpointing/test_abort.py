@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from torchft.checkpointing import CheckpointTransport, HTTPTransport, PGTranspor
 from torchft.checkpointing.http_download import Download
 from torchft.checkpointing.transport import TransferAborted
 from torchft.process_group.gloo import ProcessGroupGloo
+from torchft.testing import wait
 from torchft.testing.faults import Link
 
 LONG = timedelta(seconds=60)
@@ -66,13 +68,7 @@ t = HTTPTransport(timedelta(seconds=60), state_dict=lambda: {"w": live}, hostnam
 t.recv_checkpoint(0, sys.argv[2], 7, timedelta(seconds=60))
 """
 
-
-def wait_until(happened: Callable[[], object]) -> None:
-    limit = time.monotonic() + 60
-    pause = threading.Event()
-    while not happened():
-        assert time.monotonic() < limit, "it did not happen within 60 s"
-        pause.wait(0.001)
+wait_until = partial(wait.wait_until, timeout=60.0)
 
 
 @pytest.fixture
@@ -253,9 +249,9 @@ def test_pg_source_stopped_in_the_middle(
                     source.wait_until_stopped()
                     stopped.set()
 
-            def landed(download: Download, *args: Any) -> None:
+            def landed(download: Download, *args: Any) -> bool:
                 stop()
-                by_local(download, *args)
+                return by_local(download, *args)
 
             by_local = Download._landed
             with monkeypatch.context() as patch:

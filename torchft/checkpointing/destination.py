@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -80,7 +80,7 @@ class Destination:
         self._in_place: set[int] = set()
         written = _Intervals()
         fillers = [_filler(found, length) for found, length in zip(members, lengths, strict=True)]
-        alone = written.add_all([(f.address, n) for f, n in zip(fillers, lengths, strict=True) if f is not None])
+        alone = iter(written.add_all([(f.address, n) for f, n in zip(fillers, lengths, strict=True) if f is not None]))
         pieces: list[torch.Tensor | memoryview] = []
         for extent, (filler, length) in enumerate(zip(fillers, lengths, strict=True)):
             if filler is not None and next(alone):
@@ -224,15 +224,15 @@ class _Intervals:
         self._starts: list[int] = []
         self._stops: list[int] = []
 
-    def add_all(self, ranges: Sequence[tuple[int, int]]) -> Iterator[bool]:
-        """Takes each range, start and length, unless part of it is taken; of the first ones all at once if it can."""
+    def add_all(self, ranges: Sequence[tuple[int, int]]) -> list[bool]:
+        """Does :meth:`add` for each, start and length: at once if they are the first, and apart."""
         ordered = sorted(ranges)
         starts = [start for start, _ in ordered]
         stops = [start + length for start, length in ordered]
         if self._starts or any(stop > start for stop, start in zip(stops, starts[1:], strict=False)):
-            return (self.add(start, length) for start, length in ranges)
+            return [self.add(start, length) for start, length in ranges]
         self._starts, self._stops = starts, stops
-        return itertools.repeat(True)
+        return [True] * len(ranges)
 
     def add(self, start: int, length: int) -> bool:
         """Takes a range, unless part of it is taken."""

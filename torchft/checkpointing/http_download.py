@@ -343,11 +343,10 @@ class Download:
 
     # -------------------------------------------------------------- the threads
 
-    def _landed(self, source: HTTPSource, index: int, value: bytes) -> None:
+    def _landed(self, source: HTTPSource, index: int, value: bytes) -> bool:
         first = self.agreement.landed(index, value, source)
         self.comparison.landed(index, value)
-        if first or self.comparison.disputed:
-            self._changed.notify_all()
+        return first or self.comparison.disputed
 
     def _ask_to_compare(self, source: HTTPSource) -> None:
         answer: Sample | Seal | CheckpointError

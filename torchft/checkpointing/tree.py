@@ -240,8 +240,7 @@ class Encoder:
                 )
             if type(key) is int and key.bit_length() > _MAX_INT_BITS:
                 raise UnsafeStateError(f"{path} has a key of more than {_MAX_INT_BITS} bits, which cannot be sent")
-            out.append(key)
-            out.append(self.encode(item, f"{path}[{key!r}]", depth + 1))
+            out += [key, self.encode(item, f"{path}[{key!r}]", depth + 1)]
         return out
 
     def _refuse(self, value: object, path: str) -> JSON:
