@@ -6,21 +6,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.checkpointing.carried import carry
 from torchft.checkpointing.description import describe
 from torchft.checkpointing.destination import Destination
-from torchft.checkpointing.manifest import Manifest
 
 ELEMENTS = 8
-
-
-def arrive(sent: object, into: object) -> tuple[Destination, object]:
-    """The state as the receiver has it then, and where it went."""
-    manifest, sources = describe(sent)
-    destination = Destination(Manifest.parse(manifest.body), into)
-    data = b"".join(bytes(s.view()) for s in sources)
-    for view in destination.run.views(0, manifest.total):
-        view[:], data = data[: len(view)], data[len(view) :]
-    return destination, destination.finish()
 
 
 @settings(max_examples=100, deadline=None)
@@ -37,7 +27,7 @@ def test_no_memory_is_written_twice(starts: list[int]) -> None:
         if taken.isdisjoint(range(start, start + ELEMENTS)):
             taken.update(range(start, start + ELEMENTS))
             expected[start : start + ELEMENTS] = float(i + 1)
-    destination, got = arrive(sent, live)
+    destination, got = carry(sent, live)
     assert torch.equal(buffer, expected)
     assert destination.bytes_in_place == 4 * len(taken)
     assert isinstance(got, dict)
@@ -50,7 +40,7 @@ def test_no_memory_is_written_twice(starts: list[int]) -> None:
 def test_parameters_of_other_strides_get_the_values_and_stay_what_they_are() -> None:
     sent = {"weight": torch.randn(3, 4)}
     weight = torch.nn.Parameter(torch.zeros(4, 3).t())
-    destination, got = arrive(sent, {"weight": weight})
+    destination, got = carry(sent, {"weight": weight})
     assert destination.bytes_in_place == 0
     assert got == {"weight": weight}
     assert torch.equal(weight.detach(), sent["weight"])
