@@ -30,6 +30,15 @@ def test_remaining_goes_down_and_never_below_zero() -> None:
     assert past.expired
 
 
+@pytest.mark.parametrize(("timeout", "less"), [(60.0, 1.0), (2.0, 1.0), (1.0, 0.5), (0.1, 0.05)])
+def test_another_process_gets_less_so_that_its_answer_comes_before_the_end(timeout: float, less: float) -> None:
+    deadline = Deadline(timeout)
+    before = deadline.remaining()
+    told = deadline.remaining_to_answer()
+    assert max(0.0, deadline.remaining() - less) <= told <= max(0.0, before - less)
+    assert Deadline(0).remaining_to_answer() == 0.0
+
+
 def test_expires_when_its_time_has_passed() -> None:
     deadline = Deadline(0.02)
     never = threading.Event()

@@ -280,9 +280,8 @@ class SourceConnection:
             raise StepNotServed(f"step {step} was asked for, but {self.address} answered with step {served}")
 
     def _patience(self) -> dict[str, str]:
-        """How long the source may hold a request: until shortly before the deadline, to hear its reason."""
-        margin = min(1.0, 0.1 * self._deadline.timeout)
-        return {"Prefer": f"wait={max(0.0, self._deadline.remaining() - margin):.3f}"}
+        """How long the source may hold a request."""
+        return {"Prefer": f"wait={self._deadline.remaining_to_answer():.3f}"}
 
     def _ask(self, target: str, fields: dict[str, str]) -> tuple[int, dict[str, str], int]:
         lines = [

@@ -49,12 +49,10 @@ class Ask:
         self.request = request
         self.deadline = deadline
         self.answer: concurrent.futures.Future[GroupQuorum] = concurrent.futures.Future()
-        # What failed must reach the rank before its own deadline does, or it learns nothing but that.
-        self._margin = min(1.0, 0.1 * deadline.timeout)
 
     def remaining(self) -> float:
         """Seconds in which an answer is still of use."""
-        return max(0.0, self.deadline.remaining() - self._margin)
+        return self.deadline.remaining_to_answer()
 
     def end(self, outcome: GroupQuorum | Exception) -> None:
         """Answers it, if it has not ended."""

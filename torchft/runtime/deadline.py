@@ -13,6 +13,8 @@ __all__ = ["LONGEST", "Deadline", "seconds"]
 
 LONGEST = timedelta(days=3653)
 """Ten years. What the system waits by, and adds up, overflows at a few hundred."""
+_TO_HEAR = 1.0
+"""Seconds within which an answer has come that was sent: two processes get to run for it, on machines that are busy."""
 
 
 def seconds(timeout: timedelta | float) -> float:
@@ -38,6 +40,12 @@ class Deadline:
     def remaining(self) -> float:
         """Seconds left, never below 0."""
         return max(0.0, self.at - time.monotonic())
+
+    def remaining_to_answer(self) -> float:
+        """Seconds that another process may take to answer, so that its reason for a refusal comes before this is over
+        and not just the timeout: a second less than what remains, or half of the timeout where that is shorter.
+        """
+        return max(0.0, self.remaining() - min(_TO_HEAR, self._timeout / 2))
 
     @property
     def expired(self) -> bool:
