@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from http.client import HTTPConnection
 from typing import Any
@@ -14,14 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpointing.loopback import TIMEOUT, port_of, transport
-from torchft.checkpointing import CheckpointError, HTTPTransport, SourceLost, http_server
+from tests.checkpointing.loopback import TIMEOUT, address_of, offered, port_of, transport
+from torchft.checkpointing import CheckpointError, HTTPTransport, SourceLost, StepNotServed, http_server
 from torchft.checkpointing.chunks import CHUNK_SIZE, ByteRun
 from torchft.checkpointing.description import Description
 from torchft.checkpointing.manifest import Manifest
 from torchft.checkpointing.offer import Offer
 from torchft.checkpointing.snapshot import Arena
 from torchft.runtime.deadline import Deadline
+from torchft.testing.faults import Link
 from torchft.testing.wait import wait_until
 
 
@@ -165,6 +167,32 @@ def test_slow_reader_of_uncopied_state_gets_what_was_offered_in_the_middle_of_a_
         body = reader.body(32 << 20)
         assert body.count(1) == len(body), "what training wrote meanwhile was sent"
         reader.close()
+
+
+def test_who_comes_when_the_source_has_gone_on_is_told_so_and_does_not_ask_again_and_again() -> None:
+    with (
+        transport(snapshot="lock") as source,
+        transport() as slow,
+        transport() as late,
+        Link(address_of(source)) as link,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        weights = torch.randint(0, 256, (32 << 20,), dtype=torch.uint8)
+        before = weights.clone()
+        source.send_checkpoint([1, 2], 1, {"w": weights}, TIMEOUT)
+        link.throttle(20e6)
+        reading = pool.submit(slow.recv_checkpoint, 0, f"torchft-http/1 http://{link.address}", 1, TIMEOUT)
+        wait_until(lambda: slow.last_receive is not None and slow.last_receive.done >= 8 << 20, what="a part of it")
+        source.disallow_checkpoint()
+        weights.zero_()
+        offer = offered(source)
+        asked, check = [], offer.check_held
+        offer.check_held = lambda *chunks: (asked.append(chunks), check(*chunks))[1]  # type: ignore[method-assign,func-returns-value]
+        with pytest.raises(StepNotServed, match=r"not all there any more.*went on before this receiver had it"):
+            late.recv_checkpoint(0, source.metadata(), 1, TIMEOUT)
+        assert len(asked) <= 10
+        link.throttle(None)
+        assert torch.equal(reading.result(60)["w"], before)
 
 
 def test_a_reader_that_asks_while_its_snapshot_is_withdrawn_is_not_waited_for() -> None:

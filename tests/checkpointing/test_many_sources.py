@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.checkpointing.loopback import address_of
-from torchft.checkpointing import CheckpointError, HTTPTransport, IntegrityError, SourceLost
+from torchft.checkpointing import CheckpointError, HTTPTransport, IntegrityError, SourceLost, StepNotServed
 from torchft.checkpointing.chunks import CHUNK_SIZE
 from torchft.checkpointing.http_comparison import Comparing
 from torchft.checkpointing.http_source import HTTPSource
@@ -159,7 +159,7 @@ def test_sources_that_were_taken_over_from_come_back_when_the_faster_one_dies(mo
 
 
 def test_source_that_never_tells_its_hashes_is_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO"), sources(2) as s, s.offered(0)._sealing:
+    with caplog.at_level("INFO"), sources(2, compare="none") as s, s.offered(0)._sealing:
         s.assert_right(s.receive())
         assert "replica rank 0 (http://" in caplog.text
         assert "does not tell its hashes" in caplog.text
@@ -184,6 +184,29 @@ def test_source_that_sends_wrong_bytes_is_named_and_not_used(caplog: pytest.LogC
         s.assert_right(s.receive())
         assert "replica rank 1" in caplog.text
         assert "is not used any more" in caplog.text
+
+
+def hold_only(offer: Offer, chunks: set[int]) -> None:
+    """As when the source goes on, and somebody who reads has been sent all but these."""
+    offer._held = offer._held[0], frozenset(chunks)
+
+
+def test_what_a_source_that_went_on_does_not_have_any_more_comes_from_the_others() -> None:
+    with sources(2, rate=None) as s:
+        left = {0, 2, 5, 6}
+        hold_only(s.offered(0), left)
+        s.links[1].throttle(50e6)
+        s.assert_right(s.receive())
+        assert s.fetched() == CHUNKS * CHUNK_SIZE, "nothing came twice"
+        assert 0 < s.offered(0).bytes_sent <= len(left) * CHUNK_SIZE
+
+
+def test_what_no_source_has_any_more_is_not_waited_for() -> None:
+    with sources(2) as s:
+        hold_only(s.offered(0), {0, 2, 5, 6})
+        hold_only(s.offered(1), set(range(CHUNKS)) - {3})
+        with pytest.raises(StepNotServed, match=r"replica rank 0 .*, replica rank 1 .* went on"):
+            s.receive()
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -133,9 +133,10 @@ class Workers:
             try:
                 connection.fetch(self._step, self._cut, self._run, work.first, work.stop, landed)
             except ChunksGone as e:
-                logger.info("%s", e)
+                logger.debug("%s", e)
                 with self._changed:
                     self._plan.unavailable(name)
+                    self._changed.notify_all()
 
     def _next(self, name: int, source: HTTPSource) -> Work | None:
         with self._changed:
