@@ -12,22 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.checkpointing.carried import carry
-from torchft.checkpointing import IntegrityError, ManifestError, UnsafeStateError, register_dataclass
-from torchft.checkpointing.chunks import (
-    CHUNK_SIZE,
-    ByteRun,
-    Cut,
-    Seal,
-    digest,
-    read_hashes,
-    read_manifest,
-    write_hashes,
-    write_manifest,
-)
+from torchft.checkpointing import ManifestError, UnsafeStateError, register_dataclass
 from torchft.checkpointing.description import describe
 from torchft.checkpointing.destination import Destination
 from torchft.checkpointing.manifest import Manifest
-from torchft.checkpointing.snapshot import host_run
 from torchft.checkpointing.tree import MAX_DEPTH
 from torchft.testing.transport_suite import assert_same
 
@@ -41,46 +29,6 @@ def parse(document: object) -> Manifest:
     return Manifest.parse(json.dumps(document).encode())
 
 
-def seal(manifest: Manifest, run: ByteRun) -> Seal:
-    """The hashes of a state."""
-    cut = Cut.shared(manifest.total)
-    chunks = b"".join(digest(run.views(*cut.span(i))) for i in range(cut.count))
-    return Seal(cut, chunks, digest([memoryview(manifest.body)]))
-
-
-@pytest.mark.parametrize(
-    ("total", "size", "count"),
-    [
-        (0, CHUNK_SIZE, 0),
-        (CHUNK_SIZE, CHUNK_SIZE, 1),
-        (CHUNK_SIZE + 1, 1 << 20, 9),
-        (16 << 20, 1 << 20, 16),
-        ((16 << 20) + 1, (1 << 20) + (64 << 10), 16),
-        (100 << 20, 6 * (1 << 20) + (256 << 10), 16),
-        (128 << 20, CHUNK_SIZE, 16),
-        (4 << 30, CHUNK_SIZE, 512),
-    ],
-)
-def test_a_small_state_has_a_part_for_each_of_many_sources(total: int, size: int, count: int) -> None:
-    cut = Cut.shared(total)
-    assert (cut.chunk_size, cut.count) == (size, count)
-
-
-def test_same_state_gives_the_same_root_and_another_byte_another_root() -> None:
-    def root(value: float) -> str:
-        manifest, sources = describe({"w": torch.full((10,), value), "lr": 0.1})
-        return seal(manifest, host_run(sources)).root
-
-    assert root(1.0) == root(1.0)
-    assert root(1.0) != root(2.0)
-
-
-def fill(destination: Destination, state: object) -> None:
-    """Writes a state's bytes into what was made for it."""
-    for view, extent in zip(destination.run.views(0, destination.run.total), describe(state)[1], strict=True):
-        view[:] = host_run([extent]).views(0, extent.length)[0]
-
-
 def test_views_whose_elements_share_memory_arrive_with_gaps_and_conjugated_too() -> None:
     state = {
         "gaps": torch.randn(200).as_strided((2, 2, 10), (0, 100, 1)),
@@ -90,66 +38,6 @@ def test_views_whose_elements_share_memory_arrive_with_gaps_and_conjugated_too()
         "empty": torch.empty(0, 3, dtype=torch.complex64).conj(),
     }
     assert_same(state, carry(state)[1])
-
-
-def test_a_tensor_whose_memory_was_freed_is_refused_and_left_alone_on_both_sides() -> None:
-    freed = torch.randn(100)
-    freed.untyped_storage().resize_(0)
-    with pytest.raises(UnsafeStateError, match=r"state\['w'\].*freed"):
-        describe({"w": freed})
-    state = {"w": torch.ones(100)}
-    destination = Destination(describe(state)[0], {"w": freed})
-    fill(destination, state)
-    assert_same(state, destination.finish())
-    assert not freed.untyped_storage().nbytes()
-
-
-def test_memory_that_is_read_or_written_as_bytes_is_not_freed_by_a_resize() -> None:
-    sent, live = torch.ones(100), torch.zeros(100, dtype=torch.bfloat16)
-    run = host_run(describe({"w": sent})[1])
-    destination = Destination(describe({"w": live})[0], {"w": live})
-    for tensor in (sent, live):
-        with pytest.raises(RuntimeError, match="not resizable"):
-            tensor.untyped_storage().resize_(0)
-    assert bytes(run.views(0, 4)[0]) == b"\0\0\x80?"
-    del live
-    fill(destination, {"w": torch.ones(100, dtype=torch.bfloat16)})  # kept by its view
-
-
-def test_a_live_tensor_that_is_given_other_memory_meanwhile_does_not_pass_for_what_came() -> None:
-    state = {
-        "in place": torch.randn(6, 4),
-        "by copy": torch.randn(4, 6).t(),
-        "resized": torch.randn(3),
-        "same": torch.ones(2),
-    }
-    live = {key: torch.nn.Parameter(torch.zeros(value.shape)) for key, value in state.items()}
-    destination = Destination(describe(state)[0], live)
-    live["in place"].data = torch.zeros(6, 4)
-    live["by copy"].data = torch.zeros(6, 4)
-    live["resized"].data = live["resized"].data[:2]
-    fill(destination, state)
-    received = destination.finish()
-    assert isinstance(received, dict)
-    assert received["same"] is live["same"]
-    assert_same(state, {key: value.detach() for key, value in received.items()})
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_live_tensors_without_a_shape_are_passed_over() -> None:
-    state = {"w": torch.ones(3), "lazy": torch.ones(4), "nested": torch.ones(2)}
-    live = torch.ones(3)
-    lazy = torch.nn.UninitializedParameter()
-    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
-    destination = Destination(describe(state)[0], {"w": live, "lazy": lazy, "nested": nested})
-    fill(destination, state)
-    received = destination.finish()
-    assert isinstance(received, dict)
-    assert received["w"] is live
-    assert_same(state, received)
-    for odd in (lazy, nested):
-        with pytest.raises(UnsafeStateError, match="cannot be sent"):
-            describe([odd])
 
 
 def test_a_key_that_is_too_large_a_number_is_refused_with_where_it_is() -> None:
@@ -305,25 +193,6 @@ def test_the_memory_that_paths_take_is_bounded_on_both_sides(monkeypatch: pytest
     assert len(parse(document).tensors) == 100
 
 
-def test_damaged_documents_are_refused() -> None:
-    manifest, sources = describe({"w": torch.arange(CHUNK_SIZE // 4 + 5), "lr": 0.25})
-    sealed = seal(manifest, host_run(sources))
-    document, hashes = write_manifest(3, manifest), write_hashes(3, sealed)
-    assert read_manifest(document) == (3, manifest, sealed.cut)
-    assert read_hashes(hashes) == (3, sealed)
-    assert sealed.cut.count == 16
-    for damaged in (document.replace(b"0.25", b"0.26"), document[:-1], hashes):
-        with pytest.raises((IntegrityError, ManifestError)):
-            read_manifest(damaged)
-    for damaged in (hashes.replace(sealed.root.encode(), b"0" * 32), hashes[:-1], document):
-        with pytest.raises((IntegrityError, ManifestError)):
-            read_hashes(damaged)
-    with pytest.raises(ManifestError, match="torchft-checkpoint/1"):
-        read_manifest(b"\x80\x04\x95pickle\n\n")
-    with pytest.raises(ManifestError, match="chunk table"):
-        read_hashes(write_hashes(3, Seal(sealed.cut, sealed.chunks[:-16], sealed.body)))
-
-
 _leaf = (
     st.none()
     | st.booleans()
@@ -383,43 +252,3 @@ def test_reading_arbitrary_documents_only_ever_refuses(extents: list[int], tree:
     destination = Destination(manifest)
     assert destination.run.total == sum(manifest.extents)
     destination.finish()
-
-
-@_bounded
-@given(st.binary(max_size=200))
-def test_reading_arbitrary_bytes_only_ever_refuses(body: bytes) -> None:
-    with pytest.raises((ManifestError, IntegrityError)):
-        read_manifest(body)
-    with pytest.raises((ManifestError, IntegrityError)):
-        read_hashes(body)
-
-
-def test_small_storages_are_copied_and_large_ones_are_read_and_written_where_they_are() -> None:
-    live = {"small": torch.zeros(100), "large": torch.zeros(1000)}
-    manifest, sources = describe({"small": torch.ones(100), "large": torch.ones(1000)})
-    run = host_run(sources, copy_below=1000)
-    for source in sources:
-        source.tensor().fill_(0xFF)  # the small one has been copied, the large one is what it is now
-    destination = Destination(manifest, live, in_place_from=1000)
-    assert destination.bytes_in_place == 4000
-    for to, of in zip(destination.run.views(0, run.total), run.views(0, run.total), strict=True):
-        to[:] = of
-    state = destination.finish()
-    assert isinstance(state, dict)
-    assert state["large"] is live["large"]
-    assert bool(live["large"].isnan().all())
-    assert torch.equal(state["small"], torch.ones(100))
-    assert torch.equal(live["small"], torch.zeros(100))
-
-
-def test_live_tensors_that_are_not_like_what_arrives_are_named_the_first_few_of_them() -> None:
-    manifest, _ = describe({"w": torch.ones(4, 3), "b": torch.ones(3), "same": torch.ones(2), "new": torch.ones(1)})
-    live = {"w": torch.zeros(4, 5), "b": torch.zeros(3, dtype=torch.float64), "same": torch.zeros(2)}
-    found = Destination(manifest, live).misfits()
-    assert len(found) == 2
-    assert any("(4, 3) at the source" in text and "(4, 5) here" in text for text in found)
-    many, _ = describe({f"w{i}": torch.ones(4) for i in range(10)})
-    found = Destination(many, {f"w{i}": torch.ones(5) for i in range(10)}).misfits()
-    assert len(found) == 4
-    assert found[-1] == "and 7 further tensors differ"
-    assert Destination(many).misfits() == []

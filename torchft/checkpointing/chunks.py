@@ -90,6 +90,10 @@ class ByteRun:
     def total(self) -> int:
         return self._starts[-1]
 
+    def pieces(self, start: int, stop: int) -> int:
+        """In how many places of memory bytes ``start`` to ``stop`` are; there are some."""
+        return bisect.bisect_left(self._starts, stop) - bisect.bisect_right(self._starts, start) + 1
+
     def views(self, start: int, stop: int) -> list[memoryview]:
         """Bytes ``start`` to ``stop``, in order.
 

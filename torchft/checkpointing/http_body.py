@@ -117,8 +117,10 @@ class LentBody:
         self._stop = stop
         start, end = offer.cut.span(first)[0], offer.cut.span(stop - 1)[1]
         offer.await_bytes(start + 1, stall, reader)  # before that it may not be known where they will be
-        with offer.reading(reader.lease, start, end) as views:
-            self._spans = write_spans(views) if len(views) <= MAX_SPANS else b""
+        self._spans = b""
+        if offer.pieces(start, end) <= MAX_SPANS:
+            with offer.reading(reader.lease, start, end) as views:
+                self._spans = write_spans(views)
 
     @property
     def possible(self) -> bool:

@@ -130,6 +130,10 @@ class Offer:
                 raise Gone(f"chunk {start // self.cut.chunk_size} of step {self.step} is not held any more")
             yield run.views(start, stop)
 
+    def pieces(self, start: int, stop: int) -> int:
+        """In how many places of memory these bytes are; there are some."""
+        return self._held[0].pieces(start, stop)
+
     def check_held(self, first: int, stop: int) -> None:
         """
         Raises:
