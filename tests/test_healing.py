@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tests.groups import Groups, Replica, running
 from torchft.checkpointing import HTTPTransport, StepNotServed
 from torchft.runtime.deadline import Deadline
 from torchft.testing.faults import Link
+from torchft.testing.wait import wait_until
 
 MB = 1 << 20
 LONG = timedelta(seconds=60)
@@ -72,11 +74,7 @@ def jobs(heartbeat_timeout_ms: int = 5000, join_timeout_ms: int = 100) -> Iterat
         yield stack, groups
 
 
-def until(happened: Callable[[], object], seconds: float = 120.0) -> None:
-    limit, pause = Deadline(seconds), threading.Event()
-    while not happened():
-        assert not limit.expired, "it did not happen"
-        pause.wait(0.002)
+until = partial(wait_until, timeout=120.0)
 
 
 def finish(replicas: list[Big], running: list[Any]) -> None:
