@@ -108,35 +108,6 @@ def test_who_does_not_tell_its_hashes_is_given_up_when_another_has() -> None:
     assert fetch.out == [1]
 
 
-def test_who_cannot_tell_its_hashes_any_more_is_not_waited_for_and_may_still_give() -> None:
-    fetch = Fetch("abX", "abc", givers=(0, 1, 0))
-    fetch.sources[0].seal, fetch.sources[0].seal_gone = None, True
-    assert fetch.reached() is None
-    assert sorted(fetch.agreement.verified) == [0, 1], "the last one is not what the other announces"
-    assert fetch.out == []
-    fetch.plan.add(0, 1)
-    fetch.plan.ask(0, 0.0)
-    fetch.plan.verified(0, 2)
-    fetch.agreement.landed(2, digests("c")[0], fetch.sources[1])
-    seal = fetch.reached()
-    assert seal is not None
-    assert seal.chunks == b"".join(digests(*"abc"))
-
-
-def test_where_all_have_gone_on_one_is_believed_at_once(caplog: pytest.LogCaptureFixture) -> None:
-    fetch = Fetch("abc", "abc", givers=(0, 1, 0))
-    for source in fetch.sources:
-        source.seal = None
-    fetch.sources[1].seal_gone = True
-    assert fetch.reached() is None
-    assert fetch.out == [], "the first one may tell them yet"
-    fetch.sources[0].seal_gone = True
-    assert fetch.reached() is None
-    assert fetch.out == [1]
-    assert sorted(fetch.agreement.verified) == [0, 2]
-    assert "no source of step 1 can tell its hashes any more, as it has gone on: source 0" in caplog.text
-
-
 def test_a_state_of_one_source_needs_no_comparison() -> None:
     fetch = Fetch("abc", givers=(0, 0, 0))
     assert not fetch.agreement.of_several

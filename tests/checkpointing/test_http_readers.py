@@ -30,12 +30,13 @@ from torchft.testing.wait import wait_until
 class SlowReader:
     """Asks for the data, takes the first bytes, and then takes nothing until told to."""
 
-    def __init__(self, source: HTTPTransport[Any], step: int) -> None:
+    def __init__(self, source: HTTPTransport[Any], step: int, hashed: bool = False) -> None:
         self._sock = socket.socket()
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         self._sock.settimeout(60)
         self._sock.connect(("127.0.0.1", port_of(source)))
-        self._sock.sendall(b"GET /checkpoint/%d/data HTTP/1.1\r\nPrefer: wait=10\r\n\r\n" % step)
+        accept = b"Accept: application/x-torchft-hashed\r\n" if hashed else b""
+        self._sock.sendall(b"GET /checkpoint/%d/data HTTP/1.1\r\n%bPrefer: wait=10\r\n\r\n" % (step, accept))
         self.first = self._sock.recv(1000)
 
     def rest(self) -> int:
@@ -188,11 +189,23 @@ def test_who_comes_when_the_source_has_gone_on_is_told_so_and_does_not_ask_again
         offer = offered(source)
         asked, check = [], offer.check_held
         offer.check_held = lambda *chunks: (asked.append(chunks), check(*chunks))[1]  # type: ignore[method-assign,func-returns-value]
-        with pytest.raises(StepNotServed, match=r"not all there any more.*went on before this receiver had it"):
+        with pytest.raises(StepNotServed, match="went on before this receiver had all of step 1"):
             late.recv_checkpoint(0, source.metadata(), 1, TIMEOUT)
         assert len(asked) <= 10
         link.throttle(None)
         assert torch.equal(reading.result(60)["w"], before)
+
+
+def test_what_was_sent_and_is_asked_for_again_while_the_source_goes_on_ends_the_connection() -> None:
+    with transport(snapshot="lock") as source:
+        source.send_checkpoint([1], 1, {"w": torch.ones(64 << 20, dtype=torch.uint8)}, TIMEOUT)
+        offer = offered(source)
+        with closing(SlowReader(source, 1, hashed=True)) as reader:
+            offer.sent(next(iter(offer.readers)), offer.cut.count - 1)  # before this connection, say
+            source.disallow_checkpoint()
+            assert reader.rest() < 64 << 20, "the rest of the body is there"
+        with closing(SlowReader(source, 1, hashed=True)) as reader:
+            assert reader.first.startswith(b"HTTP/1.1 410 Gone")
 
 
 def test_a_reader_that_asks_while_its_snapshot_is_withdrawn_is_not_waited_for() -> None:

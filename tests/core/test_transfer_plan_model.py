@@ -29,7 +29,6 @@ class AnyOrder(RuleBasedStateMachine):
         self.source: dict[int, int] = {}
         self.gave: set[int] = set()
         self.ending: set[int] = set()
-        self.gone: dict[int, set[int]] = {}
         self.now = 0.0
         self.names = 0
 
@@ -65,9 +64,6 @@ class AnyOrder(RuleBasedStateMachine):
             chunks = list(range(answer.first, answer.stop))
             assert chunks
             assert len(chunks) <= (MAX_RUN if worker in self.gave else 1), "nobody knows yet how fast it is"
-            if (gone := self.gone.get(self.source[worker])) is not None:
-                assert len(chunks) == 1, "it lacks some, and nobody knows which"
-                assert not gone & set(chunks), "it has said that it does not have it any more"
             assert set(chunks) <= missing, "given to two, or given though done"
             self.held[worker] = chunks
         elif isinstance(answer, TakeOver):
@@ -103,15 +99,6 @@ class AnyOrder(RuleBasedStateMachine):
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
-    def have_it_no_more(self, data: st.DataObject) -> None:
-        worker = data.draw(st.sampled_from(sorted(self.held)))
-        self.plan.unavailable(worker)
-        gone = self.gone.setdefault(self.source[worker], set())
-        gone |= set(self.held[worker]) if len(self.held[worker]) == 1 else set()
-        self.held[worker] = []
-
-    @precondition(lambda self: self.held)
-    @rule(data=st.data())
     def go(self, data: st.DataObject) -> None:
         worker = data.draw(st.sampled_from(sorted(self.held)))
         self.plan.remove(worker)
@@ -130,10 +117,6 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.plan.done == self.done
         assert self.plan.finished == (len(self.done) == self.plan.count)
         assert self.plan.remaining == self.plan.count - len(self.done)
-        assert self.plan.lacking == bool(self.gone)
-        for sources in ([], [0], [1, 2], [0, 1, 2]):
-            lost = [i for i in range(self.plan.count) if sources and all(i in self.gone.get(s, ()) for s in sources)]
-            assert self.plan.nowhere(sources) == min(set(lost) - self.done, default=None)
         free = {i for first, stop in self.plan._free for i in range(first, stop)}
         assert free == self.missing()
 
@@ -218,31 +201,6 @@ def test_who_is_fast_leaves_others_their_share() -> None:
     plan.arrived(0, SHORT / 1000)
     plan.verified(0, 0)
     assert plan.ask(0, SHORT / 1000) == Work(1, 11)
-
-
-def test_a_source_that_lacks_one_chunk_of_a_run_gives_the_others() -> None:
-    plan = TransferPlan([LENGTH] * 41)
-    plan.add(0, 0)
-    assert plan.ask(0, 0.0) == Work(0, 1)
-    plan.arrived(0, SHORT / 1000)
-    plan.verified(0, 0)
-    assert plan.ask(0, 0.0) == Work(1, 21)
-    given, missing, now = [0], 7, 0.0
-    plan.unavailable(0)
-    while isinstance(work := plan.ask(0, now), Work):
-        assert work.stop == work.first + 1
-        if work.first == missing:
-            plan.unavailable(0)
-            assert plan.nowhere([0]) == missing
-            assert plan.nowhere([0, 1]) is None
-        else:
-            now += 1.0
-            plan.arrived(0, now)
-            plan.verified(0, work.first)
-            given.append(work.first)
-    assert given == [i for i in range(41) if i != missing]
-    plan.add(1, 1)
-    assert plan.ask(1, now) == Work(missing, missing + 1)
 
 
 @settings(max_examples=30, deadline=None)

@@ -36,7 +36,7 @@ def test_another_process_gets_less_so_that_its_answer_comes_before_the_end(timeo
     before = deadline.remaining()
     told = deadline.remaining_to_answer()
     assert max(0.0, deadline.remaining() - less) <= told <= max(0.0, before - less)
-    assert Deadline(0).remaining_to_answer() == 0.0
+    assert Deadline(0).remaining_to_answer() == Deadline(-10).remaining_to_answer() == 0.0
 
 
 def test_expires_when_its_time_has_passed() -> None:

@@ -12,8 +12,7 @@ Rules
       used, and what only it vouches for is missing again. It is an error where most contradict it.
     - When all is there and some have told their hashes, one that does not is not waited for much longer than for those.
       If nobody tells them in a few seconds, and the time that hashing the state may take, one source is believed, if
-      possible the assigned one, and what it did not give is fetched again from it. So it is at once where all have gone
-      on before their hashes were made.
+      possible the assigned one, and what it did not give is fetched again from it.
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ class Agreement:
             plan: in which all is there.
         """
         self._give_up_the_silent(sources, plan)
-        taking_part = [s for s in sources if s.usable and not s.seal_gone]
+        taking_part = [s for s in sources if s.usable]
         if not taking_part or any(s.seal is None for s in taking_part):
             return None
         if self.disputed and any(s.state in ("idle", "opening") for s in sources):
@@ -149,8 +148,7 @@ class Agreement:
         patience = max(_SILENT, 3 * max(told))
         for source in usable:
             asked = source.asked_for_seal
-            waited_for = source.seal is None and not source.seal_gone
-            if waited_for and asked is not None and now - asked > patience:
+            if source.seal is None and asked is not None and now - asked > patience:
                 logger.warning("%s does not tell its hashes: what it gave is compared with the others'", source)
                 source.end(SourceLost(f"{source} did not tell its hashes within {patience:.1f}s"))
         for source in sources if self.disputed else ():
@@ -165,25 +163,22 @@ class Agreement:
         if self._there is None:
             self._there = now
         patience = _ALL_SILENT + self._progress.total / _HASHED
-        why = f"told its hashes within {patience:.1f}s"
-        if all(s.state == "out" or s.seal_gone for s in sources):
-            patience, why = -1.0, "can tell its hashes any more, as it has gone on"
         asked = [now if s.asked_for_seal is None else s.asked_for_seal for s in usable]
         if not usable or now - max(self._there, *asked) <= patience:
             return
         one = min(usable, key=lambda s: (s not in self._gave, s.index))
         again = [i for i in self.verified if self._givers.get(i) is not one]
         logger.warning(
-            "no source of step %d %s: %s is believed, with nothing to compare it to, and the %d chunks that it did not "
-            "give are fetched from it",
+            "no source of step %d told its hashes within %.1fs: %s is believed, with nothing to compare it to, and "
+            "the %d chunks that it did not give are fetched from it",
             self._step,
-            why,
+            patience,
             one,
             len(again),
         )
         for source in sources:
             if source is not one:
-                source.end(SourceLost(f"{source} did not tell its hashes, as no other"))
+                source.end(SourceLost(f"{source} did not tell its hashes within {patience:.1f}s"))
         self._forget(again, plan)
         self._kept, self._taken_as_it_is = False, True
 

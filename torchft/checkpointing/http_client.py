@@ -61,14 +61,14 @@ _SECONDS = re.compile(r"[0-9]{1,4}")
 _LENGTH = re.compile(r"[0-9]{1,19}")
 
 
-class ChunksGone(CheckpointError):
+class ChunksGone(StepNotServed):
     """The source still serves the step, but not these chunks: it had sent them before it went on."""
 
 
 class SourceBusy(CheckpointError):
     """The source has no place for this reader now, which is to come again after so many seconds."""
 
-    def __init__(self, message: str, pause: float) -> None:
+    def __init__(self, message: str, pause: float = 1.0) -> None:
         super().__init__(message)
         self.pause = pause
 
@@ -328,7 +328,7 @@ class SourceConnection:
         if status == 401:
             return Unauthorized(f"the source {self.address} refuses this receiver: {said}")
         if status == 410:
-            return ChunksGone(f"the source {self.address} does not hold what was asked for any more: {said}")
+            return ChunksGone(f"the source {self.address} went on before this receiver had all of step {step}: {said}")
         if status in (404, 409, 412):
             return StepNotServed(f"the source {self.address} does not serve what was asked for: {said}")
         if status == 503 and self._deadline.remaining() < 1.0:

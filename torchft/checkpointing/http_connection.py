@@ -33,7 +33,9 @@ import logging
 import re
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torchft.checkpointing.http_body import Body, LentBody
@@ -269,6 +271,7 @@ class Connection:
         if request.document in ("manifest", "data"):
             self.comparing = False
         offer = self._server.find(request.step, self, request.hold)
+        send_body = None
         try:
             if request.document == "manifest":
                 self._document(offer, offer.document, request.method)
@@ -279,9 +282,11 @@ class Connection:
                     raise Refused(503, f"the snapshot of step {offer.step} is being hashed")
                 self._document(offer, offer.hashes, request.method)
             else:
-                self._data(offer, request.headers, request.method, request.deadline)
+                send_body = self._data(offer, request.headers, request.method, request.deadline)
         except Gone as e:
             raise Refused(410, str(e)) from e
+        if send_body is not None:
+            send_body()  # what is gone by now only the connection's end can tell
 
     def _probe(self, nbytes: int, method: str) -> None:
         if nbytes > MAX_PROBE:
@@ -302,7 +307,10 @@ class Connection:
             raise Refused(503, f"the snapshot of step {offer.step} is being made: {e}") from e
         self._document(offer, document, method)
 
-    def _data(self, offer: Offer, headers: dict[str, str], method: str, deadline: Deadline) -> None:
+    def _data(
+        self, offer: Offer, headers: dict[str, str], method: str, deadline: Deadline
+    ) -> Callable[[], None] | None:
+        """Sends the head; what sends the body, where there is one."""
         if "if-match" in headers:
             if offer.await_seal(deadline, self) is None:
                 raise Refused(503, f"the snapshot of step {offer.step} is being hashed")
@@ -315,7 +323,7 @@ class Connection:
             span = parse_range(headers["range"], cut.total)
             if span is None:
                 self._answer(416, {"Content-Range": f"bytes */{cut.total}"}, b"no such range\n")
-                return
+                return None
             start, stop, status = *span, 206
             fields["Content-Range"] = f"bytes {start}-{stop - 1}/{cut.total}"
         hashed = headers.get("accept") == HASHED
@@ -333,11 +341,11 @@ class Connection:
             if lent.possible:
                 fields["Content-Type"] = LENT
                 send_views(self._sock, [memoryview(_head(status, fields, lent.length))], self._server.stall)
-                lent.send()
-                return
+                return lent.send
         send_views(self._sock, [memoryview(_head(status, fields, length))], self._server.stall)
         if method == "GET":
-            Body(self._sock, self, offer, self._server.stall).send(start, stop, hashed)
+            return partial(Body(self._sock, self, offer, self._server.stall).send, start, stop, hashed)
+        return None
 
     def _answer(self, status: int, fields: dict[str, str], body: bytes) -> None:
         head = _head(status, {**fields, "Content-Type": "text/plain"}, len(body))

@@ -29,7 +29,6 @@ from torchft.checkpointing.chunks import ByteRun, Cut, Sample, Seal, parse_manif
 from torchft.checkpointing.differences import differing_values
 from torchft.checkpointing.fetch_progress import FetchProgress
 from torchft.checkpointing.http_agreement import Agreement
-from torchft.checkpointing.http_client import ChunksGone
 from torchft.checkpointing.http_comparison import Comparing, Comparison, Outvoted
 from torchft.checkpointing.http_differences import Differences, look_closer
 from torchft.checkpointing.http_discovery import Discovery, Layout
@@ -42,16 +41,12 @@ from torchft.checkpointing.transport import (
     CheckpointError,
     CheckpointTimeout,
     IntegrityError,
-    StepNotServed,
     TransferAborted,
 )
 from torchft.core.transfer_plan import TransferPlan
 from torchft.runtime.deadline import Deadline
-from torchft.runtime.logs import SpeakerLogger
 
 __all__ = ["Download"]
-
-logger = SpeakerLogger("torchft.checkpointing.http_transport")
 
 _TICK = 0.05
 _QUIET = 0.25
@@ -235,7 +230,6 @@ class Download:
                     return seal
                 self._check()
                 if not plan.finished:
-                    self._check_held(plan)
                     self._check_offered()
                     workers.go_on()
                 self._changed.wait(_IDLE if plan.finished else _TICK)
@@ -272,20 +266,6 @@ class Download:
                 self.comparison.judge_layouts(final=True)
             raise failure_of(self._sources, self._step)
 
-    def _check_held(self, plan: TransferPlan) -> None:
-        """A source that goes on while it is read keeps what was not sent yet to those who read: what else somebody
-        wants is gone.
-
-        Raises:
-            StepNotServed: no source has some chunk any more.
-        """
-        left = [s for s in self._sources if s.state != "out"]
-        if all(s.usable for s in left) and plan.nowhere([s.index for s in left]) is not None:
-            raise StepNotServed(
-                f"step {self._step} is not all there any more ({self.progress}): "
-                f"{', '.join(map(str, left))} went on before this receiver had it. It is to be fetched at the next step"
-            )
-
     def _check_offered(self) -> None:
         """Sources that have left a step hold whom they do not know to have left it too, and wait for this receiver in
         the next one.
@@ -304,8 +284,6 @@ class Download:
         if not any(s.state == "idle" for s in self._sources):
             return False
         if any(s.state == "out" for s in self._sources) or self.progress.bad or self.progress.retries:
-            return True
-        if self._plan is not None and self._plan.lacking:
             return True
         if not self.comparison.alike:  # their chunks are of no use together, but this one may hang
             return self.progress.silent_for(self._received()) > _PATIENCE
@@ -385,11 +363,6 @@ class Download:
         connection = self._discovery.connect(source)
         try:
             seal = connection.hashes(self._step)
-        except ChunksGone as e:
-            logger.debug("%s", e)
-            with self._changed:
-                source.seal_gone = True
-            return
         finally:
             connection.close()
         with self._changed:

@@ -48,8 +48,6 @@ class HTTPSource:
     """When."""
     seal_took: float = 0.0
     """Seconds until it was there."""
-    seal_gone: bool = False
-    """It went on before all its hashes were made: it cannot tell them any more, but may have chunks."""
     workers: dict[int, SourceConnection] = field(default_factory=dict)
     closed: int = 0
     """Bytes that came on connections that are closed."""

@@ -1,9 +1,11 @@
 """The threads that fetch chunks of one state: one to a connection, until there is nothing to do.
 
 Rules
-    - Each takes its work from the plan and says what came of it: verified, bad, not held any more.
+    - Each takes its work from the plan and says what came of it: verified, or bad.
     - A connection that is lost is made anew, ``ATTEMPTS`` times without a chunk in between; then its source is out.
     - A source that sends bad bytes is named, and out where there is another one.
+    - A source that does not have a chunk any more is out: it went on before this receiver had it. It has kept for this
+      receiver what it had not sent it, so that what it lacks was lost on the way, or this receiver came too late.
     - The fetch's condition guards plan, sources and progress; no call on a socket is made while it is held.
 """
 
@@ -112,6 +114,9 @@ class Workers:
                     if source.failures >= ATTEMPTS:
                         raise
                 logger.warning("%s; going on where it stopped, if it answers again", e)
+            except ChunksGone as e:
+                logger.info("%s", e)
+                raise
             finally:
                 with self._changed:
                     self._plan.remove(name)
@@ -130,13 +135,7 @@ class Workers:
                 self._landed(name, source, index, computed, announced)
 
         while (work := self._next(name, source)) is not None:
-            try:
-                connection.fetch(self._step, self._cut, self._run, work.first, work.stop, landed)
-            except ChunksGone as e:
-                logger.debug("%s", e)
-                with self._changed:
-                    self._plan.unavailable(name)
-                    self._changed.notify_all()
+            connection.fetch(self._step, self._cut, self._run, work.first, work.stop, landed)
 
     def _next(self, name: int, source: HTTPSource) -> Work | None:
         with self._changed:

@@ -10,8 +10,6 @@ Rules
     - A chunk that is found bad is not asked of the same source again while another one can give it. A source whose
       chunks were bad ``MAX_BAD`` times is *distrusted*: the shell takes its workers away if there is another.
     - A worker that ends, for whatever reason, gives back what it holds.
-    - A chunk that a source does not have any more is never asked of it again. A source that has refused a run of chunks
-      is asked one by one from then on: it lacks some of them, and nobody knows which.
     - When nothing is left to give, an idle worker may *take over* what a much slower one holds: the shell ends the slow
       one first, and gives out its chunks when it has ended, so that no two ever write the same memory. What has come of
       a chunk is lost then, and counts: the bytes that are left are weighed against all bytes that it holds.
@@ -26,7 +24,7 @@ Invariants (tests/core/test_transfer_plan_model.py)
 from __future__ import annotations
 
 import bisect
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 __all__ = ["MAX_BAD", "MAX_RUN", "SHORT", "SLOW_RUN", "Hopeless", "TakeOver", "TransferPlan", "Work"]
@@ -121,7 +119,6 @@ class TransferPlan:
         self._free: list[tuple[int, int]] = []
         self._workers: dict[int, _Worker] = {}
         self._barred: dict[int, set[int]] = {}
-        self._gone: dict[int, set[int]] = {}
         self._tries: dict[int, int] = {}
         self._bad: dict[int, int] = {}
         missing = 0
@@ -160,16 +157,6 @@ class TransferPlan:
 
     def distrusted(self, source: int) -> bool:
         return self.bad_from(source) >= MAX_BAD
-
-    @property
-    def lacking(self) -> bool:
-        """Whether some source does not have all chunks any more."""
-        return bool(self._gone)
-
-    def nowhere(self, sources: Collection[int]) -> int | None:
-        """A chunk that is missing, and that none of these sources has any more."""
-        gone = [self._gone.get(source, set()) for source in sources]
-        return min(set.intersection(*gone) - self._done, default=None) if gone else None
 
     # -------------------------------------------------------------- workers
 
@@ -237,16 +224,6 @@ class TransferPlan:
         if self._tries[index] >= MAX_TRIES:
             raise Hopeless(index)
 
-    def unavailable(self, worker: int) -> None:
-        """Its source does not have all of what it holds any more: missing again."""
-        one = self._workers[worker]
-        gone = self._gone.setdefault(one.source, set())
-        if len(one.held) == 1:
-            gone.update(one.held)
-        for index in one.held:
-            self._give_back(index)
-        one.held = []
-
     def revoke(self, indices: Iterable[int]) -> None:
         """Chunks that were done are not: another state's, or a source's that is not believed any more."""
         for index in indices:
@@ -256,18 +233,12 @@ class TransferPlan:
 
     # -------------------------------------------------------------- inside
 
-    def _has(self, source: int, index: int) -> bool:
-        """Whether the source has it, as far as is known."""
-        return index not in self._gone.get(source, ())
-
     def _may_take(self, source: int, index: int) -> bool:
         """Whether the source may be asked for it: it was not bad from there, or no other worker could give it."""
-        if not self._has(source, index):
-            return False
         barred = self._barred.get(index)
         if not barred or source not in barred:
             return True
-        return all(w.source in barred or not self._has(w.source, index) for w in self._workers.values() if not w.ending)
+        return all(w.source in barred for w in self._workers.values() if not w.ending)
 
     def _take(self, asking: _Worker) -> Work | None:
         free = sum(stop - first for first, stop in self._free)
@@ -286,7 +257,7 @@ class TransferPlan:
 
     def _longest(self, asking: _Worker) -> int:
         """Chunks that a worker may have at once, however many are left."""
-        if not asking.arrived or asking.source in self._gone:
+        if not asking.arrived:
             return 1
         soon = int((asking.rate or 0.0) * SHORT / self._largest)
         return min(MAX_RUN, max(SLOW_RUN, soon))

@@ -45,7 +45,7 @@ class Deadline:
         """Seconds that another process may take to answer, so that its reason for a refusal comes before this is over
         and not just the timeout: a second less than what remains, or half of the timeout where that is shorter.
         """
-        return max(0.0, self.remaining() - min(_TO_HEAR, self._timeout / 2))
+        return max(0.0, self.remaining() - min(_TO_HEAR, max(0.0, self._timeout) / 2))
 
     @property
     def expired(self) -> bool:
