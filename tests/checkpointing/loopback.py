@@ -15,7 +15,7 @@ from torchft.checkpointing.offer import Offer
 __all__ = ["SHORT", "TIMEOUT", "address_of", "offered", "over_tcp", "port_of", "same", "transport"]
 
 TIMEOUT = timedelta(seconds=60)
-SHORT = timedelta(seconds=1)
+SHORT = timedelta(seconds=2)
 
 
 @contextmanager

@@ -45,7 +45,9 @@ def test_one_leads_and_the_others_send_everybody_to_it(shared: Etcd, lights: Lig
     assert (LEADER_KEY, leader.address()) in [(k, v) for k, v in e.value.trailing_metadata()]
     with open_channel(standby.address()) as channel:
         hello = session_pb2.SessionUp(hello=session_pb2.Hello(replica_id="a"))
-        answers = list(session_pb2_grpc.SessionServiceStub(channel).Session(iter([hello]), timeout=60))
+        answers = list(
+            session_pb2_grpc.SessionServiceStub(channel).Session(iter([hello]), timeout=60, wait_for_ready=True)
+        )
     assert [a.redirect.leader for a in answers] == [leader.address()]
 
     # Clients that know only the standby get there by it.

@@ -19,7 +19,8 @@ from torchft.checkpointing.transport import CheckpointTransport, UnsafeStateErro
 __all__ = ["PLENTY", "SHORT", "Pair", "State", "TransportPair", "assert_same", "expect", "transfer"]
 
 PLENTY = timedelta(seconds=60)
-SHORT = timedelta(seconds=1)
+SHORT = timedelta(seconds=2)
+"""Of which a source has a second to refuse, and a receiver another one to hear it."""
 State = Any
 
 
