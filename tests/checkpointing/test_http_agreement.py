@@ -108,6 +108,15 @@ def test_who_does_not_tell_its_hashes_is_given_up_when_another_has() -> None:
     assert fetch.out == [1]
 
 
+@pytest.mark.parametrize("giver", [0, 1])
+def test_one_that_gave_another_chunk_than_it_says_is_not_asked_for_it_again_and_again(giver: int) -> None:
+    fetch = Fetch("abc", "abc", givers=(0, 1, giver))
+    fetch.agreement.landed(2, digests("X")[0], fetch.sources[giver])
+    assert fetch.reached() is None
+    assert fetch.out == [giver]
+    assert sorted(fetch.agreement.verified) == [0, 1]
+
+
 def test_a_state_of_one_source_needs_no_comparison() -> None:
     fetch = Fetch("abc", givers=(0, 0, 0))
     assert not fetch.agreement.of_several

@@ -14,7 +14,15 @@ import pytest
 import torch
 
 from tests.checkpointing.loopback import SHORT, TIMEOUT, address_of, port_of, transport
-from torchft.checkpointing import CheckpointError, HTTPTransport, SourceLost, StepNotServed, Unauthorized
+from torchft.checkpointing import (
+    CheckpointError,
+    CheckpointTimeout,
+    HTTPTransport,
+    SourceLost,
+    StepNotServed,
+    Unauthorized,
+    snapshot,
+)
 from torchft.checkpointing.chunks import read_hashes, read_manifest
 from torchft.checkpointing.http_probe import MAX_PROBE, rate_of
 from torchft.testing.faults import Link
@@ -189,6 +197,25 @@ def test_nothing_is_served_after_disallow() -> None:
             receiver.recv_checkpoint(0, source.metadata(), 4, SHORT)
         source.send_checkpoint([1], 5, {"x": 2}, TIMEOUT)
         assert receiver.recv_checkpoint(0, source.metadata(), 5, TIMEOUT) == {"x": 2}
+
+
+def test_a_copy_that_takes_too_long_is_waited_for_each_time_and_read_by_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    go_on, move = threading.Event(), snapshot._move
+    monkeypatch.setattr(snapshot, "_move", lambda *args: (go_on.wait(60), move(*args)))
+    with transport(timeout=timedelta(seconds=0.2)) as source, transport() as receiver:
+        source.send_checkpoint([1], 4, {"w": torch.ones(1000)}, TIMEOUT)
+        try:
+            for _ in range(2):  # the caller may not write yet, however often it asks
+                with pytest.raises(CheckpointTimeout, match=r"not copied within 0\.2s"):
+                    source.disallow_checkpoint()
+            with pytest.raises(StepNotServed, match=r"could not be offered: the snapshot was not copied"):
+                receiver.recv_checkpoint(0, source.metadata(), 4, TIMEOUT)
+        finally:
+            go_on.set()
+        wait_until(lambda: source._fill is None or source._fill.done(), what="the copy is made")
+        source.disallow_checkpoint()
 
 
 def test_what_cannot_be_offered_is_refused_with_the_reason_until_something_is() -> None:

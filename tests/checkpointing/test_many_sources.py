@@ -186,6 +186,42 @@ def test_source_that_sends_wrong_bytes_is_named_and_not_used(caplog: pytest.LogC
         assert "is not used any more" in caplog.text
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_state_that_is_replaced_while_it_is_read_is_not_mixed_with_the_next(count: int) -> None:
+    with sources(count, rate=20e6) as s:
+
+        def replace() -> None:
+            s.transports[0].disallow_checkpoint()
+            s.offer(0, {key: value ^ 1 for key, value in s.state.items()})
+
+        replacing = s.when_there(1, replace)
+        if count == 1:
+            with pytest.raises(IntegrityError, match=f"replaced its state of step {STEP} while it was read"):
+                s.receive()
+        else:
+            s.assert_right(s.receive())
+        replacing.join(60)
+
+
+def test_of_one_that_falls_silent_at_the_last_hash_the_rest_comes_from_another() -> None:
+    go_on = threading.Event()
+    with sources(2, rate=None) as s:
+        offer = s.offered(0)
+        hashed, last = offer.hashed, offer.cut.count - 1
+
+        def silent(index: int, value: bytes) -> None:
+            if index == last:
+                go_on.wait(60)  # all its bytes are sent
+            hashed(index, value)
+
+        offer.hashed = silent  # type: ignore[method-assign]
+        try:
+            s.assert_right(s.receive(timeout=timedelta(seconds=40)))
+            assert s.offered(1).bytes_sent > 0
+        finally:
+            go_on.set()
+
+
 def lose(offer: Offer, *chunks: int) -> None:
     """As when the source goes on, and has sent these to all who read."""
     offer._held = offer._held[0], frozenset(range(offer.cut.count)) - set(chunks)

@@ -10,6 +10,7 @@ The idea
 Rules
     - One whose hashes differ from most (from the assigned one's, if there are as many on both sides) is named and not
       used, and what only it vouches for is missing again. It is an error where most contradict it.
+    - One that gave another chunk than it says that it has is not used any more either.
     - When all is there and some have told their hashes, one that does not is not waited for much longer than for those.
       If nobody tells them in a few seconds, and the time that hashing the state may take, one source is believed, if
       possible the assigned one, and what it did not give is fetched again from it.
@@ -119,8 +120,12 @@ class Agreement:
         wrong = [i for i, value in self.verified.items() if value != seal.digest_of(i)]
         for index in wrong:
             giver = self._givers.get(index)
-            if giver is not None and giver not in differing and self._alike:
-                logger.error("chunk %d of step %d from %s is not what the others have", index, self._step, giver)
+            if giver is not None and giver not in differing:
+                if self._alike:
+                    logger.error("chunk %d of step %d from %s is not what the others have", index, self._step, giver)
+                giver.end(
+                    IntegrityError(f"{giver} gave chunk {index} of step {self._step} as another one than it says")
+                )
         self._forget(wrong, plan)
         return seal if plan.finished else None
 

@@ -38,6 +38,7 @@ from torchft.checkpointing.transfers import Transfer
 from torchft.checkpointing.transport import (
     CheckpointError,
     CheckpointTimeout,
+    IntegrityError,
     ManifestError,
     SourceLost,
     StepNotServed,
@@ -48,7 +49,7 @@ from torchft.runtime.net import parse_address
 
 logger = logging.getLogger("torchft.checkpointing.http_transport")
 
-__all__ = ["ChunksGone", "Landed", "SourceBusy", "SourceConnection"]
+__all__ = ["ChunksGone", "Landed", "OneOffer", "SourceBusy", "SourceConnection"]
 
 Landed = Callable[[int, bytes, bytes], None]
 """A chunk's index, the hash of what came, the hash that was announced."""
@@ -73,6 +74,24 @@ class SourceBusy(CheckpointError):
         self.pause = pause
 
 
+class OneOffer:
+    """What all connections to a source are to read: which of its offers of the step the first answer was of."""
+
+    def __init__(self) -> None:
+        self._name: str | None = None
+
+    def check(self, headers: dict[str, str], address: str, step: int) -> None:
+        """
+        Raises:
+            IntegrityError: this answer is of another one.
+        """
+        name = headers.get("offer", "")  # a source of an older version does not tell it
+        if self._name is None:
+            self._name = name
+        elif self._name != name:
+            raise IntegrityError(f"the source {address} replaced its state of step {step} while it was read: try again")
+
+
 class SourceConnection:
     """One keep-alive connection to a source, open until :meth:`close`.
 
@@ -82,6 +101,7 @@ class SourceConnection:
         deadline: until when all of it must be done.
         transfer: that the connection is for.
         receiver: what the source is to know this receiver by, on all its connections.
+        offered: shared by all connections to the source that read one state.
 
     Raises:
         SourceLost: none of the addresses answers.
@@ -89,10 +109,17 @@ class SourceConnection:
     """
 
     def __init__(
-        self, addresses: Sequence[str], token: str | None, deadline: Deadline, transfer: Transfer, receiver: str
+        self,
+        addresses: Sequence[str],
+        token: str | None,
+        deadline: Deadline,
+        transfer: Transfer,
+        receiver: str,
+        offered: OneOffer | None = None,
     ) -> None:
         self._deadline = deadline
         self._receiver = receiver
+        self._offered = offered or OneOffer()
         self.received = 0
         """Bytes of data so far."""
         self.borrowed = 0
@@ -176,6 +203,7 @@ class SourceConnection:
         status, headers, length = self._ask(f"/checkpoint/{step}/data", fields)
         if status != 206:
             raise self._refusal(status, headers, length, step)
+        self._offered.check(headers, self.address, step)
         whole = stop - start + DIGEST_BYTES * (last - first)
         kind = headers.get("content-type")
         lent = kind == LENT and self._borrower is not None and is_lent(length, last - first)
@@ -269,6 +297,7 @@ class SourceConnection:
         status, headers, length = self._ask(f"/checkpoint/{step}/{name}", self._patience())
         if status != 200:
             raise self._refusal(status, headers, length, step)
+        self._offered.check(headers, self.address, step)
         if length > most:
             raise ManifestError(f"the source {self.address} announces {length} bytes of {name}")
         document = bytearray(length)

@@ -296,7 +296,7 @@ class Connection:
         send_views(self._sock, [memoryview(head), *body], self._server.stall)
 
     def _document(self, offer: Offer, document: bytes, method: str) -> None:
-        fields = {**_etag(offer), "Content-Type": "application/json"}
+        fields = {**_names(offer), "Content-Type": "application/json"}
         views = [memoryview(_head(200, fields, len(document))), memoryview(document)]
         send_views(self._sock, views if method == "GET" else views[:1], self._server.stall)
 
@@ -314,11 +314,11 @@ class Connection:
         if "if-match" in headers:
             if offer.await_seal(deadline, self) is None:
                 raise Refused(503, f"the snapshot of step {offer.step} is being hashed")
-            if headers["if-match"] not in ("*", *_etag(offer).values()):
-                raise Refused(412, f"the root of step {offer.step} is {_etag(offer)['ETag']}")
+            if headers["if-match"] not in ("*", _names(offer)["ETag"]):
+                raise Refused(412, f"the root of step {offer.step} is {_names(offer)['ETag']}")
         cut = offer.cut
         start, stop, status = 0, cut.total, 200
-        fields = {**_etag(offer), "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
+        fields = {**_names(offer), "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
         if "range" in headers:
             span = parse_range(headers["range"], cut.total)
             if span is None:
@@ -352,8 +352,9 @@ class Connection:
         send_views(self._sock, [memoryview(head + body)], self._server.stall)
 
 
-def _etag(offer: Offer) -> dict[str, str]:
-    return {} if offer.seal is None else {"ETag": f'"{offer.seal.root}"'}
+def _names(offer: Offer) -> dict[str, str]:
+    etag = {} if offer.seal is None else {"ETag": f'"{offer.seal.root}"'}
+    return {"Offer": offer.name, **etag}
 
 
 def _head(status: int, fields: dict[str, str], length: int) -> bytes:

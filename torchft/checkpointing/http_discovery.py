@@ -119,7 +119,7 @@ class Discovery:
             deadline: of what is asked on it; the fetch's by default.
         """
         deadline = deadline or self._deadline
-        return SourceConnection(source.addresses, self._token, deadline, self._transfer, self._receiver)
+        return SourceConnection(source.addresses, self._token, deadline, self._transfer, self._receiver, source.offered)
 
     def unused(self) -> list[SourceConnection]:
         """The connections that no worker has taken, and will not."""

@@ -283,11 +283,12 @@ class Download:
     def _more_sources_pay(self) -> bool:
         if not any(s.state == "idle" for s in self._sources):
             return False
-        if any(s.state == "out" for s in self._sources) or self.progress.bad or self.progress.retries:
+        progress, received = self.progress, self._received()
+        if any(s.state == "out" for s in self._sources) or progress.bad or progress.retries or progress.taken_over:
             return True
-        if not self.comparison.alike:  # their chunks are of no use together, but this one may hang
-            return self.progress.silent_for(self._received()) > _PATIENCE
-        return self.progress.seconds_left(self._received()) > _SOON
+        if progress.silent_for(received) > _PATIENCE:  # however little is missing
+            return True
+        return self.comparison.alike and progress.seconds_left(received) > _SOON  # else theirs are of no use with these
 
     def _ask_for_seals(self) -> None:
         """Of all that take part, where one must be compared with another, or with what was kept."""

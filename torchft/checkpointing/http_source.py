@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torchft.checkpointing.chunks import Seal
-from torchft.checkpointing.http_client import SourceConnection
+from torchft.checkpointing.http_client import OneOffer, SourceConnection
 from torchft.checkpointing.transport import (
     CheckpointError,
     CheckpointTimeout,
@@ -40,6 +40,8 @@ class HTTPSource:
     """Connections lost since a chunk came from it."""
     address: str = ""
     """The one that answered."""
+    offered: OneOffer = field(default_factory=OneOffer)
+    """What its answers are of."""
     first: SourceConnection | None = None
     """On which the manifest came, for the first worker."""
     seal: Seal | None = None

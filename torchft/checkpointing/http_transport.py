@@ -227,13 +227,18 @@ class HTTPTransport(CheckpointTransport[T]):
 
     def _await_fill(self, deadline: Deadline) -> None:
         """Waits until nothing is copied any more."""
-        fill, self._fill = self._fill, None
-        if fill is None:
+        if self._fill is None:
             return
         try:
-            fill.result(deadline.remaining())
+            self._fill.result(deadline.remaining())
         except concurrent.futures.TimeoutError as e:
-            raise CheckpointTimeout(f"the snapshot was not copied within {deadline.timeout:g}s") from e
+            late = CheckpointTimeout(f"the snapshot was not copied within {deadline.timeout:g}s")
+            if (offer := self._server.current) is not None:
+                self._give_up(offer, late)  # the caller may write what is still being copied
+            raise late from e
+        finally:
+            if self._fill.done():  # else it is waited for the next time as well
+                self._fill = None
 
     def disallow_checkpoint(self) -> None:
         self._await_fill(Deadline(self._timeout))

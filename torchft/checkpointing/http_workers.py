@@ -139,7 +139,7 @@ class Workers:
 
     def _next(self, name: int, source: HTTPSource) -> Work | None:
         with self._changed:
-            while not self._threads.over and source.usable:
+            while not self._threads.over and source.usable and name not in self._progress.taken_over:
                 if not self._plan.finished:
                     now = time.monotonic()
                     self._hear(now)

@@ -15,6 +15,7 @@ Rules
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -65,6 +66,8 @@ class Offer:
 
     def __init__(self, step: int, manifest: Manifest, changed: threading.Condition) -> None:
         self.step = step
+        self.name = secrets.token_hex(8)
+        """The step may be offered once more, with another state: answers tell which offer they are of."""
         self.cut = Cut.shared(manifest.total)
         self.document = write_manifest(step, manifest)
         self.withdrawn = False
