@@ -81,7 +81,7 @@ def on_loop(work: Coroutine[Any, Any, list[str]]) -> list[str]:
 
 @pytest.fixture
 def lighthouse() -> Iterator[LighthouseServer]:
-    server = LighthouseServer("127.0.0.1:0", 1, join_timeout_ms=50, heartbeat_timeout_ms=1000)
+    server = LighthouseServer("127.0.0.1:0", 1, join_timeout_ms=50, heartbeat_timeout_ms=5000)
     yield server
     server.shutdown()
 

@@ -46,6 +46,7 @@ from torchft.checkpointing.transport import (
 )
 from torchft.runtime.deadline import Deadline
 from torchft.runtime.net import parse_address
+from torchft.runtime.tracebacks import without_frames
 
 logger = logging.getLogger("torchft.checkpointing.http_transport")
 
@@ -405,12 +406,15 @@ def _connect_to(address: str, limit: float, transfer: Transfer) -> socket.socket
             transfer.check()
             if not isinstance(e, OSError):
                 raise
-            failure = e
+            failure = without_frames(e)
         else:
             if not is_local(address):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock
-    raise failure or OSError("its name has no address")
+    try:
+        raise failure or OSError("its name has no address")
+    finally:
+        del failure
 
 
 def _sockets(address: str) -> Iterator[tuple[socket.socket, object]]:

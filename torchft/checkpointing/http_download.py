@@ -143,6 +143,7 @@ class Download:
         finally:
             # They know this fetch, and the memory, which would stay until cycles are looked for.
             self._discovery.workers = None
+            self._threads.failure = None
 
     def expect_no_offer(self, reason: str) -> None:
         """A source that has not offered the step by now will not: ends the wait for it, but no transfer under way."""

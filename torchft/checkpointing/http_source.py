@@ -18,6 +18,7 @@ from torchft.checkpointing.transport import (
     StepNotServed,
     Unauthorized,
 )
+from torchft.runtime.tracebacks import without_frames
 
 __all__ = ["VERDICT", "HTTPSource", "failure_of"]
 
@@ -66,7 +67,7 @@ class HTTPSource:
     def end(self, why: CheckpointError) -> None:
         """It is out. Its connections are cut."""
         if self.state != "out":
-            self.state, self.why = "out", why
+            self.state, self.why = "out", without_frames(why, contexts=True)
         for connection in self.workers.values():
             connection.cut()
 

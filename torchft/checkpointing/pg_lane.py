@@ -76,8 +76,12 @@ class Lane:
                 self._left = True
         if self._over:
             thread.join()
-            if self._error is not None:
-                raise self._error
+            error, self._error = self._error, None
+            if error is not None:
+                try:
+                    raise error
+                finally:
+                    del error  # which has this frame
         else:
             raise Lost(str(self._given_up)) from self._given_up
 

@@ -27,6 +27,7 @@ from torchft.checkpointing.memory import StorageBytes
 from torchft.checkpointing.pg_link import Link, message_of
 from torchft.checkpointing.pg_local import LocalOffer
 from torchft.checkpointing.pg_stream import ANNOUNCED, BY_GROUP, LOCALLY, Bucket, ChunkHasher, Prologue, buckets
+from torchft.runtime.tracebacks import without_frames
 
 __all__ = ["Outgoing"]
 
@@ -71,7 +72,7 @@ class Outgoing:
             try:
                 self._to(rank, links[rank])
             except Exception as e:
-                failed[rank] = e
+                failed[rank] = without_frames(e)
 
         first, *others = links
         threads: list[threading.Thread] = []

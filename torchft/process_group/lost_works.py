@@ -29,6 +29,7 @@ from torch.futures import Future
 from torchft.futures import fail, hand_on
 from torchft.process_group.base import ProcessGroupError
 from torchft.runtime.deadline import Deadline
+from torchft.runtime.tracebacks import anew, without_frames
 
 __all__ = ["GRACE", "Ending", "LosableCollective", "LosablePointToPoint"]
 
@@ -210,7 +211,7 @@ class LosablePointToPoint(Work):
         self._begin(timeout)
         self._over.wait()
         if self._error is not None:
-            raise self._error
+            raise anew(self._error)
         return True
 
     def wait_here(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
@@ -255,7 +256,7 @@ class LosablePointToPoint(Work):
         try:
             self._work.wait(timeout) if timeout > _NO_TIMEOUT else self._work.wait()
         except Exception as e:
-            error = e
+            error = without_frames(e)
         self.ending.leave(self._finish)
         self._finish(error)
 

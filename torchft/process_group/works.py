@@ -12,6 +12,7 @@ from torch.distributed import Work
 from torch.futures import Future
 
 from torchft.futures import fail
+from torchft.runtime.tracebacks import anew
 
 __all__ = ["PointToPointWork"]
 
@@ -45,13 +46,13 @@ class PointToPointWork(Work):
         """
         with self._lock:  # the backend's buffer takes one waiter
             if self._error is not None:
-                raise self._error
+                raise anew(self._error)
             if not self._done:
                 try:
                     self._work.wait(timeout) if timeout > _NO_TIMEOUT else self._work.wait()
                 except Exception as e:
-                    self._error = e
-                    self._failed(e)
+                    self._error = anew(e)
+                    self._failed(self._error)
                     raise
                 self._done = True
         return True

@@ -12,6 +12,7 @@ from torch.futures import Future
 
 from torchft.futures import fail
 from torchft.process_group.base import ProcessGroupError
+from torchft.runtime.tracebacks import anew
 
 __all__ = ["BabyWork"]
 
@@ -43,7 +44,7 @@ class BabyWork(Work):
         if not self._over.wait(timeout.total_seconds() if timeout > _NO_TIMEOUT else None):
             raise ProcessGroupError(f"the collective did not end within {timeout.total_seconds():g} s")
         if self._error is not None:
-            raise self._error
+            raise anew(self._error)
         if self._event is not None:
             torch.accelerator.current_stream(self._event.device).wait_event(self._event)
         return True
