@@ -6,12 +6,13 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 
 import pytest
 import torch
 
+from tests.checkpointing.hostile_server import HostileServer
 from tests.checkpointing.loopback import SHORT, TIMEOUT, address_of, over_tcp, port_of, transport
 from tests.forked import ForkedProgram, child
 from torchft.checkpointing import CheckpointTimeout, SourceLost
@@ -92,3 +93,23 @@ def test_first_address_that_answers_is_used() -> None:
         source.send_checkpoint([1], 1, {"x": 1}, TIMEOUT)
         metadata = f"torchft-http/1 http://127.0.0.1:{dead.port} http://127.0.0.1:{port_of(source)}"
         assert receiver.recv_checkpoint(0, metadata, 1, TIMEOUT) == {"x": 1}
+
+
+@pytest.mark.parametrize(
+    ("pause", "timeout", "most"), [(b"0", 2.0, 7), (b"3600", 60.0, 1)], ids=["at once", "in an hour"]
+)
+def test_source_that_is_always_busy_is_not_asked_in_a_hurry_nor_beyond_the_end(
+    pause: bytes, timeout: float, most: int
+) -> None:
+    asked = []
+
+    def busy(request: bytes) -> list[bytes]:
+        asked.append(request)
+        return [b"HTTP/1.1 503 Busy\r\nRetry-After: %b\r\nContent-Length: 5\r\n\r\nfull\n" % pause, b""]
+
+    with transport() as receiver, closing(HostileServer(busy)) as server:
+        began = time.monotonic()
+        with pytest.raises(CheckpointTimeout, match="was not ready with step 7 in time: full"):
+            receiver.recv_checkpoint(0, f"torchft-http/1 {server.address}", 7, timedelta(seconds=timeout))
+        assert time.monotonic() - began < 20
+    assert 1 <= len(asked) <= most

@@ -192,6 +192,11 @@ def test_receiver_that_ends_does_not_cost_the_other_its_state(signalled: signal.
             pg.shutdown()
 
 
+def test_a_state_for_nobody_is_sent_to_nobody() -> None:
+    with groups(1) as (pg,):
+        PGTransport(pg, TIMEOUT, CPU).send_checkpoint([], 7, {"w": torch.ones(3)}, TIMEOUT)
+
+
 MEMBER = """
 import sys, torch
 from datetime import timedelta

@@ -39,6 +39,7 @@ class FetchProgress:
         self._judged = self._began
         self._judged_bytes = self._slow_spans = 0
         self._first: tuple[float, int] | None = None
+        self._offered = False
         self._heard = self._began, 0
         self.total = 0
         """Bytes of the state."""
@@ -70,6 +71,7 @@ class FetchProgress:
 
     def begin(self, total: int, kept: int) -> None:
         """The data is asked for."""
+        self._offered = True
         self.total, self.done, self.kept = total, kept, kept
         self._began = self._counted = time.monotonic()
         self._told = self._began + _QUIET - _EVERY
@@ -175,6 +177,8 @@ class FetchProgress:
         logger.info("receiving step %d: %s, %.2f GB/s from %d sources", self._step, str(self), rate / 1e9, sources)
 
     def __str__(self) -> str:
+        if not self._offered:
+            return "no source has offered it"
         share = 100 * self.done / self.total if self.total else 100.0
         return (
             f"{self.done / 1e6:.0f} of {self.total / 1e6:.0f} MB ({share:.0f} %), "

@@ -60,6 +60,8 @@ _MAX_SAMPLE_DOCUMENT = 4096
 _MAX_TEXT = 4096
 _STATUS = re.compile(r"[1-5][0-9]{2}")
 _SECONDS = re.compile(r"[0-9]{1,4}")
+_LEAST_PAUSE = 0.5
+"""Seconds after which a source that is busy is asked again at the soonest, whatever it says."""
 _LENGTH = re.compile(r"[0-9]{1,19}")
 
 
@@ -361,10 +363,13 @@ class SourceConnection:
             return ChunksGone(f"the source {self.address} went on before this receiver had all of step {step}: {said}")
         if status in (404, 409, 412):
             return StepNotServed(f"the source {self.address} does not serve what was asked for: {said}")
-        if status == 503 and self._deadline.remaining() < 1.0:
-            return CheckpointTimeout(f"the source {self.address} was not ready with step {step} in time: {said}")
-        if status == 503 and _SECONDS.fullmatch(headers.get("retry-after", "")):
-            return SourceBusy(f"the source {self.address} is busy: {said}", float(headers["retry-after"]))
+        if status == 503:
+            told = headers.get("retry-after", "")
+            pause = max(_LEAST_PAUSE, float(told) if _SECONDS.fullmatch(told) else 0.0)
+            if pause >= self._deadline.remaining():
+                return CheckpointTimeout(f"the source {self.address} was not ready with step {step} in time: {said}")
+            if told:
+                return SourceBusy(f"the source {self.address} is busy: {said}", pause)
         return CheckpointError(f"the source {self.address} answered {status}: {said}")
 
     def _late(self) -> CheckpointTimeout:

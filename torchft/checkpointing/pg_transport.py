@@ -123,7 +123,9 @@ class PGTransport(CheckpointTransport[T]):
         return "<n/a>"
 
     def send_checkpoint(self, dst_ranks: list[int], step: int, state_dict: T, timeout: timedelta | None = None) -> None:
-        """Sends the state to all of ``dst_ranks``; returns when all is sent."""
+        """Sends the state to all of ``dst_ranks``; returns when all is sent, at once where there are none."""
+        if not dst_ranks:
+            return
         with self._running.begin() as transfer:
             self._send(dst_ranks, step, state_dict, Deadline(timeout or self._timeout), transfer)
 
