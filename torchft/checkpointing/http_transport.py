@@ -227,17 +227,17 @@ class HTTPTransport(CheckpointTransport[T]):
 
     def _await_fill(self, deadline: Deadline) -> None:
         """Waits until nothing is copied any more."""
-        if self._fill is None:
+        if (fill := self._fill) is None:
             return
         try:
-            self._fill.result(deadline.remaining())
+            fill.result(deadline.remaining())
         except concurrent.futures.TimeoutError as e:
             late = CheckpointTimeout(f"the snapshot was not copied within {deadline.timeout:g}s")
             if (offer := self._server.current) is not None:
                 self._give_up(offer, late)  # the caller may write what is still being copied
             raise late from e
         finally:
-            if self._fill.done():  # else it is waited for the next time as well
+            if fill.done() and self._fill is fill:  # else it is waited for the next time as well
                 self._fill = None
 
     def disallow_checkpoint(self) -> None:
