@@ -12,6 +12,7 @@ from torch.distributed import TCPStore
 
 from tests.groups import Groups, Replica
 from torchft.checkpointing import CheckpointError, Checkpoints, DamagedCheckpoint, UnsafeStateError
+from torchft.checkpointing.snapshot import Arena
 
 
 def group_of_two(groups: Groups, name: str, folder: Path, seed: int) -> list[Replica]:
@@ -101,7 +102,9 @@ def test_no_rank_begins_anew_when_all_checkpoints_are_damaged(groups: Groups, tm
             r.optimizer.zero_grad()
         return r.manager.current_step()
 
-    assert groups.together(*(lambda r=r: begin(r) for r in b)) == [0, 0]
+    for _ in range(2):  # who catches it and tries again does not begin anew either
+        assert groups.together(*(lambda r=r: begin(r) for r in b)) == [0, 0]
+    assert (tmp_path / "step-000000000002").exists()
 
 
 def test_a_step_that_comes_again_finds_no_parts_of_the_last_time(groups: Groups, tmp_path: Path) -> None:
@@ -144,6 +147,58 @@ def test_a_checkpoint_that_is_deleted_before_it_is_read_is_left_for_the_newer_on
     newer = newer.rename(tmp_path / newer.name)
     b = groups.replica("b", checkpoints=Late(tmp_path / "run"))
     assert b.manager.restore() == 2
+
+
+def test_a_checkpoint_that_is_deleted_under_one_rank_is_left_by_all_of_them(groups: Groups, tmp_path: Path) -> None:
+    class Late(Checkpoints):
+        def load(self, folder: Path, into: object = None, rank: int = 0, world_size: int = 1) -> Any:
+            both.wait(30)
+            if folder == old and rank == 0:
+                newer.rename(tmp_path / "run" / newer.name)
+                shutil.rmtree(old)
+            both.wait(30)
+            return super().load(folder, into, rank, world_size)
+
+    both = threading.Barrier(2)
+    a = group_of_two(groups, "a", tmp_path / "run", seed=1)
+    train(groups, a, until=5)
+    for r in a:
+        r.manager.shutdown()
+    old, newer = (folder for _, folder in reversed(Checkpoints(tmp_path / "run").candidates()))
+    newer = newer.rename(tmp_path / newer.name)
+    b = group_of_two(groups, "b", tmp_path / "run", seed=8)
+    for r in b:
+        assert r.manager._persistence._restoring is not None
+        r.manager._persistence._restoring.checkpoints = Late(tmp_path / "run")
+    assert groups.together(*(r.manager.restore for r in b)) == [4, 4]
+
+
+def test_who_comes_late_to_its_save_sets_nothing_newer_aside(groups: Groups, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, every=2)
+    a = groups.replica("a", checkpoints=checkpoints)
+    Checkpoints(tmp_path).save(8, {"user": {}, "torchft": {"step": 8, "batches_committed": 8}}).result(30)  # type: ignore[union-attr]
+    a.manager.load_state_dict({"step": 0, "batches_committed": 0})
+    a.manager._persistence._restored = True  # it went back, on purpose
+    a.step()
+    a.step()  # from here on others may go on before it saves
+    Checkpoints(tmp_path).save(6, {}, given_up=[]).result(30)  # type: ignore[union-attr]
+    a.step()
+    assert checkpoints.wait(30)
+    assert [step for step, _ in checkpoints.candidates()] == [6, 2]
+    assert [p.name for p in tmp_path.glob("abandoned-step-000000000008-*")]
+
+
+def test_without_memory_for_a_snapshot_the_training_goes_on(
+    groups: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_memory(*_: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(Arena, "reserve", no_memory)
+    a = group_of_two(groups, "a", tmp_path, seed=1)
+    train(groups, a, until=4)
+    assert caplog.text.count("there is no memory for a copy of the state") == 2, "one line of each rank"
+    assert Checkpoints(tmp_path).candidates() == []
 
 
 def test_a_program_that_loaded_a_state_of_its_own_is_left_alone(groups: Groups, tmp_path: Path) -> None:

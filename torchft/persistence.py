@@ -50,16 +50,17 @@ class Persistence:
             raise RuntimeError("this Manager has no checkpoints to restore: pass checkpoints=Checkpoints(directory)")
         if not self._resume(self._restoring):
             self._restoring.check()
+            self._restored = True
             return None
         return self._progress.step
 
     def _resume(self, restoring: Restoring) -> bool:
         """Goes on from the newest checkpoint, if there is one."""
-        self._restored = True
         torchft = restoring.restore()
         if torchft is None:
             return False
         self._progress.load_state_dict(torchft)
+        self._restored = True  # not before: who has caught an error and tries again must not begin anew
         return True
 
     def settle_loss(self) -> None:
@@ -83,11 +84,12 @@ class Persistence:
         if self._restoring is None:
             return
         if not self._restored:
-            self._restored = True
             if self._progress.step == 0:  # else the program has loaded a state of its own
                 self.restore()
+            self._restored = True
         elif self._progress.failures == 0 and not self._healing.heals:
             self._restoring.save(self._progress.step, self._begin.participation.rank, self._progress.state_dict())
+        self._restoring.look_ahead(self._progress.step)
 
     def close(self, wait: bool) -> None:
         """A save under way may end first, if ``wait``."""

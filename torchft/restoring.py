@@ -18,11 +18,13 @@ Rules
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from torchft.agreement import Agreement, NotAgreed
-from torchft.checkpointing import Checkpoints, CheckpointTimeout, DamagedCheckpoint, UnsafeStateError
+from torchft.checkpointing import CheckpointError, Checkpoints, CheckpointTimeout, DamagedCheckpoint, UnsafeStateError
+from torchft.checkpointing.persistent import NoMemoryForSnapshot
 from torchft.coordination import QuorumResult
 from torchft.runtime.logs import RankLogger
 from torchft.state import ReplicaState
@@ -30,7 +32,7 @@ from torchft.training_thread import directly
 
 __all__ = ["Restoring"]
 
-_OK = "ok"
+_OK, _VANISHED = "ok", "vanished"
 
 
 class Restoring:
@@ -70,6 +72,22 @@ class Restoring:
         self._log = log
         self._rounds = 0
         self._saved = -1
+        self._given_up: tuple[int, list[Path]] = -1, []
+
+    def look_ahead(self, step: int) -> None:
+        """A step begins: what is there of later ones, if its own is to be saved, is of a history that was given up.
+
+        Afterwards nobody could say: others may go on, and save, between the commit of a step and this group's save.
+
+        Args:
+            step: as many are committed.
+        """
+        if self._rank == 0 and self.checkpoints.due(step + 1):
+            try:
+                found = self.checkpoints.candidates()
+            except CheckpointError:
+                found = []  # the save says so
+            self._given_up = step + 1, [folder for later, folder in found if later > step + 1]
 
     def save(self, step: int, participating_rank: int | None, torchft: dict[str, int]) -> None:
         """Saves the state of the step if it is due and this group is the one that saves.
@@ -90,8 +108,15 @@ class Restoring:
         state = self._state.read(torchft, self._timeout, directly)
         writer = f"{self._replica_id}/{self._rounds}"  # a step that comes again must not find parts of the last time
         try:
-            self.checkpoints.save(step, state, rank=self._rank, world_size=self._world_size, writer=writer)
-        except (UnsafeStateError, CheckpointTimeout) as e:
+            self.checkpoints.save(
+                step,
+                state,
+                rank=self._rank,
+                world_size=self._world_size,
+                writer=writer,
+                given_up=self._given_up[1] if self._given_up[0] == step else [],
+            )
+        except (UnsafeStateError, CheckpointTimeout, NoMemoryForSnapshot) as e:
             self.checkpoints.report(step, e)  # the state has changed its kind since the first step: no reason to die
 
     def _agree(self, step: int) -> bool:
@@ -127,17 +152,38 @@ class Restoring:
             live = self._state.read({}, self._timeout, directly)
             self._saved = -1
             self._state.begin_receiving(in_place=True)
+            loaded, failure = None, None
             try:
                 loaded = self.checkpoints.load(folder, live, self._rank, self._world_size)
+            except DamagedCheckpoint as e:
+                failure = e
+            if self._all_loaded(folder, failure) and loaded is not None:
                 break
-            except DamagedCheckpoint:
-                if self._world_size > 1 or folder.exists():
-                    raise
-                # Its writer has replaced it by a newer one since it was checked.
         torchft = self._state.received(loaded.state)
         self._state.apply()
         self._log.info("restored step %d from %s", loaded.step, loaded.path)
         return torchft
+
+    def _all_loaded(self, folder: Path, failure: DamagedCheckpoint | None) -> bool:
+        """Whether all ranks could read it. False: its writer has replaced it by a newer one since it was checked.
+
+        Raises:
+            DamagedCheckpoint: it is there, and is not whole any more.
+            TimeoutError: another rank did not come.
+        """
+        said = _OK if failure is None else str(failure) if folder.exists() else _VANISHED
+        if self._world_size > 1:
+            here = f"{self._prefix}/{self._rounds}/loaded"
+            self._store.set(f"{here}/{self._rank}", said)
+            answers = [self._wait(f"{here}/{rank}", rank) for rank in range(self._world_size)]
+        else:
+            answers = [said]
+        if failure is not None and said != _VANISHED:
+            raise failure
+        for rank, answer in enumerate(answers):
+            if answer not in (_OK, _VANISHED):
+                raise DamagedCheckpoint(f"rank {rank} of this group could not read {folder}: {answer}")
+        return _VANISHED not in answers
 
     def newest(self, quorum: QuorumResult) -> int:
         """The step of the newest checkpoint, as rank 0 sees it in this quorum; 0: there is none. On any thread."""

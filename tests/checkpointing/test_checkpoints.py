@@ -208,6 +208,29 @@ def test_what_is_ahead_of_a_job_that_went_back_is_not_loaded_again(tmp_path: Pat
     assert [n for n in names if n.startswith("abandoned-step-000000000030")]
 
 
+def test_several_ranks_need_the_name_of_their_save_and_one_rank_has_its_own_each_time(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="writer= is missing"):
+        save(tmp_path, 5, state_of(5), rank=1, world_size=2)
+    one, other = (save(tmp_path, 5, state_of(5)) for _ in range(2))  # two programs, say
+    for job in (one, other):
+        job.result(LONG)
+    loaded = load_latest(tmp_path)
+    assert loaded is not None
+    assert equal(loaded.state, state_of(5))
+
+
+def test_the_directory_stays_where_it_was_when_the_program_goes_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoints = Checkpoints("here")
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    job = checkpoints.save(5, state_of(5))
+    assert job is not None
+    assert job.result(LONG).parent == tmp_path / "here"
+
+
 def test_a_slow_disk_costs_a_checkpoint_and_no_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -240,7 +263,7 @@ def test_closing_gives_up_a_save_that_does_not_end(tmp_path: Path, monkeypatch: 
     disk, real = threading.Event(), os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (disk.wait(LONG), real(file))[1])
     checkpoints = Checkpoints(tmp_path)
-    job = checkpoints.save(5, state_of(5), world_size=2)  # and the other rank's part never comes
+    job = checkpoints.save(5, state_of(5), world_size=2, writer="a")  # and the other rank's part never comes
     assert job is not None
     assert not checkpoints.close(0.05)
     disk.set()
@@ -337,11 +360,29 @@ def test_a_group_of_another_size_puts_the_shards_together_anew(tmp_path: Path, r
         load_latest(tmp_path, shard_of(rank, now, 0), rank=rank, world_size=now)
 
 
+@pytest.mark.parametrize("alike", [True, False], ids=["replicas", "stages"])
+def test_on_meshes_of_other_ranks_one_name_is_one_tensor_or_none(tmp_path: Path, alike: bool) -> None:
+    def part(rank: int) -> dict[str, DTensor]:
+        mesh = DeviceMesh("cpu", torch.tensor([rank]), _init_backend=False, _rank=rank)
+        local = torch.full((4,), 1.0 if alike else 1.0 + rank)
+        return {"w": DTensor.from_local(local, mesh, [Shard(0)], run_check=False)}
+
+    for job in [save(tmp_path, 5, part(rank), rank=rank, world_size=2, writer="a") for rank in range(2)]:
+        job.result(LONG)
+    if alike:
+        loaded = load_latest(tmp_path, part(2), rank=2, world_size=3)
+        assert loaded is not None
+        assert torch.equal(loaded.state["w"].to_local(), torch.ones(4))  # type: ignore[index]
+    else:
+        with pytest.raises(CheckpointError, match="another one on that of others"):
+            load_latest(tmp_path, part(2), rank=2, world_size=3)
+
+
 def test_a_group_of_another_size_takes_no_tensor_for_another_and_no_part_for_a_sum(tmp_path: Path) -> None:
     keys: list[Any] = ["a.b", 1, "1", "w", "w@1"]
     state = {"a": {"b": torch.zeros(2)}} | {key: torch.full((2,), 1.0 + i) for i, key in enumerate(keys)}
     states = state, {"w": torch.ones(2)}
-    for job in [save(tmp_path, 5, states[rank], rank=rank, world_size=2) for rank in range(2)]:
+    for job in [save(tmp_path, 5, states[rank], rank=rank, world_size=2, writer="a") for rank in range(2)]:
         job.result(LONG)
     for rank in (0, 2):
         loaded = load_latest(tmp_path, rank=rank, world_size=3)

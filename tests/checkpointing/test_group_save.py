@@ -52,7 +52,7 @@ def test_a_note_of_a_full_disk_is_empty_and_is_a_note_all_the_same(
 
 def test_rank_0_does_not_wait_for_ever_for_the_others(tmp_path: Path) -> None:
     alone = Checkpoints(tmp_path, timeout=timedelta(seconds=0.1))
-    job = alone.save(5, {"own": torch.zeros(2)}, rank=0, world_size=2)
+    job = alone.save(5, {"own": torch.zeros(2)}, rank=0, world_size=2, writer="a")
     assert job is not None
     with pytest.raises(TimeoutError, match="rank 1 has not written its part"):
         job.result(LONG)

@@ -84,6 +84,19 @@ def _names(paths: set[str]) -> dict[str, str]:
     return {path: path if times[name] > 1 or _OF_A_RANK.search(name) else name for path, name in names.items()}
 
 
+def _equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    raw = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(*raw)
+
+
+def _two_tensors(path: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is one tensor on the mesh of some ranks and another one on that of others, as with stages of a "
+        "pipeline: a group of another size cannot tell which it is to take. Start it with as many ranks as have saved, "
+        "or give the stages' tensors names of their own"
+    )
+
+
 def _is_partial(spec: TensorSpec) -> bool:
     return spec.dtensor is not None and any(p.is_partial() for p in spec.dtensor.placements)
 
@@ -106,6 +119,7 @@ class CheckpointReader(StorageReader):
             self.checkpoint_id = checkpoint_id
             self._folder = Path(checkpoint_id)
         self._places: dict[MetadataIndex, _Place] = {}
+        self._others: dict[MetadataIndex, list[_Place]] = {}
         self._names: dict[str, str] = {}
         self._checked: set[str] = set()
 
@@ -120,7 +134,7 @@ class CheckpointReader(StorageReader):
         for rank in range(marker.world_size):
             check_files(self._folder, marker, list(file_names(rank)[1:]))
             manifests.append(read_shard_manifest(self._folder, rank, marker.step))
-        self._places = {}
+        self._places, self._others = {}, {}
         self._names = _names({spec.path for manifest in manifests for spec in manifest.tensors})
         for rank, manifest in enumerate(manifests):
             chunks = read_index(self._folder, rank).chunks
@@ -134,11 +148,15 @@ class CheckpointReader(StorageReader):
                 entry = described.setdefault(
                     name, TensorStorageMetadata(TensorProperties(dtype=spec.dtype), torch.Size(size), [])
                 )
+                if entry.size != torch.Size(size):
+                    raise _two_tensors(spec.path)
                 index = MetadataIndex(name, offsets)
-                if index not in self._places:  # replicas of a shard are alike
-                    at = 0 if spec.extent < 0 else starts[spec.extent] + spec.offset
-                    self._places[index] = _Place(rank, at, spec)
+                place = _Place(rank, 0 if spec.extent < 0 else starts[spec.extent] + spec.offset, spec)
+                first = self._places.setdefault(index, place)
+                if first is place:
                     entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(spec.shape)))
+                elif spec.dtensor != first.spec.dtensor:  # else replicas of a shard: they are alike
+                    self._others.setdefault(index, []).append(place)
         return Metadata(state_dict_metadata=dict(described))
 
     def name_of(self, spec: TensorSpec, rank: int) -> str:
@@ -160,7 +178,7 @@ class CheckpointReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         for item in plan.items:
-            piece = self._read(self._places[item.storage_index])
+            piece = self._read_only_one(item.storage_index)
             for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
                 piece = piece.narrow(dim, offset, length)
             target = planner.resolve_tensor(item).detach()
@@ -169,6 +187,19 @@ class CheckpointReader(StorageReader):
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _read_only_one(self, index: MetadataIndex) -> torch.Tensor:
+        """A piece of the tensor of that name.
+
+        Raises:
+            CheckpointError: on another mesh that name is another tensor's.
+        """
+        piece = self._read(self._places[index])
+        for other in self._others.get(index, ()):
+            same = self._read(other)
+            if same.dtype != piece.dtype or same.shape != piece.shape or not _equal_bits(same, piece):
+                raise _two_tensors(other.spec.path)
+        return piece
 
     def _read(self, place: _Place) -> torch.Tensor:
         name = file_names(place.rank)[0]

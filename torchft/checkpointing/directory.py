@@ -28,7 +28,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +63,7 @@ _NAME = re.compile(r"step-(\d{12,18})")
 _WRITING, _REPLACED, _DELETED, _ABANDONED = ".writing-", ".replaced-", ".deleted-", "abandoned-"
 _SET_ASIDE = re.compile(r"\.replaced-(step-(\d{12,18}))-(\d+)")
 _MAX_MARKER = 64 << 20
+_MAX_NAME = 255
 _PIECE = 8 << 20
 _ORPHANED_AFTER = 60.0
 """Seconds without a change after which a folder without a living writer is left over."""
@@ -119,6 +120,10 @@ def complete(directory: Path) -> list[tuple[int, Path]]:
         names = os.listdir(directory)
     except FileNotFoundError:
         return []
+    return _complete(directory, names)
+
+
+def _complete(directory: Path, names: list[str]) -> list[tuple[int, Path]]:
     found = {int(m[1]): directory / name for name in names if (m := _NAME.fullmatch(name))}
     aside = [(int(m[3]), int(m[2]), name) for name in names if (m := _SET_ASIDE.fullmatch(name))]
     for _, step, name in sorted(aside, reverse=True):
@@ -134,6 +139,8 @@ def read_marker(folder: Path) -> Marker:
     """
     path = folder / MARKER
     try:
+        if not path.is_file():
+            raise DamagedCheckpoint(f"{path} is {'no file' if path.exists() else 'missing: it was never completed'}")
         with path.open("rb") as f:
             text = f.read(_MAX_MARKER + 1)
         outer = json.loads(text)
@@ -143,8 +150,13 @@ def read_marker(folder: Path) -> Marker:
         inner = json.loads(body)
         if inner["format"] != _FORMAT:
             raise DamagedCheckpoint(f"{path} is of the format {inner['format']!r}, not {_FORMAT}")
-        files = {str(name): FileHash(int(size), str(digest)) for name, (size, digest) in inner["files"].items()}
-        marker = Marker(int(inner["step"]), int(inner["world_size"]), files)
+        files = {str(name): FileHash(_count(size), str(digest)) for name, (size, digest) in inner["files"].items()}
+        marker = Marker(_count(inner["step"]), _count(inner["world_size"]), files)
+        if not 0 < marker.world_size <= max(1, len(files)):
+            raise ValueError(f"{len(files)} files of {marker.world_size} ranks")
+        for name in files:
+            if "\0" in name or len(os.fsencode(name)) > _MAX_NAME:
+                raise ValueError(f"the file name {name[:60]!r}")
     except FileNotFoundError as e:
         raise DamagedCheckpoint(f"{path} is missing: it was never completed") from e
     except OSError as e:
@@ -157,6 +169,12 @@ def read_marker(folder: Path) -> Marker:
     if (aside[1] if aside else folder.name) != folder_of(folder.parent, marker.step).name:
         raise DamagedCheckpoint(f"{path} is of step {marker.step}: the folder was renamed")
     return marker
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r:.60} is no count")
+    return value
 
 
 def hash_file(path: Path) -> FileHash:
@@ -186,6 +204,8 @@ def check_files(folder: Path, marker: Marker, names: list[str]) -> None:
         path = folder / name
         try:
             size = path.stat().st_size
+            if not path.is_file():
+                raise DamagedCheckpoint(f"{path} is no file")
             if size != expected.nbytes:
                 raise DamagedCheckpoint(f"{path} has {size} bytes instead of {expected.nbytes}")
             if name in names and hash_file(path) != expected:
@@ -230,21 +250,24 @@ def publish(partial: Path, directory: Path, marker: Marker) -> Path:
     return folder
 
 
-def tidy(directory: Path, step: int, keep: int, abandoned: list[Path]) -> None:
+def tidy(directory: Path, step: int, keep: int, abandoned: Sequence[Path]) -> None:
     """Deletes what is no longer needed after the checkpoint of ``step`` was completed.
 
     Args:
         keep: how many up to this step are kept.
-        abandoned: those of later steps that were there when the job was at ``step``.
+        abandoned: those of later steps that are of a history that was given up.
 
     Raises:
         OSError: something could not be deleted.
     """
-    counts = {folder.name for _, folder in complete(directory)}
-    for name in os.listdir(directory):
+    names = os.listdir(directory)
+    counts = {folder.name for _, folder in _complete(directory, names)}  # of these names: another writer may come
+    for name in names:
         if name.startswith(_REPLACED) and name not in counts:  # first: it is not to count when another one goes
             _delete(directory, name)
     for folder in abandoned:
+        if not folder.exists():
+            continue
         aside = directory / f"{_ABANDONED}{folder.name}-{time.time_ns()}"
         folder.rename(aside)
         logger.warning("%s is of a history that was given up; it is kept as %s and not loaded", folder, aside.name)

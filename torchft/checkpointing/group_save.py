@@ -18,6 +18,7 @@ import contextlib
 import logging
 import shutil
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from torchft.checkpointing.directory import Marker, complete, hash_file, held, partial_of, publish, tidy
@@ -25,7 +26,7 @@ from torchft.checkpointing.shard import Shard, file_names, read_index
 from torchft.checkpointing.transport import CheckpointError, CheckpointTimeout
 from torchft.runtime.deadline import Deadline
 
-__all__ = ["write_part"]
+__all__ = ["say_failed", "write_part"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,15 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.5
 
 
 def write_part(
-    directory: Path, shard: Shard, world_size: int, writer: str, keep: int, *, timeout: float, stop: threading.Event
+    directory: Path,
+    shard: Shard,
+    world_size: int,
+    writer: str,
+    keep: int,
+    *,
+    timeout: float,
+    stop: threading.Event,
+    given_up: Sequence[Path] | None = None,
 ) -> Path:
     """Writes a rank's part; as rank 0 also waits for the others', completes the checkpoint, and tidies up.
 
@@ -45,6 +54,7 @@ def write_part(
         keep: how many complete checkpoints up to this step are kept.
         timeout: seconds that the others' parts are waited for.
         stop: set when the save is given up.
+        given_up: checkpoints of a history that was given up. None: all that are there now of later steps.
 
     Returns:
         The checkpoint's folder; of another rank than 0 that of the unfinished one.
@@ -54,7 +64,8 @@ def write_part(
         CheckpointError: another rank could not write its part, or the save was given up.
         CheckpointTimeout: the part of another rank did not come.
     """
-    later = [folder for step, folder in complete(directory) if step > shard.step]
+    if given_up is None:
+        given_up = [folder for step, folder in complete(directory) if step > shard.step]
     partial = partial_of(directory, shard.step, writer)
     directory.mkdir(exist_ok=True)
     partial.mkdir(exist_ok=True)
@@ -72,7 +83,7 @@ def write_part(
                 shutil.rmtree(partial, ignore_errors=True)
             raise
     try:
-        tidy(directory, shard.step, keep, later)
+        tidy(directory, shard.step, keep, given_up)
     except OSError as e:
         logger.warning("what is no longer needed in %s could not be deleted: %s", directory, e)
     return folder
@@ -100,6 +111,15 @@ def _gather(partial: Path, step: int, world_size: int, timeout: float, stop: thr
         marker.files.update(read_index(partial, rank).files)
         marker.files[index.name] = hash_file(index)
     return marker
+
+
+def say_failed(directory: Path, step: int, writer: str, rank: int, error: BaseException) -> None:
+    """Tells rank 0 that a rank has no part to write. Arguments as of :func:`write_part`."""
+    partial = partial_of(directory, step, writer)
+    with contextlib.suppress(OSError):  # else rank 0 finds out at its deadline
+        directory.mkdir(exist_ok=True)
+        partial.mkdir(exist_ok=True)
+    _say_failed(partial, rank, error)
 
 
 def _failure(partial: Path, rank: int) -> Path:

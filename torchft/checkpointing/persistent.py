@@ -22,9 +22,11 @@ import concurrent.futures
 import errno
 import logging
 import os
+import secrets
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -32,14 +34,15 @@ from pathlib import Path
 from torchft.checkpointing import save_metrics
 from torchft.checkpointing.description import describe
 from torchft.checkpointing.directory import DamagedCheckpoint, check_files, complete, read_marker
-from torchft.checkpointing.group_save import write_part
+from torchft.checkpointing.group_save import say_failed, write_part
 from torchft.checkpointing.shard import Shard, chunk_offsets, file_names, read_shard
 from torchft.checkpointing.snapshot import Arena, SideStreams
 from torchft.checkpointing.transport import CheckpointError
 from torchft.runtime.deadline import Deadline, seconds
+from torchft.runtime.tracebacks import without_frames
 from torchft.runtime.worker import Worker
 
-__all__ = ["Checkpoints", "Loaded", "load_latest", "save"]
+__all__ = ["Checkpoints", "Loaded", "NoMemoryForSnapshot", "load_latest", "save"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +57,14 @@ _HINTS = {
     errno.EPERM: "this user may not write there: choose another directory, or give it the right",
     errno.ENOENT: "a folder of that path is not there: is it right, and mounted? If so, make the folder above it",
     errno.ENOTDIR: "a file is where a folder should be: choose another directory",
+    errno.EFBIG: "no file may be that large there: raise the limit (ulimit -f), or choose another file system",
+    errno.EIO: "the disk or the network to it fails: look into the system's log, and choose another directory",
+    errno.ESTALE: "the network file system has lost it: mount it anew",
 }
+
+
+class NoMemoryForSnapshot(CheckpointError):
+    """There is none for a copy of the state."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ class Checkpoints:
     ) -> None:
         if every < 1 or keep < 1:
             raise ValueError(f"every={every} and keep={keep} must be at least 1")
-        self.directory = Path(directory)
+        self.directory = Path(directory).absolute()  # wherever the program goes
         self.every = every
         self.keep = keep
         self.failures = 0
@@ -142,7 +152,14 @@ class Checkpoints:
             raise CheckpointError(f"no checkpoint could be saved to {self.directory}: {e.strerror or e}: {hint}") from e
 
     def save(
-        self, step: int, state: object, *, rank: int = 0, world_size: int = 1, writer: str = ""
+        self,
+        step: int,
+        state: object,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        writer: str = "",
+        given_up: Sequence[Path] | None = None,
     ) -> concurrent.futures.Future[Path] | None:
         """Takes a snapshot and has it written.
 
@@ -154,19 +171,28 @@ class Checkpoints:
             state: as it is now; it may be changed when this returns.
             rank, world_size: of this process in its group.
             writer: the same on all ranks of the group, and another one in each life and group, and when a step comes
-                again after the job went back.
+                again after the job went back: else parts of two saves could be taken for one. A rank alone needs none.
+            given_up: checkpoints of later steps, of a history that was given up: they are set aside. By default all
+                that are there when the writing begins.
 
         Returns:
             The future of the checkpoint's folder (of rank 0; the other ranks' is that of the unfinished one); None if
             the last save is still under way: this one is left out then.
 
         Raises:
-            ValueError: the step is below 0, or has more than 18 digits.
+            ValueError: the step is below 0, or has more than 18 digits; or there are several ranks and no ``writer``.
             UnsafeStateError: the state holds something that cannot be saved.
+            NoMemoryForSnapshot: there is none for a copy of the state.
             CheckpointError: more than ``max_failures`` saves in a row failed.
         """
         if not 0 <= step < 10**18:
             raise ValueError(f"step={step} is none that a checkpoint can be of: it would never be found again")
+        if not writer and world_size > 1:
+            raise ValueError(
+                "writer= is missing: the same text on all ranks of the group, and another one each time the program is "
+                "started, a random one of rank 0, say"
+            )
+        writer = writer or secrets.token_hex(8)
         if self.saving:
             self.leave_out(step)
             return None
@@ -175,17 +201,32 @@ class Checkpoints:
                 f"{self.failures} saves in a row failed, max_failures is {self._max_failures}. Last: {self.last_error}"
             )
         self._began, self._step = time.monotonic(), step
-        manifest, extents = describe(state, self._allow_pickle)
-        sources = [e.tensor() for e in extents]
-        run = self._arena.reserve(sources)
-        self._arena.fill(sources, SideStreams(sources), Deadline(self._timeout), lambda ready: None)
-        shard = Shard(step, rank, manifest, run, chunk_offsets(state))
+        try:
+            shard = self._snapshot(step, state, rank)
+        except CheckpointError as e:
+            if rank:  # else rank 0 waits for its part
+                say_failed(self.directory, step, writer, rank, e)
+            raise
         copied = time.monotonic() - self._began
         save_metrics.WAITED_SECONDS.inc(copied)
         if self._worker is None:
             self._worker = Worker("torchft-checkpoint")
-        self._job = self._worker.submit(lambda: self._carry_out(shard, world_size, writer, copied))
+        part = [shard]
+        self._job = self._worker.submit(lambda: self._carry_out(part, world_size, writer, copied, given_up))
         return self._job
+
+    def _snapshot(self, step: int, state: object, rank: int) -> Shard:
+        manifest, extents = describe(state, self._allow_pickle)
+        sources = [e.tensor() for e in extents]
+        try:
+            run = self._arena.reserve(sources)
+        except (RuntimeError, MemoryError, OSError) as e:
+            raise NoMemoryForSnapshot(
+                f"there is no memory for a copy of the state, {manifest.total} bytes ({e}): give the process more, or "
+                "save less of it"
+            ) from e
+        self._arena.fill(sources, SideStreams(sources), Deadline(self._timeout), lambda ready: None)
+        return Shard(step, rank, manifest, run, chunk_offsets(state))
 
     def leave_out(self, step: int) -> None:
         """Says that a step is not saved because the last save is still under way."""
@@ -226,13 +267,24 @@ class Checkpoints:
 
     # ------------------------------------------------------------- writing
 
-    def _carry_out(self, shard: Shard, world_size: int, writer: str, copied: float) -> Path:
+    def _carry_out(
+        self, part: list[Shard], world_size: int, writer: str, copied: float, given_up: Sequence[Path] | None
+    ) -> Path:
+        shard = part.pop()  # it is this frame's alone, which the exception of a save that fails keeps
         try:
             folder = write_part(
-                self.directory, shard, world_size, writer, self.keep, timeout=self._timeout, stop=self._stop
+                self.directory,
+                shard,
+                world_size,
+                writer,
+                self.keep,
+                timeout=self._timeout,
+                stop=self._stop,
+                given_up=given_up,
             )
         except Exception as e:
-            self.report(shard.step, e)
+            self.report(shard.step, without_frames(e, contexts=True))
+            del shard
             raise
         self.failures, self.last_error = 0, None
         took = time.monotonic() - self._began
@@ -271,15 +323,23 @@ class Checkpoints:
 
     def _newest(self) -> str:
         try:
-            return next((folder.name for _, folder in complete(self.directory)), "none at all")
-        except OSError as e:
+            return next((folder.name for _, folder in self.candidates()), "none at all")
+        except CheckpointError as e:
             return f"not known ({e})"
 
     # ------------------------------------------------------------- reading
 
     def candidates(self) -> list[tuple[int, Path]]:
-        """Steps and folders that look complete, the newest first."""
-        return complete(self.directory)
+        """Steps and folders that look complete, the newest first.
+
+        Raises:
+            CheckpointError: the directory is there and cannot be read.
+        """
+        try:
+            return complete(self.directory)
+        except OSError as e:
+            hint = _HINTS.get(e.errno or 0, "is it the right one?")
+            raise CheckpointError(f"{self.directory} cannot be read: {e.strerror or e}: {hint}") from e
 
     def verify(self, folder: Path, rank: int = 0, world_size: int = 1) -> None:
         """Checks all that a rank would read of a checkpoint.
