@@ -16,6 +16,7 @@ from torchft.core.assignment import Source
 from torchft.heal_pause import HealPause, Pausing
 from torchft.runtime.logs import RankLogger
 from torchft.runtime.loop import Timer
+from torchft.state import StateError
 
 MB = 10**6
 
@@ -298,6 +299,37 @@ def test_who_is_refused_tries_again_at_once_and_then_waits_beside_the_others_ste
         pause.over()
         assert 0 < pause.refused(refusal, 0.01) <= 0.05, "it begins anew"
     assert caplog.text.count("no group gives its state to this one") == 1
+
+
+def test_who_cannot_take_the_state_does_not_fetch_it_in_each_step(
+    timers: list[tuple[float, Callable[[], None]]], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchft.heal_pause._SOON", 1.0)
+    misfit = StateError("the source's state has other keys")
+    with pause_of(lambda: 0.0) as pause:
+        pause.misfits(misfit, 0.5)
+        assert not pause.waits, "what a function raised may be over"
+        for _ in range(3):
+            pause.over()  # it came well
+            pause.misfits(misfit, 0.5)
+            with pytest.raises(Pausing, match="other keys"):
+                pause.check()
+            timers[-1][1]()
+        assert [seconds for seconds, _ in timers] == [5.0, 5.0, 5.0], "ten times what it cost"
+        pause.fits()
+        pause.misfits(misfit, 0.5)
+        assert not pause.waits
+    assert caplog.text.count("this group cannot take the others' state") == 1
+
+
+def test_without_whom_nobody_goes_on_does_not_wait(timers: list[tuple[float, Callable[[], None]]]) -> None:
+    with pause_of(lambda: 0.0) as pause:
+        pause.step(quorum(heal=True, max_step=0))
+        for _ in range(20):
+            assert pause.refused(StepNotServed("the state dict function 'x' raised"), 0.01) > 0
+            pause.misfits(StateError("other keys"), 0.01)
+        assert not pause.waits
+        assert not timers
 
 
 def test_another_token_is_an_error_that_is_said_once_and_tried_seldom(

@@ -236,6 +236,7 @@ def test_sources_that_cannot_give_their_state_train_on_and_the_joiner_is_told_wh
         until(lambda: a.manager.current_step() > at + 20)
         assert c.manager.current_step() == c.manager.batches_committed() == 0
         assert c.weights() == before
+        until(lambda: c.manager._state.usable)  # between two tries: nothing was written
         broken.clear()
         until(lambda: c.manager.current_step() > at + 20)  # it has healed
         goal.append(max(r.manager.current_step() for r in (a, b, c)) + 5)

@@ -67,6 +67,55 @@ def test_a_broken_in_place_heal_leaves_a_replica_that_asks_as_one_without_state(
     assert a.weights() == b.weights()
 
 
+@pytest.mark.parametrize("use_async_quorum", [True, False], ids=["async", "sync"])
+@pytest.mark.parametrize("key", ["default", "second"])
+def test_what_a_load_function_left_half_written_is_not_committed(
+    groups: Groups, use_async_quorum: bool, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    raised: list[str] = []
+    committed: dict[str, dict[int, bytes]] = {"a": {}, "b": {}}
+
+    def step(r: Replica, name: str) -> None:
+        before = r.manager.current_step()
+        try:
+            r.step()
+        except OSError as e:
+            raised.append(str(e))
+            return
+        if r.manager.current_step() > before:
+            committed[name][r.manager.current_step()] = r.weights()
+
+    def broken(state: dict[str, Any]) -> None:
+        if not raised:
+            raise OSError("the disk is gone")
+        if key == "default":
+            b.load(state)
+
+    a, b = (groups.replica(n, seed=i, use_async_quorum=use_async_quorum) for i, n in enumerate("ab"))
+    for r in (a, b):
+        if key == "second":
+            r.manager.register_state_dict_fn("second", (lambda state: None) if r is a else broken, dict)
+    if key == "default":
+        b.manager.set_state_dict_fns(broken, b.save)
+    for _ in range(3):
+        a.step()
+    groups.train_together((a.manager, lambda: step(a, "a")), (b.manager, lambda: step(b, "b")), steps=6)
+    assert raised == ["the disk is gone"]
+    both = committed["a"].keys() & committed["b"].keys()
+    assert len(both) >= 3
+    assert {n for n in both if committed["a"][n] != committed["b"][n]} == set()
+    if use_async_quorum:
+        lost = [r.getMessage() for r in caplog.records if "is not committed" in r.getMessage()]
+        assert not [line for line in lost if line.startswith("[a:")], "it costs the others no step"
+
+
+def test_the_state_is_not_waited_for_as_long_as_others_would_stand(groups: Groups) -> None:
+    a = groups.replica("a")
+    a.manager.disallow_state_dict_read()
+    with pytest.raises(TimeoutError, match=r"for 0\.1 ?s"):
+        a.manager._state.read({}, 0.4)
+
+
 def what_the_joiner_says(groups: Groups, a: Replica, b: Replica) -> str:
     """Why ``b`` is not healed, while both train."""
     errors: list[str] = []

@@ -124,15 +124,17 @@ class CommitPhase:
 
         Raises:
             StateLost, RuntimeError: as of :meth:`torchft.manager.Manager.should_commit`.
+            Exception: what a load function raised.
         """
         self._ending = True
         reduced = self._works.begun
         self._works.wait(self._timeout, self._pg.abort, self._pg.errored)
-        if self._healing.loads:
-            self._healing.apply()
+        failure = self._apply()
         if (broken := self._pg.errored()) is not None:
             self._error.report(broken)
         self._begin.watch.exit()  # all it had to say is said: who dies or leaves from now on is no matter of this step
+        if self.errored() is None and not self._healing.has_state:
+            self._error.report(RuntimeError("this replica has no whole state: one that was to be loaded was not"))
         participants = self._begin.participation.world_size
         few = participants < self._min_replica_size
         mine = self.errored() is None and not few
@@ -152,7 +154,21 @@ class CommitPhase:
             self._persistence.settle_loss()
         else:
             self._failed(participants, few)
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure  # which has this frame
         return commit
+
+    def _apply(self) -> Exception | None:
+        """Writes a healed state. What a load function raised is for the caller, once the step has ended for all."""
+        if self._healing.loads:
+            try:
+                self._healing.apply()
+            except Exception as e:
+                return e
+        return None
 
     def _committed(self, participants: int, reduced: bool) -> None:
         if self._begin.groups > 1 and not reduced:

@@ -51,6 +51,8 @@ _MOMENTS = 0.05, 1.0
 """Seconds of the first and the longest pause within a step after a refusal: what made a source refuse is often over."""
 _REFUSALS = 4
 """So many are answered by a moment; what lasts longer is waited for beside the others' steps."""
+_MISFITS = 1
+"""The same of states that do not fit: what a function raised may be over."""
 _ASKED_AGAIN = 10.0
 """Seconds between two tries at last, where a refusal comes in less than a second."""
 _COST = 10.0
@@ -102,6 +104,7 @@ class HealPause:
         self._wake = threading.Event()
         self._waiting = threading.Event()
         self._refusals = self._tokens = 0  # since the last heal; for the token
+        self._misfits = 0
         self._moments = Backoff(*_MOMENTS)
         self._timer: Timer | None = None
         self.why = _ANOTHER
@@ -203,20 +206,47 @@ class HealPause:
             pause = self._for_the_token(why)
         else:
             self._refusals += 1
-            if self._refusals <= _REFUSALS:
+            if self._refusals <= _REFUSALS or self._exempt:
                 return self.moment()
             pause = doubled(_SOON, self._refusals - _REFUSALS - 1, _ASKED_AGAIN)
             if self._refusals == _REFUSALS + 1:
-                self._log.warning(
-                    "no group gives its state to this one: %s. This group contributes nothing, holds nobody up, and "
-                    "asks again, at last every %.0f s",
-                    why,
-                    max(_ASKED_AGAIN, _COST * took),
-                )
-        self.why = f"no group gave its state when it was last asked: {why}"
+                self._say_seldom("no group gives its state to this one", why, took)
+        self._wait(f"no group gave its state when it was last asked: {why}", pause, took)
+        return 0.0
+
+    def misfits(self, why: Exception, took: float) -> None:
+        """A state came that does not fit, or could not be loaded, or this group's own could not be read. The next tries
+        mostly end alike, and cost a whole transfer each. Not called while it waits.
+
+        Args:
+            why: of this try.
+            took: seconds that it took.
+        """
+        self._misfits += 1
+        if self._misfits <= _MISFITS or self._exempt:
+            return
+        if self._misfits == _MISFITS + 1:
+            self._say_seldom("this group cannot take the others' state", why, took)
+        pause = doubled(_SOON, self._misfits - _MISFITS - 1, _ASKED_AGAIN)
+        self._wait(f"it could not take the others' state when it last tried: {why}", pause, took)
+
+    def fits(self) -> None:
+        """A state that came is in place."""
+        self._misfits = 0
+
+    def _say_seldom(self, what: str, why: Exception, took: float) -> None:
+        self._log.warning(
+            "%s: %s. This group contributes nothing, holds nobody up, and asks again, at last every %.0f s",
+            what,
+            why,
+            max(_ASKED_AGAIN, _COST * took),
+        )
+
+    def _wait(self, why: str, pause: float, took: float) -> None:
+        """Beside the others' steps from now on."""
+        self.why = why
         self._waiting.set()
         self._timer = call_later(max(pause, _COST * took), self._waiting.clear)
-        return 0.0
 
     def moment(self) -> float:
         """Seconds to pause in a step that a refusal makes fail: it comes at once, and may come in each step."""

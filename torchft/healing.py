@@ -32,7 +32,7 @@ from torchft.progress import Progress
 from torchft.recovery import Recovery
 from torchft.runtime.deadline import seconds
 from torchft.runtime.logs import RankLogger
-from torchft.state import ReplicaState
+from torchft.state import ReplicaState, StateError
 from torchft.step_error import StepError
 from torchft.telemetry import RankTelemetry
 from torchft.together import Together, TogetherError
@@ -86,6 +86,7 @@ class Healing:
         self._quorum: QuorumResult | None = None  # of the step under way
         self._cannot_serve = ""  # why, as it was said
         self._told_not_allowed = False
+        self._heal_took = 0.0
         self.heals = False
         """This replica takes a peer's state in the step under way."""
         self.loads = False
@@ -205,7 +206,8 @@ class Healing:
         began = time.monotonic()
         received = self._recovery.heal(quorum, self._progress.step, self._error, **how)
         self._progress.load_state_dict(received)
-        self._telemetry.heal(quorum, time.monotonic() - began)
+        self._heal_took = time.monotonic() - began
+        self._telemetry.heal(quorum, self._heal_took)
         self._progress.lineage = quorum.lineage
 
     def _heal_or_fail(self, quorum: QuorumResult) -> None:
@@ -234,6 +236,8 @@ class Healing:
             self._log.log(level, "this group is not healed in this step: %s: %s", type(e).__name__, e)
             if isinstance(e, (StepNotServed, Unauthorized)):
                 self._stop.wait(self._pause.refused(e, time.monotonic() - began))
+            elif isinstance(e, StateError):
+                self._pause.misfits(e, time.monotonic() - began)
 
     def _sit_out(self, quorum: QuorumResult, why: str) -> None:
         """This group needs a state, and takes none in this step: it contributes zeros, and commits nothing."""
@@ -272,7 +276,11 @@ class Healing:
         return self.heals and self._beside and not self._together.shared
 
     def apply(self) -> None:
-        """Writes the state that was received, if one was. On the training thread."""
+        """Writes the state that was received, if one was. On the training thread.
+
+        Raises:
+            Exception: what a load function raised: the step is not committed by this group, which has no state now.
+        """
         if not self._state.pending or self._quorum is None:
             return  # the transfer failed: the step has its error, and the other ranks know
         if self.heals:
@@ -282,6 +290,14 @@ class Healing:
         except TogetherError as e:
             self._error.report(e)
             return
+        except Exception as e:
+            if self.heals and self._beside:
+                self.unhealed = e  # which costs nobody else the step
+            else:
+                self._error.report(e)
+            self._pause.misfits(e, self._heal_took)
+            raise
+        self._pause.fits()
         if self.heals:
             self._log.info("Loaded state dict.")
 

@@ -562,6 +562,8 @@ class Manager:
 
         Raises:
             StateLost: the last replica that held the state of the job is gone.
+            Exception: what a load function raised. The step has ended, uncommitted; this group has no state then, and
+                heals anew in the next step.
             RuntimeError: no step has begun, or it was ended before; or more than ``max_retries`` steps in a row
                 failed, and the message names the last cause; or this process must be restarted, as of
                 :meth:`start_quorum`: once that was said, each later call of either says it again.

@@ -322,14 +322,20 @@ class Recovery:
         self._log.info(
             "fetching checkpoint from recover_src_replica_rank=%d with checkpoint_metadata=%r", source, metadata
         )
+        before = self._state.usable
         self._state.begin_receiving(in_place=getattr(self.transport, "receives_in_place", False))
-        with speaking(self._log):
-            if getattr(self.transport, "takes_many_sources", False):
-                received = self.transport.recv_from_many(heal.known, step=step, timeout=self._timeout, **options)
-            else:
-                received = self.transport.recv_checkpoint(
-                    src_rank=source, metadata=metadata, step=step, timeout=self._timeout
-                )
+        try:
+            with speaking(self._log):
+                if getattr(self.transport, "takes_many_sources", False):
+                    received = self.transport.recv_from_many(heal.known, step=step, timeout=self._timeout, **options)
+                else:
+                    received = self.transport.recv_checkpoint(
+                        src_rank=source, metadata=metadata, step=step, timeout=self._timeout
+                    )
+        except BaseException:
+            if before and not getattr(self.transport, "has_written", True):
+                self._state.untouched()
+            raise
         return self._state.received(received, step)
 
     def _ask(self, heal: _Heal, assigned: int) -> tuple[int, str]:

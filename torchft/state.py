@@ -28,6 +28,10 @@ class StateError(RuntimeError):
     """The registered functions and what arrived do not fit together, or there is nothing to give."""
 
 
+_CLOSED = 5.0
+"""Seconds for which the state may not be read that are waited for at most."""
+
+
 @dataclass(frozen=True)
 class _Functions:
     load: Callable[[Any], object]
@@ -40,9 +44,13 @@ def _save(key: str, functions: _Functions) -> object:
     try:
         return functions.save()
     except Exception as e:
-        frame = e.__traceback__.tb_next if e.__traceback__ is not None else None
-        where = f" ({frame.tb_frame.f_code.co_filename}, line {frame.tb_lineno})" if frame is not None else ""
-        raise StateError(f"the state dict function {key!r} raised {type(e).__name__}: {e}{where}") from e
+        raise StateError(f"the state dict function {key!r} raised {type(e).__name__}: {e}{_place_of(e)}") from e
+
+
+def _place_of(error: Exception) -> str:
+    """Where a function that was called raised it."""
+    raised = error.__traceback__.tb_next if error.__traceback__ is not None else None
+    return f" ({raised.tb_frame.f_code.co_filename}, line {raised.tb_lineno})" if raised is not None else ""
 
 
 class ReplicaState:
@@ -99,7 +107,8 @@ class ReplicaState:
 
         Raises:
             StateError: nothing is registered, or a function raised: the message names its key, what, and where.
-            TimeoutError: reading was not allowed for ``timeout`` seconds.
+            TimeoutError: reading was not allowed for 5 s, or a quarter of ``timeout`` where that is shorter: all groups
+                stand meanwhile.
         """
         if not self._functions:
             raise StateError(
@@ -112,7 +121,7 @@ class ReplicaState:
                 lambda: {k: _save(k, f) for k, f in self._functions.items() if f.on_training_thread}, timeout
             )
         # On the training thread nobody else writes the state: that thread closed the gate, if it is closed.
-        with nullcontext() if caller is directly else self.gate.reading(timeout):
+        with nullcontext() if caller is directly else self.gate.reading(min(_CLOSED, timeout / 4)):
             pieces |= {k: _save(k, f) for k, f in self._functions.items() if not f.on_training_thread}
         return {"user": {key: pieces[key] for key in self._functions if key in pieces}, "torchft": torchft}
 
@@ -126,6 +135,10 @@ class ReplicaState:
         self._pending = None
         if in_place:
             self.usable = False
+
+    def untouched(self) -> None:
+        """A transfer ended before it wrote anything: the live state is what it was."""
+        self.usable = True
 
     def received(self, state: object, step: int | None = None) -> dict[str, int]:
         """A transfer ended well. Returns the ``torchft`` part; the rest waits for :meth:`apply`.

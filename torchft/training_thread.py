@@ -82,6 +82,7 @@ class TrainingThread:
         finally:
             with self._changed:
                 self._job = None
+            del future  # whose exception has this frame
 
     def wait(self, until: concurrent.futures.Future[Any], collective: bool) -> None:
         """Waits for something, and meanwhile makes the calls that are asked for.
@@ -103,6 +104,7 @@ class TrainingThread:
                     return
                 job, self._job = self._job, None
             carry_out(*job)
+            del job  # whose exception has this frame
 
     def _wake(self, _: object) -> None:
         with self._changed:

@@ -8,7 +8,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -18,9 +18,11 @@ import torch.distributed as dist
 
 from tests.checkpointing.loopback import TIMEOUT, address_of, transport
 from torchft.checkpointing import CheckpointError, PGTransport, http_transport, pg_transport
+from torchft.checkpointing.live import look_at
 from torchft.process_group.gloo import ProcessGroupGloo
 from torchft.testing.faults import Link
 from torchft.testing.wait import wait_until
+from torchft.training_thread import TrainingThread
 
 CPU = torch.device("cpu")
 
@@ -110,3 +112,49 @@ def test_transfer_by_a_process_group_that_is_aborted(member: str, monkeypatch: p
     links.assert_freed()
     for group in groups:
         group.shutdown()
+
+
+class Large:
+    """Something that a function holds when it raises."""
+
+
+class Raising:
+    """A state dict function that raises."""
+
+    def __init__(self) -> None:
+        self.held: list[weakref.ref[Large]] = []
+
+    def __call__(self) -> object:
+        large = Large()
+        self.held.append(weakref.ref(large))
+        raise OSError("the file is gone")
+
+    def assert_freed(self) -> None:
+        assert [ref() for ref in self.held] == [None]
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_state_function_that_raises_at_the_receiver(heard: bool) -> None:
+    save = Raising()
+    live = look_at(save)
+    if heard:
+        with contextlib.suppress(OSError):
+            live()
+    del live
+    save.assert_freed()
+
+
+def test_state_function_that_raises_on_the_training_thread() -> None:
+    save, thread, over = Raising(), TrainingThread(), Future[None]()
+    thread.begin()
+
+    def ask() -> None:
+        with contextlib.suppress(OSError):
+            thread.call(save, 30.0)
+        over.set_result(None)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    thread.wait(over, collective=True)
+    asking.join()
+    save.assert_freed()

@@ -144,6 +144,7 @@ class HTTPTransport(CheckpointTransport[T]):
         self._compare = compare_sources or config.COMPARE_SOURCES.read()
         self.last_receive: FetchProgress | None = None
         """How the newest receive goes, or went: bytes that were fetched, kept, bad, retries."""
+        self._written = False  # by the newest receive, into live tensors
         self._partial: Partial | None = None
         self._differences = Differences()
         self._download: Download | None = None  # under way
@@ -159,6 +160,10 @@ class HTTPTransport(CheckpointTransport[T]):
         self._server = SnapshotServer(token, stall=timeout.total_seconds(), port=port, local=local)
         here = self._server.local_address
         self._addresses = [*([here] if here else []), *own_addresses(hostname, self._server.port, toward)]
+
+    @property
+    def has_written(self) -> bool:
+        return self._written
 
     def metadata(self) -> str:
         return " ".join([PROTOCOL, *self._addresses])
@@ -302,6 +307,7 @@ class HTTPTransport(CheckpointTransport[T]):
         alike: bool = True,
     ) -> T:
         deadline = Deadline(timeout)
+        self._written = False
         addresses_in(sources[0][1])  # a source that does not speak this is an error, not one less
         outvoted: frozenset[str] = frozenset()
         limit = math.inf if allowance is None or allowance >= timeout else seconds(allowance)
@@ -345,6 +351,7 @@ class HTTPTransport(CheckpointTransport[T]):
                 live = look_at(self._state_dict)
                 manifest, cut = download.begin(self._allow_pickle)
                 destination, kept = self._continue(manifest, cut, live())
+                self._written = self._written or destination.bytes_in_place > 0
                 try:
                     seal = download.run(destination.run, kept)
                 except BaseException:

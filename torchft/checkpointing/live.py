@@ -7,6 +7,7 @@ to do but to compare.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -18,6 +19,7 @@ from torchft.checkpointing.memory import memory_view
 from torchft.checkpointing.tree import PLAIN, tensors_by_path
 from torchft.dtensor import dtensor_class
 from torchft.runtime.collection import collection_put_off
+from torchft.runtime.tracebacks import without_frames
 
 if TYPE_CHECKING:  # here only: see torchft.dtensor
     from torch.distributed.tensor import DTensor
@@ -75,7 +77,7 @@ class LiveTensors:
 
 def look_at(state_dict: Callable[[], object] | None) -> Callable[[], LiveTensors]:
     """Looks at what a function gives, now. If it raises, so does the result, when it is called: who waits for a source
-    hears the source first.
+    hears the source first. To be called once.
 
     Args:
         state_dict: returns the tree; None: there is none.
@@ -83,10 +85,11 @@ def look_at(state_dict: Callable[[], object] | None) -> Callable[[], LiveTensors
     try:
         live = LiveTensors(None if state_dict is None else state_dict())
     except Exception as e:
-        failure = e
+        e.add_note("".join(traceback.format_tb(e.__traceback__)[-3:]))
+        failure = [without_frames(e, contexts=True)]
 
         def fail() -> LiveTensors:
-            raise failure
+            raise failure.pop()  # once: kept here, it would keep this
 
         return fail
     return lambda: live

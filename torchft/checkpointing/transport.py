@@ -100,6 +100,12 @@ class CheckpointTransport(ABC, Generic[T]):
 
     receives_in_place: bool = False
     """Whether ``recv_checkpoint`` writes into live tensors before everything is verified."""
+
+    @property
+    def has_written(self) -> bool:
+        """Whether the newest receive may have written live tensors. If it failed and has not, they are as they were."""
+        return self.receives_in_place
+
     takes_many_sources: bool = False
     """Whether ``recv_from_many`` makes use of more than the first source. Then all groups at the newest step offer
     their state where one heals, else only the one that the quorum assigns."""
