@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from tests.checkpointing.loopback import TIMEOUT, address_of, transport
 from torchft.checkpointing import CheckpointError, PGTransport, http_transport, pg_transport
+from torchft.checkpointing.http_download import Download
 from torchft.checkpointing.live import look_at
 from torchft.process_group.gloo import ProcessGroupGloo
 from torchft.testing.faults import Link
@@ -71,17 +72,18 @@ def test_http_receive_that_lost_a_source(monkeypatch: pytest.MonkeyPatch) -> Non
             links[-1].throttle(40e6)
         sources = [(rank, f"torchft-http/1 http://{link.address}") for rank, link in enumerate(links)]
 
-        def lose() -> None:
-            wait_until(lambda: receiver.last_receive is not None and receiver.last_receive.done, what="some of it")
-            links[0].refuse()
-            links[0].cut()
+        landed, lost = Download._landed, threading.Event()
 
-        losing = threading.Thread(target=lose)
-        losing.start()
+        def lose(download: Download, *args: Any) -> bool:
+            if not download.progress.done:  # it is the first chunk of sixteen
+                links[0].refuse()
+                links[0].cut()
+                lost.set()
+            return landed(download, *args)
+
+        monkeypatch.setattr(Download, "_landed", lose)
         assert torch.equal(receiver.recv_from_many(sources, 4, TIMEOUT)["w"], state["w"])
-        losing.join()
-        assert receiver.last_receive is not None
-        assert receiver.last_receive.retries
+        assert lost.is_set()
         downloads.assert_freed()
         destinations.assert_freed()
 
