@@ -27,6 +27,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -139,8 +140,7 @@ def read_marker(folder: Path) -> Marker:
     """
     path = folder / MARKER
     try:
-        if not path.is_file():
-            raise DamagedCheckpoint(f"{path} is {'no file' if path.exists() else 'missing: it was never completed'}")
+        _size_of(path)
         with path.open("rb") as f:
             text = f.read(_MAX_MARKER + 1)
         outer = json.loads(text)
@@ -177,6 +177,19 @@ def _count(value: object) -> int:
     return value
 
 
+def _size_of(path: Path) -> int:
+    """Bytes of a file.
+
+    Raises:
+        DamagedCheckpoint: it is no file, so that reading it may never end.
+        OSError: it is not there, or cannot be looked at.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise DamagedCheckpoint(f"{path} is no file")
+    return found.st_size
+
+
 def hash_file(path: Path) -> FileHash:
     """Size and hash of a file as it is.
 
@@ -203,9 +216,7 @@ def check_files(folder: Path, marker: Marker, names: list[str]) -> None:
     for name, expected in sorted(marker.files.items()):
         path = folder / name
         try:
-            size = path.stat().st_size
-            if not path.is_file():
-                raise DamagedCheckpoint(f"{path} is no file")
+            size = _size_of(path)
             if size != expected.nbytes:
                 raise DamagedCheckpoint(f"{path} has {size} bytes instead of {expected.nbytes}")
             if name in names and hash_file(path) != expected:
